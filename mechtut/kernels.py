@@ -53,7 +53,7 @@ def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
     try:
         for module in modules:
             if "forward" not in vars(module) and (forward := _forward(module)):
-                module.forward = forward  # type: ignore[assignment]
+                module.forward = forward
                 borrowed.append(module)
         yield
     finally:

@@ -6,11 +6,9 @@
 __all__ = ['Intervention', 'Metric', 'naive_replay', 'Replay', 'cone_token_layers']
 
 # %% ../nbs/core/02_replay.ipynb #c002
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
@@ -18,13 +16,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .kernels import fast_matmul
 from .models import Model, weight_fingerprint
 from .sites import Edit, Site, Visitor, attention_tap, check_edits, intervene, visiting, write_into
+from .store import Store, fingerprint, quiet
 
 # %% ../nbs/core/02_replay.ipynb #c004
 Intervention = Sequence[Edit]
@@ -155,11 +153,11 @@ def _plan(edits: Intervention, n_pos: int, n_layers: int, readout: Sequence[int]
     return _Plan(start, inside, after) if inside or after else None
 
 # %% ../nbs/core/02_replay.ipynb #c014
-def _split(branch: _Branch, edits_of: Callable[[int], list[Edit]]) -> list[tuple[list[Edit], list[int]]]:
+def _split(branch: _Branch, plans: dict[int, _Plan], where: str, layer: int) -> list[tuple[list[Edit], list[int]]]:
     """Group a branch's interventions by what they write here: the same tensors in the same places."""
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
     for i in branch.members:
-        edits = edits_of(i)
+        edits = getattr(plans[i], where).get(layer, [])
         same = tuple((e.site, str(e.pos), e.head, e.mode, _identity(e.value)) for e in edits)
         groups.setdefault(same, (edits, []))[1].append(i)
     return list(groups.values())
@@ -256,7 +254,7 @@ def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: i
     resid, last = replay.base.resid, layer == replay.model.n_layers - 1
     keep = replay.reads(start) if last else list(range(start, replay.n_pos))
     born = []
-    for edits, members in _split(branch, lambda i: plans[i].inside.get(layer, [])):
+    for edits, members in _split(branch, plans, "inside", layer):
         x = resid[layer + 1][:, keep]
         if edits:
             spread = any(e.site in ("k", "v") for e in edits)
@@ -275,13 +273,13 @@ def _sweep(replay: "Replay", plans: dict[int, _Plan], metric: "Metric") -> Tenso
     live: list[_Branch] = []
     for layer in range(-1, n_layers):
         window = replay.reads(start) if layer == n_layers - 1 else list(range(start, replay.n_pos))
-        live = [_Branch(b.x, m, e) for b in live for e, m in _split(b, lambda i: plans[i].inside.get(layer, []))]
+        live = [_Branch(b.x, m, e) for b in live for e, m in _split(b, plans, "inside", layer)]
         if live:
             _step(replay, live, layer, start)
         first = [i for i in plans if plans[i].first_layer == layer]
         if first:
             live += _births(replay, _Branch(replay.base.resid[0], first), plans, layer, start)
-        parted = [(b, e, m) for b in live for e, m in _split(b, lambda i: plans[i].after.get(layer, []))]
+        parted = [(b, e, m) for b in live for e, m in _split(b, plans, "after", layer)]
         live = [_Branch(_write_all(b.x, [e], window, replay.n_pos_full) if e else b.x, m) for b, e, m in parted]
     return _read_out(replay, live, list(plans), start, metric)
 
@@ -358,7 +356,7 @@ class Replay:
         for edits in interventions:
             _check_intervention(self.model, edits)
         plans = [_plan(e, self.n_pos_full, self.model.n_layers, self.readout) for e in interventions]
-        store = _Store(Path(folder), _key(self, interventions, metric)) if folder else None
+        store = Store(Path(folder), _key(self, interventions, metric)) if folder else None
         with fast_matmul(self.model), torch.no_grad():
             return _run(self, plans, metric, store, progress)
 
@@ -401,19 +399,16 @@ def _groups(plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30
 
 
 def _run(
-    replay: Replay, plans: list[_Plan | None], metric: Metric, store: "_Store | None", progress: bool | None
+    replay: Replay, plans: list[_Plan | None], metric: Metric, store: Store | None, progress: bool | None
 ) -> Tensor:
     unchanged = metric(replay.base_logits()[None])
     out = unchanged.repeat(len(plans), *[1] * (unchanged.ndim - 1))
-    quiet = os.environ.get("MECHTUT_PROGRESS") == "0" if progress is None else not progress
-    with tqdm(total=len(plans), desc="replay", unit="run", delay=1, disable=quiet) as bar:
+    with tqdm(total=len(plans), desc="replay", unit="run", delay=1, disable=quiet(progress)) as bar:
         bar.update(sum(plan is None for plan in plans))
         for number, group in enumerate(_groups(plans, replay.base)):
-            values = store.load(number) if store else None
-            if values is None:
-                values = _sweep(replay, {i: p for i in group if (p := plans[i])}, metric)
-                if store:
-                    store.save(number, values)
+            todo = {i: p for i in group if (p := plans[i])}
+            sweep = partial(_sweep, replay, todo, metric)
+            values = store.once(f"group-{number:05d}", sweep) if store else sweep()
             out[group] = values.to(out)
             bar.update(len(group))
     if not torch.isfinite(out).all():
@@ -426,46 +421,12 @@ def cone_token_layers(n_layers: int, n_pos: int, layer: int, pos: int) -> int:
     return (n_layers - 1 - layer) * (n_pos - pos)
 
 # %% ../nbs/core/02_replay.ipynb #c037
-class _Store:
-    """Finished groups of one sweep in a folder; refuses a folder that belongs to another sweep."""
-
-    def __init__(self, folder: Path, key: str):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / "sweep.json"
-        if manifest.exists():
-            found = json.loads(manifest.read_text())["key"]
-            if found != key:
-                raise ValueError(f"{folder} holds another sweep ({found}, this one is {key}); use an empty folder")
-        else:
-            manifest.write_text(json.dumps({"key": key}))
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"group-{number:05d}.safetensors"
-
-    def load(self, number: int) -> Tensor | None:
-        """A finished group's values, or `None`."""
-        return load_file(self._path(number))["values"] if self._path(number).exists() else None
-
-    def save(self, number: int, values: Tensor) -> None:
-        """Write a finished group; the file appears whole or not at all."""
-        half = self._path(number).with_suffix(".part")
-        save_file({"values": values.contiguous()}, half)
-        os.replace(half, self._path(number))
-
-# %% ../nbs/core/02_replay.ipynb #c038
 def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) -> str:
     """Identifies a sweep: the weights, the prompt, every edit, the readout and the metric's name."""
-    digest = hashlib.sha256(weight_fingerprint(replay.model).encode())
-
-    def add(x: Any) -> None:
-        is_tensor = isinstance(x, Tensor)
-        digest.update(x.detach().cpu().double().numpy().tobytes() if is_tensor else repr(x).encode())
-
-    for part in (replay.tokens, replay._mask, replay.readout, getattr(metric, "__qualname__", "metric")):
-        add(part)
+    name = getattr(metric, "__qualname__", "metric")
+    parts: list[Any] = [weight_fingerprint(replay.model), replay.tokens, replay._mask, replay.readout, name]
     for edits in [replay._edits, *interventions]:
+        parts.append(len(edits))
         for e in edits:
-            add((e.site, e.layer, e.pos, e.head, e.mode))
-            add(e.value)
-    return digest.hexdigest()[:16]
+            parts += [(e.site, e.layer, e.pos, e.head, e.mode), e.value]
+    return fingerprint(*parts)

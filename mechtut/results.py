@@ -68,7 +68,9 @@ class Result:
         tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
         plain = {k: v for k, v in values.items() if k not in tensors}
         save_file(tensors, folder / "tensors.safetensors")
-        (folder / "result.json").write_text(json.dumps({"kind": type(self).__name__, **plain}, indent=1))
+        half = folder / "result.json.part"  # renamed when whole, so a result.json means a finished result
+        half.write_text(json.dumps({"kind": type(self).__name__, **plain}, indent=1))
+        half.replace(folder / "result.json")
         return folder
 
     @classmethod
@@ -80,4 +82,5 @@ class Result:
         if kind != cls.__name__:
             raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}; use {kind}.load")
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        return cls(**lists, **load_file(folder / "tensors.safetensors"))
+        values: dict[str, Any] = {**lists, **load_file(folder / "tensors.safetensors")}
+        return cls(**values)

@@ -350,7 +350,10 @@ def intervene(model: Model | nn.Module, edits: Sequence[Edit], *, must_fire: boo
 def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
     """Raise a clear `ValueError` or `IndexError` for a site, layer or head that the model does not have."""
     for edit in edits:
-        _place(model, _site_of(edit)) if edit.site not in ATTENTION_SITES else check_layer(model, edit.layer, edit.site)
+        if edit.site in ATTENTION_SITES and isinstance(model, Model):
+            check_layer(model, edit.layer, edit.site)
+        else:
+            _place(model, _site_of(edit))
         if edit.head is None:
             continue
         if edit.site not in (*HEAD_SITES, "pattern") or not isinstance(model, Model):
