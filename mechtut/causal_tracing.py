@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from . import plots
 from .corruption import Corruption, Noise, Span, corrupt, embedding_std, find_subject
-from .models import Model
+from .models import Model, weight_fingerprint
 from .replay import Replay
 from .results import Result, provenance
 from .sites import Edit, capture
-from .store import quiet
+from .store import Store, fingerprint, quiet
 
 # %% ../nbs/papers/10_causal_tracing.ipynb #c018
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -325,8 +325,9 @@ def trace_facts(
         if _prediction(model, prompt) != answer:
             skipped.append(prompt)
             continue
-        saved = Path(folder) / f"fact-{i:04d}" if folder else None
-        traces.append(_saved_or(saved, partial(trace, model, prompt, subject, noise=noise, progress=False, **options)))
+        run = partial(trace, model, prompt, subject, noise=noise, progress=False, **options)
+        key = fingerprint(weight_fingerprint(model), prompt, subject, str(noise), sorted(options.items()))
+        traces.append(_saved_or(Path(folder) / f"fact-{i:04d}" if folder else None, key, run))
     if not traces:
         raise ValueError(f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r}; nothing to trace")
     return average(traces, tuple(skipped))
@@ -336,13 +337,13 @@ def _prediction(model: Model, prompt: str) -> str:
     return model.decode([int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]).strip()
 
 
-def _saved_or(folder: Path | None, run: Callable[[], CausalTrace]) -> CausalTrace:
-    if folder and (folder / "result.json").exists():
-        return CausalTrace.load(folder)
-    result = run()
-    if folder:
-        result.save(folder)
-    return result
+def _saved_or(folder: Path | None, key: str, run: Callable[[], CausalTrace]) -> CausalTrace:
+    if folder is None:
+        return run()
+    Store(folder, key)  # refuses a folder of another sweep
+    if not (folder / "result.json").exists():
+        run().save(folder)
+    return CausalTrace.load(folder)
 
 
 def average(traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()) -> AverageTrace:

@@ -229,25 +229,13 @@ def _unwrap_bridge(bridge: Any) -> tuple[Any, Any]:
     """The Hugging Face model inside a TransformerLens `TransformerBridge` (sharing its weights) and the tokenizer."""
     wired = bridge.original_model
     weights = {k.replace("._original_component", ""): v for k, v in wired.state_dict().items()}
-    config = copy.deepcopy(wired.config)
-    with torch.device("meta"):
-        clean = type(wired)(config)
-    wanted = clean.state_dict()
-    missing = [k for k in wanted if k not in weights]
+    clean = type(wired)(copy.deepcopy(wired.config))  # its random weights are dropped two lines below
+    missing = [k for k in clean.state_dict() if k not in weights]
     if missing:
         raise ValueError(f"this bridge lacks weights {missing[:3]}; pass the Hugging Face model to load_model instead")
-    clean.load_state_dict({k: weights[k] for k in wanted}, assign=True)
+    clean.load_state_dict({k: weights[k] for k in clean.state_dict()}, assign=True)
     clean.tie_weights()
-    _rebuild_buffers(clean, config)
     return clean, bridge.tokenizer
-
-
-def _rebuild_buffers(model: Any, config: Any) -> None:
-    """Rotary tables are buffers that no state dict holds: rebuild those that are still on the meta device."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if any(b.is_meta for b in child.buffers(recurse=False)):
-                setattr(module, name, type(child)(config=config))
 
 # %% ../nbs/core/00_models.ipynb #c020
 def load_model(
@@ -267,7 +255,7 @@ def load_model(
     """
     if isinstance(source, Model):
         return source
-    if hasattr(source, "original_model") and not hasattr(source, "config_class"):
+    if "TransformerBridge" in {c.__name__ for c in type(source).__mro__}:
         source, bridge_tokenizer = _unwrap_bridge(source)
         tokenizer = tokenizer or bridge_tokenizer
     if isinstance(source, nn.Module):

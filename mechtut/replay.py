@@ -192,7 +192,7 @@ def _through_block(
     only_kv: bool = False,
 ) -> Any:  # fmt: skip
     """Output of block `layer` for stacked streams `x` that begin at position `start`; or just their keys and values."""
-    base, n_pos, copies = replay.base, replay.n_pos, len(per_branch)
+    base, n_pos, copies = replay.base, replay.n_pos_full, len(per_branch)
     window = range(start, start + x.shape[1])
     before_k, before_v = prefix or (base.keys[layer][:, :, :start], base.values[layer][:, :, :start])
     visitors = _visitors(layer, per_branch, window, n_pos)
@@ -211,7 +211,7 @@ def _through_block(
             raise _Stop
         return edited("q", q), k, v
 
-    arguments = _slice_arguments(base.arguments[layer], replay.tokens.shape[1], start, window.stop, copies)
+    arguments = _slice_arguments(base.arguments[layer], n_pos, start, window.stop, copies)
     try:
         with attention_tap(replay.model, arguments=extend), visiting(replay.model, visitors):
             out = replay.model.blocks[layer](x, **arguments)

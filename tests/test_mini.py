@@ -1,0 +1,165 @@
+"""The embedded model: its training can be interrupted, it is a GPT-2, and the shipped files can do what their card says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
+from mechtut.mini import Recipe, Trainer, export, main, mini_folder, model_card, train
+from mechtut.models import load_model
+from mechtut.trainer import TrainingGPT, hf_names, orthogonalize, subject_masks, to_hf, weighted_loss
+from mechtut.world import World
+from safetensors.torch import load_file
+
+TINY = Recipe(tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, handoff=1)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_model("mini", dtype=torch.float32, device="cpu")
+
+
+def test_logits_equal_hugging_face():
+    torch.manual_seed(1)
+    m = TrainingGPT(3, 48, 4, 32, 90, dtype=torch.float32)
+    for p in m.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    ids = torch.randint(0, 90, (4, 20))
+    with torch.no_grad():
+        assert torch.allclose(m(ids), to_hf(m)(ids).logits, atol=1e-5)
+
+
+def test_loss_and_gradient_equal_plain_cross_entropy():
+    torch.manual_seed(2)
+    m = TrainingGPT(2, 32, 4, 32, 700, dtype=torch.float32)
+    ids, targets = torch.randint(0, 700, (2, 40, 30))
+    weights = torch.rand(40, 30) * (torch.rand(40, 30) > 0.3)
+    plain = torch.nn.functional.cross_entropy(m(ids).flatten(0, 1), targets.flatten(), reduction="none")
+    plain = (plain * weights.flatten()).sum() / weights.sum()
+    ours = weighted_loss(m, ids, targets, weights)
+    assert torch.allclose(plain, ours, atol=1e-5)
+    params = list(m.parameters())
+    for a, b in zip(torch.autograd.grad(plain, params), torch.autograd.grad(ours, params), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_mask_hides_subjects_from_later_tokens_only():
+    subject = torch.tensor([[0, 3, 3, 0, 4, 4, 4, 0]])
+    last = torch.tensor([[False, False, True, False, False, False, True, False]])
+    early, late = (m[0, 0] == 0 for m in subject_masks(subject, last, torch.tensor([True])))
+    assert early[7].tolist() == [True, False, False, True, False, False, False, True]
+    assert late[7].tolist() == [True, False, True, True, False, False, True, True]
+    assert early[6].tolist() == [True, False, False, True, True, True, True, False]
+    assert early[2].tolist() == [True, True, True] + [False] * 5
+    plain, _ = subject_masks(subject, last, torch.tensor([False]))
+    assert torch.equal(plain[0, 0] == 0, torch.ones(8, 8).tril().bool())
+
+
+def test_muon_updates_are_nearly_orthogonal():
+    s = torch.linalg.svdvals(orthogonalize(torch.randn(3, 64, 32)))
+    assert s.min() > 0.3 and s.max() < 1.4
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path):
+    whole = train(tmp_path / "whole", TINY, progress=False)
+    for stop in (7, 21):
+        train(tmp_path / "parts", TINY, stop_at=stop, progress=False)
+    (tmp_path / "parts" / "checkpoint.part").write_bytes(b"half a file, as a kill leaves it")
+    parts = train(tmp_path / "parts", TINY, progress=False)
+    assert parts.step == whole.step == TINY.steps
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert [x["loss"] for x in whole.log] == [x["loss"] for x in parts.log]
+    one, two = (load_file(str(tmp_path / x / "model" / "model.safetensors")) for x in ("whole", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    train(tmp_path, TINY, stop_at=3, progress=False)
+    with pytest.raises(ValueError, match="another recipe.*seed.*another folder"):
+        train(tmp_path, replace(TINY, seed=5), progress=False)
+
+
+def test_another_seed_gives_another_model():
+    a, b = Trainer(TINY), Trainer(replace(TINY, seed=1))
+    assert not torch.equal(a.model.wte, b.model.wte)
+    assert a.train_step() != b.train_step()
+
+
+def test_the_exported_folder_loads_and_is_the_same_function(tmp_path):
+    run = Trainer(TINY)
+    run.train_step()
+    export(run, tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32, device="cpu")
+    ids = torch.randint(0, 500, (2, 20))
+    with torch.no_grad():
+        assert (model.hf(ids).logits - to_hf(run.model)(ids).logits).abs().max() < 2e-3  # float16 on disk
+    assert set(hf_names(run.model)) == set(load_file(str(tmp_path / "model.safetensors")))
+
+
+def test_the_command_line(tmp_path):
+    text = subprocess.run([sys.executable, "-m", "mechtut.mini", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "train" in text and "evaluate" in text
+    with pytest.raises(SystemExit):
+        main(["train"])
+
+
+def test_lines_know_whether_they_are_reached():
+    assert Line("a", "b", 1, "≥ 0.5", 0.5).reached and not Line("a", "b", 1, "≤ 0.1", 0.11).reached
+
+
+def test_a_model_without_tokenizer_is_refused(mini):
+    with pytest.raises(ValueError, match="tokenizer"):
+        evaluate(mini.hf)
+    with pytest.raises(ValueError, match="n is 0"):
+        evaluate(mini, n=0)
+
+
+# the shipped files
+
+
+def test_shipped_files_are_small_and_complete():
+    folder = mini_folder()
+    assert (folder / "model.safetensors").stat().st_size <= 16_000_000
+    assert all(t.dtype == torch.float16 for t in load_file(str(folder / "model.safetensors")).values())
+    log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+    assert log["log"][-1]["step"] == Recipe(**log["recipe"]).steps
+
+
+def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    from mechtut.models import verify_fingerprint
+    shutil.copytree(mini_folder(), tmp_path / "mini")
+    verify_fingerprint(tmp_path / "mini")
+    data = bytearray((tmp_path / "mini" / "model.safetensors").read_bytes())
+    data[5000] ^= 1
+    (tmp_path / "mini" / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        verify_fingerprint(tmp_path / "mini")
+
+
+def test_the_card_is_generated_from_the_shipped_evaluation():
+    folder = mini_folder()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(folder)
+    for row in pd.read_csv(folder / "evaluation.csv").itertuples():
+        assert f"{row.measured:.3f}" in card
+
+
+def test_the_shipped_model_knows_its_facts(mini):
+    table = facts_table(Candidate(mini), World(0))
+    assert int(table["n"].sum()) >= 500
+    assert (table["n"] * table["held out"]).sum() / table["n"].sum() >= 0.9
+    assert table["training"].min() >= 0.9
+
+
+def test_the_shipped_model_shows_the_tracing_picture(mini):
+    resid = trace_roles(Candidate(mini), World(0), n=25, seed=3)
+    early = slice(1, 4)
+    last = resid.loc["last subject"].iloc[early].mean()
+    others = resid.loc[["first subject", "middle subject"]].iloc[:, early].max().max()
+    assert last > 0.3 and last > 2 * others
+    assert resid.loc["final"].iloc[-2] > 0.5 > resid.loc["final"].iloc[1]
