@@ -67,7 +67,9 @@ def cone_flop(model: Model, component: str, rows: int = 10) -> float:
     d, n, vocab = model.d_model, model.n_layers, model.embed.weight.shape[0]
     kv, attn, mlp = 2 * d * d, 4 * d * d, 8 * d * d  # weights of: keys and values, all of attention, the MLP
 
-    def full(n_tok: int, layer: int) -> int:  # one block on the tokens of a cone; in the last only one token goes all the way
+    def full(
+        n_tok: int, layer: int
+    ) -> int:  # one block on the tokens of a cone; in the last only one token goes all the way
         return (n_tok - 1) * kv + attn + mlp if layer == n - 1 else n_tok * (attn + mlp)
 
     total = 0

@@ -3,7 +3,13 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _GATED = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 _OWN_HEAD_DIM = {**_GATED, "head_dim": 16}
 

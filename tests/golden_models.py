@@ -18,7 +18,9 @@ def rome_model(name: str, dtype: torch.dtype) -> Model:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0))
+    hf = GPT2LMHeadModel(
+        GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+    )
     stored = {} if name == "tiny_rand" else load_file(GOLDEN / "rome" / f"{name}.safetensors")
     hf.load_state_dict(stored or _seeded(hf), strict=False)
     hf.tie_weights()

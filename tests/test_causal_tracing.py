@@ -27,14 +27,20 @@ def naive_scores(component, window, sever=None, n_samples=4):
     for pos in range(len(ids)):
         for layer in range(MODEL.n_layers):
             layers = [layer] if component == "resid_post" else window_layers(layer, window, MODEL.n_layers)
-            edits = [] if frozen is None else [Edit(sever, i, frozen[i][:, pos : pos + 1], pos=pos) for i in range(MODEL.n_layers)]
+            edits = (
+                []
+                if frozen is None
+                else [Edit(sever, i, frozen[i][:, pos : pos + 1], pos=pos) for i in range(MODEL.n_layers)]
+            )
             edits += [Edit(component, i, clean[f"{component}.{i}"][0, pos], pos=pos) for i in layers]
             with intervene(MODEL, [corrupt, *edits]):
                 scores[pos, layer] = MODEL.logits(batch)[:, -1].softmax(-1)[:, answer]
     return scores
 
 
-@pytest.mark.parametrize("component, window", [("resid_post", 1), ("mlp_out", 1), ("mlp_out", 2), ("mlp_out", 3), ("attn_out", 10)])
+@pytest.mark.parametrize(
+    "component, window", [("resid_post", 1), ("mlp_out", 1), ("mlp_out", 2), ("mlp_out", 3), ("attn_out", 10)]
+)
 def test_equals_the_definition(component, window):
     ours = trace(MODEL, PROMPT, SUBJECT, component=component, window=window, n_samples=4)
     assert (ours.sample_scores - naive_scores(component, window)).abs().max() <= 1e-12
@@ -122,7 +128,9 @@ def test_token_roles():
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
 def test_windows_are_those_of_the_authors(window):
     for layer in range(12):
-        assert list(window_layers(layer, window, 12)) == list(range(max(0, layer - window // 2), min(12, layer - (-window // 2))))
+        assert list(window_layers(layer, window, 12)) == list(
+            range(max(0, layer - window // 2), min(12, layer - (-window // 2)))
+        )
 
 
 @pytest.mark.parametrize(

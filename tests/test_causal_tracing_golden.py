@@ -78,7 +78,9 @@ def test_averages_over_facts(kind, component, level):
     """25 facts by token role; the authors ran float32 and printed float32 means."""
     noise = 3.0 if level == "s3" else Noise(1.0, "uniform")
     expected = read_json("rome/averages.json")[f"{level}.{kind}"]
-    result = trace_facts(rome_model("tiny_facts", torch.float32), read_json("rome/knowns.json"), component=component, noise=noise)
+    result = trace_facts(
+        rome_model("tiny_facts", torch.float32), read_json("rome/knowns.json"), component=component, noise=noise
+    )
     assert result.n_facts == 25 and len(result.skipped) == 5
     assert np.abs(result.scores.numpy() - np.array(expected["result"])).max() <= 1e-5
     assert np.abs(result.std.numpy() - np.array(expected["result_std"])).max() <= 1e-5

@@ -115,7 +115,12 @@ def test_engine_equals_loop(kind, dtype, tolerance):
             Replay(model, TOKENS)
         return
     values = torch.randn(4, 32, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    grid = [(s, layer, pos) for s in ("resid_pre", "resid_post", "attn_out", "mlp_out") for layer in range(3) for pos in (0, 4, 8)]
+    grid = [
+        (s, layer, pos)
+        for s in ("resid_pre", "resid_post", "attn_out", "mlp_out")
+        for layer in range(3)
+        for pos in (0, 4, 8)
+    ]
     interventions = [[Edit(s, layer, values[pos % 4], pos=pos)] for s, layer, pos in grid]
     interventions += [[Edit(s, layer, 0.0, pos=[2, 5], head=1)] for s in ("q", "k", "v", "z") for layer in range(3)]
     interventions += [[Edit("mlp_act", layer, 0.0, pos=6)] for layer in range(3)]

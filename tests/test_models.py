@@ -117,4 +117,7 @@ def test_loading_the_embedded_model_needs_no_network():
 @pytest.mark.hub
 def test_a_hub_model():
     model = load_model("gpt2", device="cpu")
-    assert model.decode([int(model.logits(model.to_tokens("The Eiffel Tower is in the city of")[None])[0, -1].argmax())]) == " Paris"
+    assert (
+        model.decode([int(model.logits(model.to_tokens("The Eiffel Tower is in the city of")[None])[0, -1].argmax())])
+        == " Paris"
+    )

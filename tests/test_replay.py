@@ -27,7 +27,9 @@ def edits(draw, model):
     """A random edit: any site, layer, positions, head, value shape and mode."""
     site = draw(st.sampled_from(["resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", "q", "k", "v", "z"]))
     layer = draw(st.integers(0, model.n_layers - 1))
-    pos = draw(st.none() | st.integers(-N_POS, N_POS - 1) | st.lists(st.integers(0, N_POS - 1), min_size=1, max_size=3, unique=True))
+    pos = draw(
+        st.none() | st.integers(-N_POS, N_POS - 1) | st.lists(st.integers(0, N_POS - 1), min_size=1, max_size=3, unique=True)
+    )
     heads = {"q": model.n_heads, "z": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}.get(site)
     head = draw(st.none() | st.integers(0, heads - 1)) if heads else None
     n = N_POS if pos is None else 1 if isinstance(pos, int) else len(pos)
@@ -114,7 +116,10 @@ def test_work_is_only_done_in_the_cone():
     """An edit of the last token after layer l runs one token through the layers above l, and nothing else."""
     model, seen = model_of("gpt2", torch.float32), []
     replay = Replay(model, TOKENS)
-    hooks = [b.register_forward_pre_hook(lambda _m, args, i=i: seen.append((i, args[0].shape[1]))) for i, b in enumerate(model.blocks)]
+    hooks = [
+        b.register_forward_pre_hook(lambda _m, args, i=i: seen.append((i, args[0].shape[1])))
+        for i, b in enumerate(model.blocks)
+    ]
     try:
         replay.run([[Edit("resid_post", 0, 0.0, pos=-1)]])
         assert seen == [(1, 1), (2, 1)]

@@ -86,7 +86,7 @@ def test_a_hook_that_never_fires_is_an_error():
 def test_unknown_names_say_what_there_is():
     with pytest.raises(ValueError, match=r"unknown site 'resid_mid'.*resid_post"):
         capture(MODEL, TOKENS, "resid_mid")
-    with pytest.raises(ValueError, match="transformer.h.0.mlp"):
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp"):
         capture(MODEL, TOKENS, "model.layers.0.mlp")
     with pytest.raises(IndexError, match=r"layer 3 .*layers 0..2"):
         capture(MODEL, TOKENS, "resid_post.3")

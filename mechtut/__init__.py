@@ -1,0 +1,59 @@
+"""Mechanistic interpretability, one paper per notebook: read it, run it, import it."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that has it. A module is imported when one of its names is first asked for,
+# so that `import mechtut` itself needs neither torch nor transformers.
+_WHERE = {
+    "Model": "models",
+    "load_model": "models",
+    "Site": "sites",
+    "capture": "sites",
+    "Edit": "sites",
+    "intervene": "sites",
+    "Replay": "replay",
+    "Noise": "corruption",
+    "AverageTrace": "causal_tracing",
+    "CausalTrace": "causal_tracing",
+    "trace": "causal_tracing",
+    "trace_facts": "causal_tracing",
+    "Fact": "world",
+    "World": "world",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module behind a public name, or a submodule asked for as `mechtut.plots` (PEP 562)."""
+    if name in _WHERE:
+        value = getattr(import_module(f"mechtut.{_WHERE[name]}"), name)
+        globals()[name] = value  # next time Python finds it without asking here
+        return value
+    if not name.startswith("_") and find_spec(f"mechtut.{name}"):
+        return import_module(f"mechtut.{name}")
+    raise AttributeError(f"module 'mechtut' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    modules = {m.name for m in iter_modules(__path__) if not m.name.startswith("_")}
+    return sorted({*__all__, *modules})
+
+
+if TYPE_CHECKING:  # what type checkers and editors read
+    from mechtut.causal_tracing import (
+        AverageTrace as AverageTrace,
+        CausalTrace as CausalTrace,
+        trace as trace,
+        trace_facts as trace_facts,
+    )
+    from mechtut.corruption import Noise as Noise
+    from mechtut.models import Model as Model, load_model as load_model
+    from mechtut.replay import Replay as Replay
+    from mechtut.sites import Edit as Edit, Site as Site, capture as capture, intervene as intervene
+    from mechtut.world import Fact as Fact, World as World

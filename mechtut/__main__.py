@@ -1,0 +1,136 @@
+"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"` and `python -m mechtut train-mini`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch and matplotlib are imported when a command runs, so that --help answers at once
+    from mechtut.causal_tracing import CausalTrace
+    from mechtut.models import Model
+
+COMPONENTS = ("resid_post", "mlp_out", "attn_out")
+WIDTH = 100  # columns of a printed table
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    top = argparse.ArgumentParser(prog="mechtut", description="Mechanistic interpretability, one paper per notebook.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="trace | train-mini")
+    trace = commands.add_parser(
+        "trace",
+        help="find where a fact is stored: a causal trace, as a table and a figure",
+        description="Causal tracing (Meng et al. 2022): hide the subject behind noise, give back one state at a time, and "
+        "see which of them brings the answer back. Without a prompt, a fact of the embedded world is traced.",
+    )
+    trace.add_argument("prompt", nargs="?", help="text whose next token is the answer")
+    trace.add_argument("--subject", help="the part of the prompt to put noise on")
+    trace.add_argument("--model", default="mini", help="mini, a hub id or a local folder (default: %(default)s)")
+    trace.add_argument("--component", default="resid_post", choices=[*COMPONENTS, "all"], help="default: %(default)s")
+    trace.add_argument("--window", type=int, default=10, help="layers restored together, MLP and attention (default: 10)")
+    trace.add_argument("--noise", type=float, default=3.0, help="in standard deviations of embeddings (default: 3)")
+    trace.add_argument("--samples", type=int, default=10, help="noise samples (default: 10)")
+    trace.add_argument("--seed", type=int, default=1, help="of the noise (default: 1)")
+    trace.add_argument("--out", default="trace.png", help="file for the figure (default: %(default)s)")
+    train = commands.add_parser("train-mini", help="train the embedded model again", add_help=False)
+    train.add_argument("arguments", nargs=argparse.REMAINDER)
+    return top
+
+
+def table(t: "CausalTrace") -> str:
+    """Indirect effect in hundredths, tokens down and layers across; every k-th layer if all do not fit in 100 columns."""
+    effect = t.indirect_effect
+    n_pos, n_layers = effect.shape
+    names = [f"{'*' if t.subject_range[0] <= i < t.subject_range[1] else ' '} {token!r}" for i, token in enumerate(t.tokens)]
+    label = min(max(map(len, names)), 30)
+    columns = (WIDTH - label - 12) // 5
+    step = -(-n_layers // columns)
+    layers = range(0, n_layers, step)
+    lines = [f"{'layer':<{label}} " + "".join(f"{layer:5d}" for layer in layers) + "   best at"]
+    for i in range(n_pos):
+        cells = "".join(f"{round(100 * float(effect[i, layer])):5d}" for layer in layers)
+        lines.append(f"{names[i][:label]:<{label}} {cells}   {int(effect[i].argmax()):7d}")
+    return "\n".join(lines)
+
+
+def report(t: "CausalTrace") -> str:
+    """What one trace found, as text."""
+    pos, layer = divmod(int(t.indirect_effect.argmax()), t.indirect_effect.shape[1])
+    return "\n".join(
+        [
+            f"{t.component}: indirect effect × 100 (* = subject)",
+            table(t),
+            f"Best: {t.tokens[pos]!r} (position {pos}) at layer {layer} brings p({t.answer!r}) "
+            f"from {t.corrupted_prob:.3f} to {float(t.scores[pos, layer]):.3f}.",
+        ]
+    )
+
+
+def default_fact(model: "Model") -> tuple[str, str]:
+    """Prompt and subject of a fact of the embedded world: the first that the model gets right with p > 0.9."""
+    from mechtut.world import World
+
+    facts = World().facts
+    for fact in facts[:50]:
+        p, token = model.logits(model.to_tokens(fact.prompt)[None])[0, -1].softmax(-1).max(-1)
+        if float(p) > 0.9 and fact.object.startswith(model.decode([int(token)]).strip()):
+            return fact.prompt, fact.subject
+    return facts[0].prompt, facts[0].subject
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would fail only after the work is done."""
+    if (args.prompt is None) != (args.subject is None):
+        raise ValueError("give a prompt and --subject together, or neither to trace a fact of the embedded world")
+    if args.prompt is None and args.model != "mini":
+        raise ValueError(f"--model {args.model} needs a prompt and --subject; only the embedded model has a fact of its own")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent} to write the figure into")
+    known = ("png", "pdf", "svg", "jpg", "webp")
+    if Path(args.out).suffix[1:].lower() not in known:
+        raise ValueError(f"--out {args.out}: the ending tells the format; use one of {', '.join(known)}")
+
+
+def trace(args: argparse.Namespace) -> None:
+    """Trace a prompt, print a table for each component, and write one figure with a panel for each."""
+    check(args)
+    import matplotlib
+
+    matplotlib.use("agg")
+    from mechtut.causal_tracing import trace as causal_trace
+    from mechtut.models import load_model
+    from mechtut.plots import causal_traces
+
+    model = load_model(args.model)
+    prompt, subject = (args.prompt, args.subject) if args.prompt is not None else default_fact(model)
+    components = COMPONENTS if args.component == "all" else (args.component,)
+    settings = {"window": args.window, "noise": args.noise, "n_samples": args.samples, "seed": args.seed}
+    traces = [causal_trace(model, prompt, subject, component=c, **settings) for c in components]
+    first = traces[0]
+    print(f"{prompt}{first.answer}")
+    print(f"p({first.answer!r}) is {first.clean_prob:.3f}, and {first.corrupted_prob:.3f} with noise on {subject!r}.")
+    for t in traces:
+        print(f"\n{report(t)}")
+    causal_traces(traces).savefig(args.out, dpi=150, bbox_inches="tight")
+    print(f"\nFigure: {Path(args.out).resolve()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a mistake in its arguments is told in one line, with exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train-mini"]:
+        from mechtut.mini import main as train_mini
+
+        return train_mini(argv[1:]) or 0
+    args = parser().parse_args(argv)
+    try:
+        trace(args)
+    except (ValueError, OSError) as error:
+        print(f"mechtut: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Write constraints.txt: the exact version, in the running environment, of all that mechtut[dev] needs.
+
+Run it in an environment where the test suite is green: `python tools/constraints.py`.
+"""
+
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = """\
+# The versions that CI tests, written by tools/constraints.py. The package itself asks for lower bounds only.
+"""
+
+
+PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
+
+
+def fits(name: str) -> bool:
+    """Whether the installed version of `name` can be had on the first release of every Python that we support."""
+    pythons = SpecifierSet(metadata(name)["Requires-Python"] or "")
+    return all(pythons.contains(p) for p in PYTHONS)
+
+
+def closure(start: list[str]) -> dict[str, str]:
+    """Versions of the requirements in `start` and of everything that they need in turn."""
+    found: dict[str, str] = {}
+    todo = [Requirement(r) for r in start]
+    seen = set()
+    while todo:
+        req = todo.pop()
+        extras = ["", *sorted(req.extras)]
+        if req.marker and not req.marker.evaluate({"extra": ""}):
+            continue
+        name = canonicalize_name(req.name)
+        if (name, *extras) in seen:
+            continue
+        seen.add((name, *extras))
+        try:
+            found[name] = version(name).split("+")[0]  # torch 2.13.0+cpu is torch 2.13.0
+        except PackageNotFoundError:
+            continue  # an optional part that this environment does without
+        for text in requires(name) or []:
+            sub = Requirement(text)
+            if sub.marker is None or any(sub.marker.evaluate({"extra": e}) for e in extras):
+                sub.marker = None
+                todo.append(sub)
+    return found
+
+
+if __name__ == "__main__":
+    from configparser import ConfigParser
+
+    config = ConfigParser(interpolation=None)
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    wanted = [r for key, text in config["DEFAULT"].items() if key.endswith("requirements") for r in text.split()]
+    versions = closure(wanted)
+    if loose := sorted(name for name in versions if not fits(name)):
+        print(f"left open, since the installed version does not run on all of {', '.join(PYTHONS)}: {', '.join(loose)}")
+    lines = [f"{name}=={v}\n" for name, v in sorted(versions.items()) if name not in loose]
+    (ROOT / "constraints.txt").write_text(HEAD + "".join(lines), encoding="utf-8")
+    print(f"constraints.txt: {len(lines)} packages")
