@@ -67,20 +67,24 @@ class CausalTrace(Result):
         """One row per restored state: position, token, layer, score, indirect effect, standard error."""
         n_layers = self.scores.shape[1]
         where = [(p, self.tokens[p], layer) for p in self.positions for layer in range(n_layers)]
-        table = pd.DataFrame(where, columns=["position", "token", "layer"])
-        numbers = {"score": self.scores, "indirect_effect": self.indirect_effect, "standard_error": self.standard_error}
-        return table.assign(**{k: v.flatten().tolist() for k, v in numbers.items()})
+        return _table(where, ["position", "token", "layer"], self, "standard_error")
 
     def plot(self, ax: Any = None) -> Any:
         """The paper's heat map; see `mechtut.plots.causal_trace`."""
         return plots.causal_trace(self, ax)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c020
+# %% ../nbs/papers/10_causal_tracing.ipynb #c019
+def _table(where: list[tuple], names: list[str], result: Any, error: str) -> pd.DataFrame:
+    """Scores, indirect effects and their error, one row per entry of `where`."""
+    numbers = {"score": result.scores, "indirect_effect": result.indirect_effect, error: getattr(result, error)}
+    return pd.DataFrame(where, columns=names).assign(**{k: v.flatten().tolist() for k, v in numbers.items()})
+
+# %% ../nbs/papers/10_causal_tracing.ipynb #c021
 def window_layers(layer: int, window: int, n_layers: int) -> range:
     """The layers restored together around `layer`; narrower at the ends of the model."""
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c022
 def _restorations(
     component: str, clean: Float[Tensor, "layer pos d_model"], pos: int, window: int
 ) -> list[list[Edit]]:
@@ -91,20 +95,20 @@ def _restorations(
         return [[e] for e in edits]
     return [[edits[i] for i in window_layers(layer, window, n_layers)] for layer in range(n_layers)]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c023
+# %% ../nbs/papers/10_causal_tracing.ipynb #c025
 def _severing(name: str, values: Float[Tensor, "layer sample pos d_model"], pos: int) -> list[Edit]:
     """Edits that hold a sub-layer at `pos` to given values, in every layer."""
     return [Edit(name, layer, v[:, pos : pos + 1], pos=pos) for layer, v in enumerate(values)]
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c026
 def _with_severing(restored: list[list[Edit]], severed: list[Edit], everywhere: bool) -> list[list[Edit]]:
     # Below the restored state the values are what they were anyway, unless they come from other noise.
     return [[*severed[0 if everywhere else layer + 1 :], *edits] for layer, edits in enumerate(restored)]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c025
+# %% ../nbs/papers/10_causal_tracing.ipynb #c028
 QUIRKS = ("severed_noise", "additive_low")
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c029
 @dataclass(frozen=True)
 class _Settings:
     component: str
@@ -129,7 +133,7 @@ class _Settings:
         """Whether the run's noise is not the noise of the frozen values."""
         return self.sever is not None and "severed_noise" in self.quirks
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c030
 def _positions(tokens: Any, span: Span, n_pos: int) -> tuple[int, ...]:
     if isinstance(tokens, str):
         named = {"subject": range(*span), "subject_last": range(span[1] - 1, span[1])}
@@ -139,7 +143,7 @@ def _positions(tokens: Any, span: Span, n_pos: int) -> tuple[int, ...]:
     where = None if tokens is None else list(tokens)
     return tuple(Edit("embed", None, 0.0, pos=where).positions(n_pos))
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c027
+# %% ../nbs/papers/10_causal_tracing.ipynb #c032
 def _clean(model: Model, ids: Tensor, component: str) -> tuple[Float[Tensor, "layer pos d_model"], int, float]:
     """Clean states, the answer's token id and its probability."""
     acts = capture(model, ids[None], component)
@@ -149,7 +153,7 @@ def _clean(model: Model, ids: Tensor, component: str) -> tuple[Float[Tensor, "la
     answer = int(probabilities.argmax())
     return acts[component][:, 0], answer, float(probabilities[answer])
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c033
 def _cells(settings: _Settings, clean: Tensor, frozen: Tensor | None, pos: int) -> list[list[Edit]]:
     """The interventions of one row of the heat map, one per layer."""
     restored = _restorations(settings.component, clean, pos, settings.window)
@@ -157,7 +161,7 @@ def _cells(settings: _Settings, clean: Tensor, frozen: Tensor | None, pos: int) 
         return restored
     return _with_severing(restored, _severing(settings.sever, frozen, pos), settings.second_draw)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c029
+# %% ../nbs/papers/10_causal_tracing.ipynb #c035
 def _scores(
     model: Model, batch: Tensor, positions: Sequence[int], settings: _Settings, drawn: Corruption, run: Corruption,
     batch_size: int | None, **sweep: Any,
@@ -181,7 +185,7 @@ def _scores(
     scores[reached] = replay.run(cells, p_answer, **sweep).unflatten(0, (len(reached), model.n_layers))
     return scores.cpu(), answer, high, float(low.mean())
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c030
+# %% ../nbs/papers/10_causal_tracing.ipynb #c036
 def trace(
     model: Model, prompt: str | Sequence[int] | Tensor, subject: str | Sequence[int], *, component: str = "resid_post",
     window: int = 10, noise: float | Noise | Tensor = 3.0, n_samples: int = 10, seed: int = 1,
@@ -190,13 +194,15 @@ def trace(
 ) -> CausalTrace:  # fmt: skip
     """Causal trace of one prompt (section 2.1): restore each state of a corrupted run and read p(answer).
 
-    `component` is `"resid_post"`, `"mlp_out"` or `"attn_out"`; the last two restore `window` layers at once. `subject` is text or
-    a (start, stop) token range. `noise` is a number of embedding standard deviations (of the whole vocabulary; the authors'
-    unit is `Noise(3, std=embedding_std(model, subjects))`), a `Noise`, or the tensor `[n_samples, n_subject_tokens, d_model]`
-    to add. `tokens` limits the restored positions: a list, `"subject"` or `"subject_last"`. `sever` (`"mlp_out"`, `"attn_out"`)
-    holds that sub-layer to its corrupted values (section 2.3). `batch_size` bounds the rows of one pass; `folder` makes the
-    sweep resumable. `quirks` of the authors' code: `"severed_noise"` (frozen values and corrupted score come from other noise than
-    the run) and `"additive_low"` (corrupted score with added noise although `replace` is on). Bad arguments: `ValueError`.
+    `component` is `"resid_post"`, `"mlp_out"` or `"attn_out"`; the last two restore `window` layers at once.
+    `subject` is text or a (start, stop) token range. `noise` is a number of embedding standard deviations (of the
+    whole vocabulary; the authors' unit is `Noise(3, std=embedding_std(model, subjects))`), a `Noise`, or the tensor
+    `[n_samples, n_subject_tokens, d_model]` to add. `tokens` limits the restored positions: a list, `"subject"` or
+    `"subject_last"`. `sever` (`"mlp_out"`, `"attn_out"`) holds that sub-layer to its corrupted values (section
+    2.3). `batch_size` bounds the rows of one pass; `folder` makes the sweep resumable. `quirks` of the authors'
+    code: `"severed_noise"` (frozen values and corrupted score come from other noise than the run) and
+    `"additive_low"` (corrupted score with added noise although `replace` is on).
+    Bad arguments: `ValueError`.
     """
     ids = model.to_tokens(prompt)
     span = find_subject(model, ids, subject)
@@ -209,7 +215,7 @@ def trace(
     measured = _scores(model, batch, positions, settings, drawn, run, batch_size, **sweep)
     return _result(model, ids, positions, settings, drawn, noise, measured)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c031
+# %% ../nbs/papers/10_causal_tracing.ipynb #c037
 def _result(
     model: Model, ids: Tensor, positions: tuple[int, ...], settings: _Settings, drawn: Corruption, noise: Any,
     measured: tuple[Tensor, int, float, float],
@@ -224,7 +230,7 @@ def _result(
         sever=settings.sever, provenance=provenance(model, **arguments),
     )  # fmt: skip
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c038
 def _noise_std(model: Model, noise: Any, drawn: Corruption) -> float:
     if isinstance(noise, Noise) and noise.kind == "gaussian":
         return noise.scale * noise.std
@@ -232,13 +238,13 @@ def _noise_std(model: Model, noise: Any, drawn: Corruption) -> float:
         return float(drawn.values.double().std())
     return float(noise) * embedding_std(model)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c039
+# %% ../nbs/papers/10_causal_tracing.ipynb #c046
 ROLES = (
     "first subject token", "middle subject tokens", "last subject token",
     "first token after", "further tokens", "last token",
 )  # fmt: skip
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c047
 def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     """The positions that play each role of `ROLES` in a prompt of `n_pos` tokens."""
     first, after = subject_range
@@ -246,7 +252,7 @@ def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     following = [[after], list(range(after + 1, last)), [last]] if after <= last else [[], [], [last]]
     return [[first], inner, [after - 1], *following]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c041
+# %% ../nbs/papers/10_causal_tracing.ipynb #c049
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AverageTrace(Result):
     """Causal traces averaged over facts by token role (figures 2 and 3 of the paper)."""
@@ -264,10 +270,7 @@ class AverageTrace(Result):
     sever: str | None = None
     roles: tuple[str, ...] = ROLES
 
-    @property
-    def n_facts(self) -> int:
-        """How many facts went into the average."""
-        return len(self.clean_probs)
+    n_facts = property(lambda self: len(self.clean_probs), doc="How many facts went into the average.")
 
     @property
     def indirect_effect(self) -> Float[Tensor, "role layer"]:
@@ -286,17 +289,15 @@ class AverageTrace(Result):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per role and layer: n, score, indirect effect, half width of the 95 % interval."""
-        layers = self.scores.shape[1]
-        where = [(r, n, layer) for r, n in zip(self.roles, self.counts, strict=True) for layer in range(layers)]
-        numbers = {"score": self.scores, "indirect_effect": self.indirect_effect, "half_width": self.half_width}
-        table = pd.DataFrame(where, columns=["role", "n", "layer"])
-        return table.assign(**{k: v.flatten().tolist() for k, v in numbers.items()})
+        n_layers = self.scores.shape[1]
+        where = [(r, n, layer) for r, n in zip(self.roles, self.counts, strict=True) for layer in range(n_layers)]
+        return _table(where, ["role", "n", "layer"], self, "half_width")
 
     def plot(self, ax: Any = None) -> Any:
         """Heat map of roles by layers; see `mechtut.plots.average_trace`."""
         return plots.average_trace(self, ax)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c043
+# %% ../nbs/papers/10_causal_tracing.ipynb #c051
 def _fields(fact: Any) -> tuple[str, str, str]:
     get = fact.get if isinstance(fact, Mapping) else lambda name: getattr(fact, name, None)
     prompt, subject, answer = get("prompt"), get("subject"), get("attribute") or get("object")
@@ -304,7 +305,7 @@ def _fields(fact: Any) -> tuple[str, str, str]:
         raise ValueError(f"a fact needs text in prompt, subject and attribute (or object), not {fact!r}")
     return prompt, subject, answer.strip()
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c052
 def trace_facts(
     model: Model, facts: Iterable[Any], *, noise: float | Noise = 3.0, folder: str | Path | None = None,
     progress: bool | None = None, **options: Any,
@@ -332,11 +333,11 @@ def trace_facts(
         raise ValueError(f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r}; nothing to trace")
     return average(traces, tuple(skipped))
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c044
+# %% ../nbs/papers/10_causal_tracing.ipynb #c053
 def _prediction(model: Model, prompt: str) -> str:
     return model.decode([int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]).strip()
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c054
 def _saved_or(folder: Path | None, key: str, run: Callable[[], CausalTrace]) -> CausalTrace:
     if folder is None:
         return run()
@@ -345,7 +346,7 @@ def _saved_or(folder: Path | None, key: str, run: Callable[[], CausalTrace]) -> 
         run().save(folder)
     return CausalTrace.load(folder)
 
-
+# %% ../nbs/papers/10_causal_tracing.ipynb #c055
 def average(traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()) -> AverageTrace:
     """Average traces of whole prompts by token role."""
     pooled: list[list[Tensor]] = [[] for _ in ROLES]

@@ -49,9 +49,9 @@ def find_subject(model: Model, tokens: Int[Tensor, "pos"], subject: str | Sequen
 class Noise:
     """How the subject's embeddings are corrupted (Meng et al. 2022, section 2.1 and appendix B).
 
-    `kind` is `"gaussian"` or `"uniform"` (between -1 and 1), multiplied by `scale * std`; `"embedding"` draws from a Gaussian with
-    the `mean` and covariance `root @ root.T` of real embeddings and ignores `scale`; `"student_t"` does the same with
-    `scale` degrees of freedom. `replace` overwrites the embeddings instead of adding to them.
+    `kind` is `"gaussian"` or `"uniform"` (between -1 and 1), multiplied by `scale * std`; `"embedding"` draws from a
+    Gaussian with the `mean` and covariance `root @ root.T` of real embeddings and ignores `scale`; `"student_t"` does
+    the same with `scale` degrees of freedom. `replace` overwrites the embeddings instead of adding to them.
     """
 
     scale: float = 3.0
@@ -62,14 +62,7 @@ class Noise:
     root: Float[Tensor, "d_model d_model"] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("gaussian", "uniform", "embedding", "student_t"):
-            raise ValueError(f"unknown noise kind {self.kind!r}; one of gaussian, uniform, embedding, student_t")
-        if not 0 < self.scale < float("inf") or not 0 < self.std < float("inf"):
-            raise ValueError(f"noise needs a positive finite scale and std, not {self.scale} and {self.std}")
-        if self.kind in ("embedding", "student_t") and (self.mean is None or self.root is None):
-            raise ValueError(f"{self.kind!r} noise needs the embeddings' statistics: use Noise.like_embeddings")
-        if self.kind == "student_t" and self.scale <= 2:
-            raise ValueError(f"Student's t needs more than 2 degrees of freedom to have a variance, not {self.scale}")
+        _check_noise(self)
 
     def __str__(self) -> str:
         return f"{self.kind} noise, scale {self.scale} x {self.std:.6g}" + (", replacing" if self.replace else "")
@@ -86,18 +79,35 @@ class Noise:
     ) -> Float[Tensor, "sample token d_model"]:
         """What is added to (or replaces) the embeddings, in float64; `skip` passes over so many earlier draws."""
         random = np.random.RandomState(seed)
-        shape = (n_samples, n_tokens, d_model)
         for _ in range(skip + 1):
-            draw = random.uniform(-1, 1, shape) if self.kind == "uniform" else random.randn(*shape)
-        if self.mean is None or self.root is None:
-            return torch.tensor(self.scale * self.std * draw)
-        z = self.mean.double().cpu() + torch.tensor(draw) @ self.root.double().cpu().T
-        if self.kind == "embedding":
-            return z
-        u = np.random.RandomState(seed + 1).chisquare(self.scale, 1000)[: n_samples * n_tokens]
-        return z * torch.tensor(np.sqrt((self.scale - 2) / u)).reshape(n_samples, n_tokens, 1)
+            shape = (n_samples, n_tokens, d_model)
+            raw = random.uniform(-1, 1, shape) if self.kind == "uniform" else random.randn(*shape)
+        if self.kind in ("gaussian", "uniform"):
+            return torch.tensor(self.scale * self.std * raw)
+        return _shape_like(self, torch.tensor(raw), seed)
 
 # %% ../nbs/core/09_corruption.ipynb #c009
+def _shape_like(noise: Noise, z: Float[Tensor, "sample token d_model"], seed: int) -> Tensor:
+    """Standard normal draws, given the embeddings' mean and covariance (and Student's heavy tails)."""
+    assert noise.mean is not None and noise.root is not None
+    z = noise.mean.double().cpu() + z @ noise.root.double().cpu().T
+    if noise.kind == "embedding":
+        return z
+    u = np.random.RandomState(seed + 1).chisquare(noise.scale, 1000)[: z.shape[0] * z.shape[1]]
+    return z * torch.tensor(np.sqrt((noise.scale - 2) / u)).reshape(*z.shape[:2], 1)
+
+# %% ../nbs/core/09_corruption.ipynb #c010
+def _check_noise(noise: Noise) -> None:
+    if noise.kind not in ("gaussian", "uniform", "embedding", "student_t"):
+        raise ValueError(f"unknown noise kind {noise.kind!r}; one of gaussian, uniform, embedding, student_t")
+    if not 0 < noise.scale < float("inf") or not 0 < noise.std < float("inf"):
+        raise ValueError(f"noise needs a positive finite scale and std, not {noise.scale} and {noise.std}")
+    if noise.kind in ("embedding", "student_t") and (noise.mean is None or noise.root is None):
+        raise ValueError(f"{noise.kind!r} noise needs the embeddings' statistics: use Noise.like_embeddings")
+    if noise.kind == "student_t" and noise.scale <= 2:
+        raise ValueError(f"Student's t needs more than 2 degrees of freedom to have a variance, not {noise.scale}")
+
+# %% ../nbs/core/09_corruption.ipynb #c011
 def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
     """Standard deviation of token embeddings, over all scalars together: of the subjects' tokens, or of the vocabulary.
 
@@ -108,7 +118,7 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
     ids = torch.cat([model.to_tokens(s) for s in subjects])
     return float(model.embed.weight[ids].std())
 
-# %% ../nbs/core/09_corruption.ipynb #c012
+# %% ../nbs/core/09_corruption.ipynb #c014
 @dataclass(frozen=True, eq=False)
 class Corruption:
     """The noise of one prompt, ready to be written onto its subject's embeddings."""
@@ -122,7 +132,7 @@ class Corruption:
         mode: Any = "set" if self.replace and not additive else "add"
         return Edit("embed", None, self.values, pos=range(*self.span), mode=mode)
 
-
+# %% ../nbs/core/09_corruption.ipynb #c015
 def corrupt(model: Model, noise: Any, n_samples: int, span: Span, seed: int, skip: int = 0) -> Corruption:
     """Noise for the subject at `span`: from a number of embedding standard deviations, a `Noise`, or a tensor to add."""
     if isinstance(noise, Tensor):

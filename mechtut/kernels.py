@@ -16,6 +16,23 @@ from torch import Tensor, nn
 from .models import Model
 
 # %% ../nbs/core/07_kernels.ipynb #c004
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """The same with a gradient for the input (the weights are frozen)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _linear(grads[0], ctx.weight.t().contiguous(), None), None, None
+
+# %% ../nbs/core/07_kernels.ipynb #c005
 def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A faster forward for a linear layer or GPT-2's activation, or `None` if the module is something else."""
     kind = type(module).__name__
@@ -28,22 +45,22 @@ def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     bias: Any = module.bias
 
     def forward(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _Linear.apply(x, weight, bias) if x.requires_grad else _linear(x, weight, bias)
 
     return forward
 
-
+# %% ../nbs/core/07_kernels.ipynb #c006
 def onednn_available() -> bool:
     """Whether this PyTorch can run float32 linear layers through oneDNN on the CPU."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-# %% ../nbs/core/07_kernels.ipynb #c005
+# %% ../nbs/core/07_kernels.ipynb #c007
 @contextmanager
 def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
     """Inside the block, the model's linear layers use oneDNN if that helps (float32 on a CPU).
 
     `enabled=False` keeps PyTorch's own products; an outer block decides for the blocks inside it. Results differ in
-    rounding only. Layers that carry their own `forward` on the instance are left alone.
+    rounding only; gradients reach activations, not weights. Layers that carry their own `forward` on the instance are left alone.
     """
     works = onednn_available() and model.device.type == "cpu" and model.dtype == torch.float32
     unembed = model.hf.get_submodule(model.family.unembed)
@@ -61,9 +78,9 @@ def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
         for module in borrowed:
             del module.forward
 
-
+# %% ../nbs/core/07_kernels.ipynb #c008
 _state: dict[str, bool] = {"allowed": True}
 
-
+# %% ../nbs/core/07_kernels.ipynb #c009
 def _allowed(enabled: bool | None) -> bool:
     return _state["allowed"] if enabled is None else enabled

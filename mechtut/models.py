@@ -170,7 +170,8 @@ class Model:
         self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """One plain forward pass. With an `attention_mask`, positions count from each row's first real token."""
-        return self.hf(input_ids=tokens, use_cache=False, **mask_arguments(attention_mask)).logits
+        given = mask_arguments(attention_mask) or {"attention_mask": torch.ones_like(tokens)}
+        return self.hf(input_ids=tokens, use_cache=False, **given).logits
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits of a residual stream: final norm, unembedding and, where the model has one, the soft cap."""
@@ -192,7 +193,7 @@ def _need_tokenizer(model: Model) -> Any:
         raise ValueError(f"{model.name} was loaded without a tokenizer; pass token ids, or load_model(hf, tokenizer)")
     return model.tokenizer
 
-
+# %% ../nbs/core/00_models.ipynb #c016
 def _to_tokens(model: Model, text: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
     if isinstance(text, str):
         ids = torch.tensor(_need_tokenizer(model)(text)["input_ids"], dtype=torch.long)
@@ -207,12 +208,12 @@ def _to_tokens(model: Model, text: str | Sequence[int] | Tensor) -> Int[Tensor, 
         raise ValueError(f"token id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside 0..{d_vocab - 1}")
     return ids.to(model.device)
 
-# %% ../nbs/core/00_models.ipynb #c017
+# %% ../nbs/core/00_models.ipynb #c018
 def mini_folder() -> Path:
     """Folder of the embedded model inside the installed package."""
     return Path(str(resources.files("mechtut"))) / "data" / "mini"
 
-
+# %% ../nbs/core/00_models.ipynb #c019
 def verify_fingerprint(folder: Path) -> None:
     """Check the weights in `folder` against its `fingerprint.json`; raise `ValueError` if a file is damaged."""
     for file, expected in json.loads((folder / "fingerprint.json").read_text()).items():
@@ -224,7 +225,7 @@ def verify_fingerprint(folder: Path) -> None:
                 "or fetch the file again if this is a git checkout"
             )
 
-# %% ../nbs/core/00_models.ipynb #c019
+# %% ../nbs/core/00_models.ipynb #c021
 def _unwrap_bridge(bridge: Any) -> tuple[Any, Any]:
     """The Hugging Face model inside a TransformerLens `TransformerBridge` (sharing its weights) and the tokenizer."""
     wired = bridge.original_model
@@ -237,7 +238,7 @@ def _unwrap_bridge(bridge: Any) -> tuple[Any, Any]:
     clean.tie_weights()
     return clean, bridge.tokenizer
 
-# %% ../nbs/core/00_models.ipynb #c020
+# %% ../nbs/core/00_models.ipynb #c022
 def load_model(
     source: Any = "mini",
     tokenizer: Any = None,
@@ -269,7 +270,7 @@ def load_model(
     _check_finite(model)
     return model
 
-# %% ../nbs/core/00_models.ipynb #c021
+# %% ../nbs/core/00_models.ipynb #c023
 def _from_pretrained(
     source: str, tokenizer: Any, dtype: torch.dtype | None, device: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, Any, str]:
@@ -287,7 +288,7 @@ def _from_pretrained(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return nn.Module.to(hf, target), tokenizer, source
 
-
+# %% ../nbs/core/00_models.ipynb #c024
 @contextmanager
 def _no_progress_bar(quiet: bool) -> Iterator[None]:
     """Loading the embedded model takes a blink: no bar for it."""
@@ -302,13 +303,13 @@ def _no_progress_bar(quiet: bool) -> Iterator[None]:
         if quiet:
             logging.enable_progress_bar()
 
-
+# %% ../nbs/core/00_models.ipynb #c025
 def _check_finite(model: Model) -> None:
     for name, weight in model.hf.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{model.name} has NaN or infinite values in {name}; the file may be damaged")
 
-# %% ../nbs/core/00_models.ipynb #c029
+# %% ../nbs/core/00_models.ipynb #c033
 def weight_fingerprint(model: Model, samples: int = 4096) -> str:
     """Short hash of the model's weights: name, shape and an even sample of every parameter."""
     digest = hashlib.sha256()

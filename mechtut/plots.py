@@ -22,12 +22,12 @@ COMPONENTS = {  # component: (name for people, heat map, line colour)
     "attn_out": ("attention", "Reds", "#cb181d"),
 }
 
-
+# %% ../nbs/core/04_plots.ipynb #c004
 def _windowed(component: str, window: int) -> str:
     name = COMPONENTS[component][0]
     return f"single layer of the {name}" if component == "resid_post" else f"centre of {window} restored {name} layers"
 
-# %% ../nbs/core/04_plots.ipynb #c005
+# %% ../nbs/core/04_plots.ipynb #c006
 def heat_map(
     values: Float[np.ndarray, "row layer"], rows: Sequence[str], *, low: float, label: str, xlabel: str = "layer",
     cmap: str = "Purples", high: float | None = None, ax: Axes | None = None,
@@ -43,13 +43,13 @@ def heat_map(
     colours.set_label(label)
     return ax
 
-
+# %% ../nbs/core/04_plots.ipynb #c007
 def starred(tokens: Sequence[str], subject_range: Sequence[int]) -> list[str]:
     """Tokens as axis labels: visible line breaks, and a star behind each subject token."""
     shown = [t.strip().replace("\n", "\\n") or repr(t)[1:-1] for t in tokens]
     return [t + "*" if subject_range[0] <= i < subject_range[1] else t for i, t in enumerate(shown)]
 
-# %% ../nbs/core/04_plots.ipynb #c008
+# %% ../nbs/core/04_plots.ipynb #c010
 def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) -> Axes:
     """Heat map of one `CausalTrace`: p(answer) after restoring each state of a corrupted run."""
     _, cmap, _ = COMPONENTS[trace.component]
@@ -59,7 +59,7 @@ def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) 
         xlabel=_windowed(trace.component, trace.window), cmap=cmap, ax=ax,
     )  # fmt: skip
 
-
+# %% ../nbs/core/04_plots.ipynb #c011
 def causal_traces(traces: Sequence[Any]) -> Figure:
     """The paper's three panels: one prompt, one panel per component, one colour scale."""
     n_rows, n_layers = traces[0].scores.shape
@@ -70,7 +70,7 @@ def causal_traces(traces: Sequence[Any]) -> Figure:
         causal_trace(t, ax, high)
     return figure
 
-# %% ../nbs/core/04_plots.ipynb #c010
+# %% ../nbs/core/04_plots.ipynb #c013
 def average_trace(average: Any, ax: Axes | None = None) -> Axes:
     """Heat map of an `AverageTrace`: indirect effect by token role and layer, clipped at zero as in the paper."""
     name, cmap, _ = COMPONENTS[average.component]
@@ -80,7 +80,7 @@ def average_trace(average: Any, ax: Axes | None = None) -> Axes:
     ax.set_title(f"{name}, {average.n_facts} facts", fontsize=10)
     return ax
 
-
+# %% ../nbs/core/04_plots.ipynb #c014
 def average_lines(averages: Sequence[Any], roles: Sequence[str] | None = None) -> Figure:
     """Indirect effect by layer with 95 % confidence bands: one panel per component, one line per role."""
     figure, axes = plt.subplots(
@@ -96,7 +96,7 @@ def average_lines(averages: Sequence[Any], roles: Sequence[str] | None = None) -
     axes[0][-1].legend(fontsize=8, frameon=False)
     return figure
 
-
+# %% ../nbs/core/04_plots.ipynb #c015
 def _band(ax: Axes, middle: Float[np.ndarray, "layer"], half: Float[np.ndarray, "layer"], label: str) -> None:
     layers = np.arange(len(middle))
     (line,) = ax.plot(layers, middle, marker=".", lw=1.4, label=label)

@@ -9,7 +9,6 @@ __all__ = ['Intervention', 'Metric', 'naive_replay', 'Replay', 'cone_token_layer
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from .blocks import BlockInputs, Stop, record_blocks
 from .kernels import fast_matmul
 from .models import Model, weight_fingerprint
 from .sites import Edit, Site, Visitor, attention_tap, check_edits, intervene, visiting, write_into
@@ -27,7 +27,7 @@ from .store import Store, fingerprint, quiet
 # %% ../nbs/core/02_replay.ipynb #c004
 Intervention = Sequence[Edit]
 
-
+# %% ../nbs/core/02_replay.ipynb #c005
 def naive_replay(
     model: Model, tokens: Int[Tensor, "batch pos"], interventions: Sequence[Intervention], base_edits: Intervention = ()
 ) -> Float[Tensor, "intervention batch d_vocab"]:
@@ -38,61 +38,28 @@ def naive_replay(
             rows.append(model.logits(tokens)[:, -1])
     return torch.stack(rows)
 
-# %% ../nbs/core/02_replay.ipynb #c007
+# %% ../nbs/core/02_replay.ipynb #c008
 @dataclass(frozen=True)
-class _Base:
-    """One recorded forward pass. `resid[l]` enters block `l`; `resid[n_layers]` leaves the last block."""
-
-    resid: list[Float[Tensor, "batch pos d_model"]]
+class _Base(BlockInputs):
     keys: list[Float[Tensor, "batch kv_head pos d_head"]]
     values: list[Float[Tensor, "batch kv_head pos d_head"]]
-    arguments: list[dict[str, Any]]  # of each block's forward, by name
 
-    @property
-    def n_rows(self) -> int:
-        return self.resid[0].shape[0]
-
-
-class _Stop(Exception):
-    """Ends a forward pass early, once it has given what we came for."""
-
-
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "use_cache", "cache_position")
-
-# %% ../nbs/core/02_replay.ipynb #c008
+# %% ../nbs/core/02_replay.ipynb #c009
 def _record(model: Model, tokens: Tensor, edits: Intervention, mask: Tensor | None) -> _Base:
     """Run the model once under `edits` (on the embedding only) and keep what restarts need."""
-    base = _Base([], [], [], [])
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
 
     def keep_kv(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        base.keys.append(k)
-        base.values.append(v)
+        keys.append(k)
+        values.append(v)
         return q, k, v
 
-    def keep_input(block: Any, args: tuple, kwargs: dict) -> None:
-        bound = signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        named = {**bound.pop("kwargs", {}), **bound}
-        base.resid.append(named.pop("hidden_states"))
-        kept = {k: v for k, v in named.items() if v is not None and k not in ("self", *_CACHE_ARGUMENTS)}
-        base.arguments.append(kept)
+    with attention_tap(model, arguments=keep_kv, explicit_mask=True), intervene(model, edits, must_fire=False):
+        inputs = record_blocks(model, tokens, mask)
+    return _Base(inputs.resid, inputs.arguments, keys, values)
 
-    def keep_last(_block: Any, _args: tuple, output: Any) -> None:
-        base.resid.append(output[0] if isinstance(output, tuple) else output)
-        raise _Stop  # nobody needs the unembedding of every position
-
-    hooks = [b.register_forward_pre_hook(keep_input, with_kwargs=True) for b in model.blocks]
-    hooks.append(model.blocks[-1].register_forward_hook(keep_last))
-    try:
-        with attention_tap(model, arguments=keep_kv, explicit_mask=True), intervene(model, edits, must_fire=False):
-            model.logits(tokens, mask)
-    except _Stop:
-        return base
-    finally:
-        for hook in hooks:
-            hook.remove()
-    raise RuntimeError(f"the forward pass of {model.name} did not go through its last block")
-
-# %% ../nbs/core/02_replay.ipynb #c010
+# %% ../nbs/core/02_replay.ipynb #c011
 def _slice_arguments(arguments: dict[str, Any], n_pos: int, start: int, stop: int, copies: int) -> dict[str, Any]:
     """The block's own arguments for positions `start..stop-1`, with its batch repeated `copies` times."""
 
@@ -112,14 +79,14 @@ def _slice_arguments(arguments: dict[str, Any], n_pos: int, start: int, stop: in
 
     return {name: cut(x) for name, x in arguments.items()}
 
-# %% ../nbs/core/02_replay.ipynb #c012
+# %% ../nbs/core/02_replay.ipynb #c013
 @dataclass
 class _Branch:
     x: Float[Tensor, "batch pos d_model"]
     members: list[int]  # the interventions that share this state
     edits: list[Edit] = field(default_factory=list)  # inside the block it is about to enter
 
-
+# %% ../nbs/core/02_replay.ipynb #c014
 @dataclass(frozen=True)
 class _Plan:
     """One intervention, sorted by layer: `inside[l]` applies within block `l`, `after[l]` to its output."""
@@ -132,7 +99,7 @@ class _Plan:
     def first_layer(self) -> int:
         return min([*self.inside, *self.after])
 
-# %% ../nbs/core/02_replay.ipynb #c013
+# %% ../nbs/core/02_replay.ipynb #c015
 def _plan(edits: Intervention, n_pos: int, n_layers: int, readout: Sequence[int]) -> _Plan | None:
     """Sort the edits by layer, leaving out those that cannot reach the readout; `None` if none is left."""
     start = n_pos
@@ -152,7 +119,7 @@ def _plan(edits: Intervention, n_pos: int, n_layers: int, readout: Sequence[int]
             (after if edit.site == "resid_post" else inside).setdefault(layer, []).append(edit)
     return _Plan(start, inside, after) if inside or after else None
 
-# %% ../nbs/core/02_replay.ipynb #c014
+# %% ../nbs/core/02_replay.ipynb #c016
 def _split(branch: _Branch, plans: dict[int, _Plan], where: str, layer: int) -> list[tuple[list[Edit], list[int]]]:
     """Group a branch's interventions by what they write here: the same tensors in the same places."""
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
@@ -162,11 +129,11 @@ def _split(branch: _Branch, plans: dict[int, _Plan], where: str, layer: int) -> 
         groups.setdefault(same, (edits, []))[1].append(i)
     return list(groups.values())
 
-
+# %% ../nbs/core/02_replay.ipynb #c017
 def _identity(value: Tensor | float) -> Any:
     return (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else value
 
-# %% ../nbs/core/02_replay.ipynb #c016
+# %% ../nbs/core/02_replay.ipynb #c019
 def _write_all(x: Tensor, per_branch: Sequence[list[Edit]], window: range | list[int], n_pos: int) -> Tensor:
     """Apply each branch's edits to its rows of `x`, whose position axis holds the positions in `window`."""
     out = x.clone()
@@ -177,7 +144,7 @@ def _write_all(x: Tensor, per_branch: Sequence[list[Edit]], window: range | list
             write_into(out[j * rows : (j + 1) * rows], edit, [column.get(p) for p in edit.positions(n_pos)])
     return out
 
-
+# %% ../nbs/core/02_replay.ipynb #c020
 def _visitors(layer: int, per_branch: Sequence[list[Edit]], window: range, n_pos: int) -> dict[Site, Visitor]:
     def visitor(site: str) -> Visitor:
         mine = [[e for e in edits if e.site == site] for edits in per_branch]
@@ -186,7 +153,7 @@ def _visitors(layer: int, per_branch: Sequence[list[Edit]], window: range, n_pos
     sites = {e.site for edits in per_branch for e in edits}
     return {Site(site, layer): visitor(site) for site in sites}
 
-# %% ../nbs/core/02_replay.ipynb #c017
+# %% ../nbs/core/02_replay.ipynb #c021
 def _through_block(
     replay: "Replay", layer: int, x: Tensor, per_branch: Sequence[list[Edit]], start: int, prefix: tuple | None = None,
     only_kv: bool = False,
@@ -208,22 +175,22 @@ def _through_block(
         v = torch.cat([_tile(before_v, v.shape[0]), edited("v", v)], dim=2)
         found.extend([k, v])
         if only_kv:
-            raise _Stop
+            raise Stop
         return edited("q", q), k, v
 
     arguments = _slice_arguments(base.arguments[layer], n_pos, start, window.stop, copies)
     try:
         with attention_tap(replay.model, arguments=extend), visiting(replay.model, visitors):
             out = replay.model.blocks[layer](x, **arguments)
-    except _Stop:
+    except Stop:
         return tuple(found)
     return out[0] if isinstance(out, tuple) else out
 
-
+# %% ../nbs/core/02_replay.ipynb #c022
 def _tile(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], 1, 1, 1)
 
-# %% ../nbs/core/02_replay.ipynb #c019
+# %% ../nbs/core/02_replay.ipynb #c024
 def _last_block(replay: "Replay", x: Tensor, per_branch: Sequence[list[Edit]], start: int) -> Tensor:
     """Output of the last block at the readout positions from `start` on."""
     layer, reads = replay.model.n_layers - 1, replay.reads(start)
@@ -233,7 +200,7 @@ def _last_block(replay: "Replay", x: Tensor, per_branch: Sequence[list[Edit]], s
     out = _through_block(replay, layer, x[:, first - start :], per_branch, first, prefix)
     return out[:, [p - first for p in reads]]
 
-
+# %% ../nbs/core/02_replay.ipynb #c025
 def _step(replay: "Replay", branches: list[_Branch], layer: int, start: int) -> None:
     """Take every branch through block `layer`, at most `batch_size` rows at a time."""
     per_pass = max(1, replay.batch_size // replay.base.n_rows)
@@ -248,7 +215,7 @@ def _step(replay: "Replay", branches: list[_Branch], layer: int, start: int) -> 
         for branch, new in zip(chunk, x.chunk(len(chunk)), strict=True):
             branch.x = new
 
-# %% ../nbs/core/02_replay.ipynb #c021
+# %% ../nbs/core/02_replay.ipynb #c027
 def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: int, start: int) -> list[_Branch]:
     """The states, after block `layer`, of interventions whose first edit is there."""
     resid, last = replay.base.resid, layer == replay.model.n_layers - 1
@@ -258,7 +225,8 @@ def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: i
         x = resid[layer + 1][:, keep]
         if edits:
             spread = any(e.site in ("k", "v") for e in edits)
-            stop = replay.n_pos if spread else 1 + max(p for e in edits for p in e.positions(replay.n_pos_full) if p < replay.n_pos)
+            changed = [p for e in edits for p in e.positions(replay.n_pos_full) if p < replay.n_pos]
+            stop = replay.n_pos if spread else 1 + max(changed)
             new = _through_block(replay, layer, resid[layer][:, start:stop], [edits], start)
             index = [(i, p - start) for i, p in enumerate(keep) if p < stop]
             x = x.clone()
@@ -266,7 +234,7 @@ def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: i
         born.append(_Branch(x, members))
     return born
 
-# %% ../nbs/core/02_replay.ipynb #c023
+# %% ../nbs/core/02_replay.ipynb #c029
 def _sweep(replay: "Replay", plans: dict[int, _Plan], metric: "Metric") -> Tensor:
     """Metric of all interventions of one group, which share their first changed position."""
     start, n_layers = next(iter(plans.values())).start, replay.model.n_layers
@@ -283,7 +251,7 @@ def _sweep(replay: "Replay", plans: dict[int, _Plan], metric: "Metric") -> Tenso
         live = [_Branch(_write_all(b.x, [e], window, replay.n_pos_full) if e else b.x, m) for b, e, m in parted]
     return _read_out(replay, live, list(plans), start, metric)
 
-
+# %% ../nbs/core/02_replay.ipynb #c030
 def _read_out(replay: "Replay", live: list[_Branch], order: list[int], start: int, metric: "Metric") -> Tensor:
     """The metric of every branch's logits, a few branches at a time, in the order of the interventions."""
     untouched = replay.base.resid[-1][:, [p for p in replay.readout if p < start]]
@@ -296,14 +264,14 @@ def _read_out(replay: "Replay", live: list[_Branch], order: list[int], start: in
             results.update(dict.fromkeys(branch.members, value))
     return torch.stack([results[i] for i in order])
 
-# %% ../nbs/core/02_replay.ipynb #c025
+# %% ../nbs/core/02_replay.ipynb #c032
 Metric = Callable[[Float[Tensor, "n batch readout d_vocab"]], Tensor]
 
-
+# %% ../nbs/core/02_replay.ipynb #c033
 def _logits(logits: Tensor) -> Tensor:
     return logits
 
-
+# %% ../nbs/core/02_replay.ipynb #c034
 class Replay:
     """Exact re-runs of one base run, each with a few edits, recomputing only what they can change.
 
@@ -314,15 +282,10 @@ class Replay:
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokens: Int[Tensor, "batch pos"],
-        *,
-        base_edits: Intervention = (),
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
-        readout: Sequence[int] = (-1,),
+        self, model: Model, tokens: Int[Tensor, "batch pos"], *, base_edits: Intervention = (),
+        attention_mask: Int[Tensor, "batch pos"] | None = None, readout: Sequence[int] = (-1,),
         batch_size: int | None = None,
-    ):
+    ):  # fmt: skip
         _check_base(model, tokens, base_edits, batch_size)
         self.model, self.tokens = model, tokens.to(model.device)
         self.n_pos_full = tokens.shape[1]
@@ -348,7 +311,7 @@ class Replay:
     ) -> Tensor:  # fmt: skip
         """`metric(logits)` of each intervention, stacked along axis 0.
 
-        `metric` maps logits `[n, batch, readout, d_vocab]` to a tensor whose first axis is `n`; the default keeps the logits.
+        `metric` maps logits `[n, batch, readout, d_vocab]` to a tensor whose first axis is `n`; the default keeps them.
         With a `folder`, finished groups are written there, and a later call with the same model, tokens, interventions and
         metric name continues where this one stopped. Interventions that cannot reach the readout cost nothing.
         Raises `ValueError` if a result is not finite.
@@ -360,7 +323,7 @@ class Replay:
         with fast_matmul(self.model), torch.no_grad():
             return _run(self, plans, metric, store, progress)
 
-# %% ../nbs/core/02_replay.ipynb #c026
+# %% ../nbs/core/02_replay.ipynb #c035
 def _check_base(model: Model, tokens: Tensor, base_edits: Intervention, batch_size: int | None) -> None:
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens must be [batch, pos] and not empty, not of shape {tuple(tokens.shape)}")
@@ -370,22 +333,22 @@ def _check_base(model: Model, tokens: Tensor, base_edits: Intervention, batch_si
     if wrong:
         raise ValueError(f"base_edits may only edit 'embed', not {wrong[0]!r}: put that edit into every intervention")
 
-
+# %% ../nbs/core/02_replay.ipynb #c036
 def _check_intervention(model: Model, edits: Intervention) -> None:
     check_edits(model, edits)
     for edit in edits:
         if edit.site not in _REPLAYABLE:
             raise ValueError(f"the engine cannot edit {edit.site!r}, only {', '.join(_REPLAYABLE)}; use `intervene`")
 
-
+# %% ../nbs/core/02_replay.ipynb #c037
 _REPLAYABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", "q", "k", "v", "z")
 
-
+# %% ../nbs/core/02_replay.ipynb #c038
 def _default_batch(model: Model, n_pos: int) -> int:
     # Widest are the MLP's neurons (up to about 4 d_model, a few copies alive at once).
     return max(1, 256 * 2**20 // (4 * n_pos * 16 * model.d_model))
 
-# %% ../nbs/core/02_replay.ipynb #c028
+# %% ../nbs/core/02_replay.ipynb #c040
 def _groups(plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30) -> list[list[int]]:
     """Interventions by first changed position, then layer, in groups whose live streams fit the limit."""
     order = sorted((p.start, p.first_layer, i) for i, p in enumerate(plans) if p is not None)
@@ -397,7 +360,7 @@ def _groups(plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30
         groups += [members[i : i + fits] for i in range(0, len(members), fits)]
     return groups
 
-
+# %% ../nbs/core/02_replay.ipynb #c041
 def _run(
     replay: Replay, plans: list[_Plan | None], metric: Metric, store: Store | None, progress: bool | None
 ) -> Tensor:
@@ -415,12 +378,12 @@ def _run(
         raise ValueError("a result is NaN or infinite; check the edits' values and the metric")
     return out
 
-# %% ../nbs/core/02_replay.ipynb #c034
+# %% ../nbs/core/02_replay.ipynb #c047
 def cone_token_layers(n_layers: int, n_pos: int, layer: int, pos: int) -> int:
     """Token–layers that an edit of block `layer`'s output at `pos` can change: layers above, positions from `pos` on."""
     return (n_layers - 1 - layer) * (n_pos - pos)
 
-# %% ../nbs/core/02_replay.ipynb #c037
+# %% ../nbs/core/02_replay.ipynb #c050
 def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) -> str:
     """Identifies a sweep: the weights, the prompt, every edit, the readout and the metric's name."""
     name = getattr(metric, "__qualname__", "metric")

@@ -35,7 +35,7 @@ def provenance(model: Model, **arguments: Any) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-
+# %% ../nbs/core/03_results.ipynb #c005
 def _commit() -> str | None:
     try:
         out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
@@ -43,13 +43,13 @@ def _commit() -> str | None:
         return None
     return out.stdout.strip() or None
 
-
+# %% ../nbs/core/03_results.ipynb #c006
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)}"
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
-# %% ../nbs/core/03_results.ipynb #c007
+# %% ../nbs/core/03_results.ipynb #c009
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
     """Base of every result: tensors and plain values as fields, saved as `tensors.safetensors` and `result.json`."""

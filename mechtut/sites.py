@@ -34,7 +34,7 @@ _TRANSFORMER_LENS = {
     "attn.hook_v": "v", "attn.hook_z": "z", "attn.hook_pattern": "pattern",
 }  # fmt: skip
 
-
+# %% ../nbs/core/01_sites.ipynb #c005
 @dataclass(frozen=True)
 class Site:
     """A place in the computation: a name from `SITES` and a layer, or the dotted path of any module."""
@@ -56,7 +56,7 @@ class Site:
     def __str__(self) -> str:
         return self.name if self.layer is None else f"{self.name}.{self.layer}"
 
-# %% ../nbs/core/01_sites.ipynb #c007
+# %% ../nbs/core/01_sites.ipynb #c008
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Write `value` at a site.
@@ -84,7 +84,7 @@ class Edit:
                 raise IndexError(f"position {p} is outside the prompt, which has {n_pos} tokens (0..{n_pos - 1})")
         return [p % n_pos for p in wanted]
 
-# %% ../nbs/core/01_sites.ipynb #c008
+# %% ../nbs/core/01_sites.ipynb #c009
 def write_into(x: Tensor, edit: Edit, columns: Sequence[int | None]) -> None:
     """Write the edit into `x` in place. `columns` are its positions in `x`'s own position axis; `None` is not there."""
     here = [(i, c) for i, c in enumerate(columns) if c is not None]
@@ -100,21 +100,21 @@ def write_into(x: Tensor, edit: Edit, columns: Sequence[int | None]) -> None:
     # Summing in the wider of the two types and rounding once is what adding float64 noise to a float32 model means.
     x[index] = (old + value if edit.mode == "add" else value.expand(old.shape)).to(x.dtype)
 
-
+# %% ../nbs/core/01_sites.ipynb #c010
 def write(x: Tensor, edit: Edit, columns: Sequence[int]) -> Tensor:
     """A copy of `x` with the edit written at `columns`."""
     out = x.clone()
     write_into(out, edit, columns)
     return out
 
-# %% ../nbs/core/01_sites.ipynb #c011
+# %% ../nbs/core/01_sites.ipynb #c013
 @dataclass(frozen=True)
 class _Place:
     module: nn.Module
     side: Literal["in", "out"]
     n_heads: int | None = None  # split the last axis into this many heads
 
-
+# %% ../nbs/core/01_sites.ipynb #c014
 def check_layer(model: Model, layer: int | None, site: str) -> int:
     """The layer as an index, or an `IndexError` that says which layers there are."""
     if layer is None:
@@ -123,7 +123,7 @@ def check_layer(model: Model, layer: int | None, site: str) -> int:
         raise IndexError(f"layer {layer} does not exist in {model.name}: it has layers 0..{model.n_layers - 1}")
     return layer
 
-
+# %% ../nbs/core/01_sites.ipynb #c015
 def _place(model: Model | nn.Module, site: Site) -> _Place:
     if not isinstance(model, Model) or site.name not in SITES:
         return _module_place(model.hf if isinstance(model, Model) else model, site.name)
@@ -138,7 +138,7 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
     side: Literal["in", "out"] = "in" if site.name in ("mlp_act", "z") else "out"
     return _Place(model.part(layer, path), side, model.n_heads if site.name == "z" else None)
 
-# %% ../nbs/core/01_sites.ipynb #c012
+# %% ../nbs/core/01_sites.ipynb #c016
 def _module_place(root: nn.Module, path: str) -> _Place:
     try:
         return _Place(root.get_submodule(path), "out")
@@ -147,16 +147,16 @@ def _module_place(root: nn.Module, path: str) -> _Place:
         hint = f"; modules with that ending: {', '.join(near)}" if near else ""
         raise ValueError(f"unknown site {path!r}: not one of {', '.join(SITES)}, nor a module path{hint}") from None
 
-
+# %% ../nbs/core/01_sites.ipynb #c017
 def _to_site(x: Tensor, place: _Place, batch: int | None) -> Tensor:
     if x.ndim == 2 and batch is not None:  # OPT's MLP sees [batch * pos, width]
         x = rearrange(x, "(batch pos) d -> batch pos d", batch=batch)
     return x if place.n_heads is None else rearrange(x, "b p (head d) -> b p head d", head=place.n_heads)
 
-# %% ../nbs/core/01_sites.ipynb #c014
+# %% ../nbs/core/01_sites.ipynb #c019
 Visitor = Callable[[Tensor], Tensor | None]
 
-
+# %% ../nbs/core/01_sites.ipynb #c020
 def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
     def visit(x: Tensor) -> Tensor | None:
         new = fn(_to_site(x, place, batch()))
@@ -177,7 +177,7 @@ def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
         return place.module.register_forward_pre_hook(before, with_kwargs=True)
     return place.module.register_forward_hook(after)
 
-# %% ../nbs/core/01_sites.ipynb #c016
+# %% ../nbs/core/01_sites.ipynb #c022
 @dataclass
 class AttentionTap:
     """What the registered attention function does while it is switched on.
@@ -197,11 +197,11 @@ class AttentionTap:
         """The implementation that does the work."""
         return "eager" if self.pattern is not None else self.own
 
-
+# %% ../nbs/core/01_sites.ipynb #c023
 _taps: list[AttentionTap] = []  # the innermost switched-on tap is last
 _NAME = "mechtut"
 
-# %% ../nbs/core/01_sites.ipynb #c017
+# %% ../nbs/core/01_sites.ipynb #c024
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     """The registered attention function: the model's own, with the tap's eyes and hands."""
     tap, layer = _taps[-1], int(module.layer_idx)
@@ -216,26 +216,26 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     values = v.repeat_interleave(new.shape[1] // v.shape[1], dim=1)
     return rearrange(new @ values, "b head pos d -> b pos head d"), new
 
-
+# %% ../nbs/core/01_sites.ipynb #c025
 def _mask(*args: Any, **kwargs: Any) -> Any:
     tap = _taps[-1]
     if tap.explicit_mask:
         kwargs["allow_is_causal_skip"] = False
     return _mask_registry()[tap.delegate](*args, **kwargs)
 
-# %% ../nbs/core/01_sites.ipynb #c018
+# %% ../nbs/core/01_sites.ipynb #c026
 def _registry() -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS
 
-
+# %% ../nbs/core/01_sites.ipynb #c027
 def _mask_registry() -> Any:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     return ALL_MASK_ATTENTION_FUNCTIONS
 
-
+# %% ../nbs/core/01_sites.ipynb #c028
 @contextmanager
 def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
     """Route the model's attention through an `AttentionTap` and restore it on exit, also after an error."""
@@ -257,7 +257,7 @@ def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
         config._attn_implementation = own
         _taps.remove(tap)
 
-# %% ../nbs/core/01_sites.ipynb #c020
+# %% ../nbs/core/01_sites.ipynb #c030
 @contextmanager
 def visiting(model: Model | nn.Module, visitors: Mapping[Site, Visitor]) -> Iterator[set[Site]]:
     """Call each visitor with its site's tensor in every forward pass inside the block; yields the sites that fired."""
@@ -288,7 +288,7 @@ def visiting(model: Model | nn.Module, visitors: Mapping[Site, Visitor]) -> Iter
             stack.enter_context(_visit_attention(model, {s: marking(s) for s in inside}))
         yield fired
 
-# %% ../nbs/core/01_sites.ipynb #c021
+# %% ../nbs/core/01_sites.ipynb #c031
 def _visit_attention(model: Model, visitors: Mapping[Site, Visitor]) -> Any:
     for site in visitors:
         check_layer(model, site.layer, site.name)
@@ -308,18 +308,18 @@ def _visit_attention(model: Model, visitors: Mapping[Site, Visitor]) -> Any:
     wants_pattern = any(s.name == "pattern" for s in visitors)
     return attention_tap(model, arguments=arguments, pattern=pattern if wants_pattern else None)
 
-# %% ../nbs/core/01_sites.ipynb #c023
+# %% ../nbs/core/01_sites.ipynb #c033
 def _all_fired(wanted: Sequence[Site], fired: set[Site]) -> None:
     silent = [str(s) for s in wanted if s not in fired]
     if silent:
         raise RuntimeError(f"the forward pass never reached {', '.join(silent)}; does this model use that module?")
 
-# %% ../nbs/core/01_sites.ipynb #c024
+# %% ../nbs/core/01_sites.ipynb #c034
 def _site_of(edit: Edit) -> Site:
     site = Site.parse(edit.site)
     return Site(site.name, site.layer if edit.layer is None else edit.layer)
 
-
+# %% ../nbs/core/01_sites.ipynb #c035
 @contextmanager
 def intervene(model: Model | nn.Module, edits: Sequence[Edit], *, must_fire: bool = True) -> Iterator[None]:
     """Inside the `with` block every forward pass writes the edits; edits of one site apply in the order given.
@@ -346,7 +346,7 @@ def intervene(model: Model | nn.Module, edits: Sequence[Edit], *, must_fire: boo
     if must_fire:
         _all_fired(list(by_site), fired)
 
-# %% ../nbs/core/01_sites.ipynb #c025
+# %% ../nbs/core/01_sites.ipynb #c036
 def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
     """Raise a clear `ValueError` or `IndexError` for a site, layer or head that the model does not have."""
     for edit in edits:
@@ -362,7 +362,7 @@ def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
         if not 0 <= edit.head < n:
             raise IndexError(f"head {edit.head} does not exist at {edit.site!r}: {model.name} has heads 0..{n - 1}")
 
-# %% ../nbs/core/01_sites.ipynb #c027
+# %% ../nbs/core/01_sites.ipynb #c038
 @dataclass(frozen=True)
 class Activations(Mapping[str, Tensor]):
     """Captured tensors by site: `acts["resid_post.3"]`, or `acts["resid_post"]` stacked over layers."""
@@ -385,7 +385,7 @@ class Activations(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.by_site)
 
-# %% ../nbs/core/01_sites.ipynb #c028
+# %% ../nbs/core/01_sites.ipynb #c039
 def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[Site]:
     """Parse site names; a layered site without a layer means every layer."""
     out: list[Site] = []
@@ -396,7 +396,7 @@ def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[S
             out.append(site)
     return out
 
-
+# %% ../nbs/core/01_sites.ipynb #c040
 def capture(
     model: Model | nn.Module,
     inputs: Int[Tensor, "batch pos"] | Any,

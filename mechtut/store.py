@@ -25,7 +25,7 @@ def fingerprint(*parts: Any) -> str:
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
 
-
+# %% ../nbs/core/08_store.ipynb #c005
 class Store:
     """Finished pieces of one sweep in a folder, as safetensors files; `key` says which sweep it is.
 
@@ -53,7 +53,7 @@ class Store:
         os.replace(half, path)
         return values
 
-
+# %% ../nbs/core/08_store.ipynb #c006
 def quiet(progress: bool | None) -> bool:
-    """Whether to hide progress bars: as asked, or if the environment says `MECHTUT_PROGRESS=0`."""
-    return os.environ.get("MECHTUT_PROGRESS") == "0" if progress is None else not progress
+    """Whether to hide progress bars: as asked, or where the environment has tqdm's own `TQDM_DISABLE=1`."""
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0") if progress is None else not progress
