@@ -53,10 +53,7 @@ class CausalTrace(Result):
         """How much of the answer each state brings back: restored minus corrupted probability (section 2.1)."""
         return self.scores - self.corrupted_prob
 
-    @property
-    def total_effect(self) -> float:
-        """How much the noise destroyed: clean minus corrupted probability."""
-        return self.clean_prob - self.corrupted_prob
+    total_effect = property(lambda self: self.clean_prob - self.corrupted_prob, doc="How much the noise destroyed.")
 
     @property
     def standard_error(self) -> Float[Tensor, "pos layer"]:

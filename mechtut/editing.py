@@ -136,7 +136,8 @@ def counterfact_scores(probs: Mapping[str, Sequence[Mapping[str, float]]]) -> di
     out = {}
     for name in ("rewrite", "paraphrase", "neighborhood"):
         rows = probs[f"{name}_prompts_probs"]
-        gap = [(p["target_true"], p["target_new"]) if name != "neighborhood" else (p["target_new"], p["target_true"]) for p in rows]
+        should_lose, should_win = ("target_new", "target_true") if name == "neighborhood" else ("target_true", "target_new")
+        gap = [(p[should_lose], p[should_win]) for p in rows]
         success, difference = [a > b for a, b in gap], [np.exp(-b) - np.exp(-a) for a, b in gap]
         out[f"{name}_success"] = float(np.mean(success)) if rows else float("nan")
         out[f"{name}_diff"] = float(np.mean(difference)) if rows else float("nan")
@@ -147,7 +148,7 @@ def zsre_correct(model: Model, case: Mapping[str, Any]) -> dict[str, list[bool]]
     """For every target token of a zsRE record: is it the argmax, given the true tokens before it?"""
     rewrite = case["requested_rewrite"]
     asked = [rewrite["prompt"].format(rewrite["subject"])]
-    out = {}
+    out: dict[str, list[bool]] = {}
     for name, prompts in (("rewrite", asked), ("paraphrase", case["paraphrase_prompts"])):
         out[f"{name}_prompts_correct"] = _argmax_right(model, prompts, [rewrite["target_new"]["str"]] * len(prompts))
     near = case["neighborhood_prompts"]  # one token each: the prompt holds the answer's tokens before it

@@ -60,7 +60,7 @@ def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
     """Inside the block, the model's linear layers use oneDNN if that helps (float32 on a CPU).
 
     `enabled=False` keeps PyTorch's own products; an outer block decides for the blocks inside it. Results differ in
-    rounding only; gradients reach activations, not weights. Layers that carry their own `forward` on the instance are left alone.
+    rounding only; gradients reach activations, not weights. Layers with a `forward` of their own are left alone.
     """
     works = onednn_available() and model.device.type == "cpu" and model.dtype == torch.float32
     unembed = model.hf.get_submodule(model.family.unembed)

@@ -53,8 +53,9 @@ def key_covariance(
 ) -> Float[Tensor, "d_mlp d_mlp"]:  # fmt: skip
     """Uncentred second moment of the keys of a layer's MLP over all tokens of `texts` (section 3.1), in float64.
 
-    Texts are read as a stream, `chunk` at a time, and cut to the model's context; memory does not grow with their number.
-    With a `folder`, each chunk's sum is stored under a fingerprint of the weights and the texts. Raises `ValueError` if there is no text.
+    Texts are read as a stream, `chunk` at a time, and cut to the model's context; memory does not grow with their
+    number. With a `folder`, each chunk's sum is stored under a fingerprint of the weights and the texts. Raises
+    `ValueError` if there is no text.
     """
     total: Tensor | float = 0.0
     count = 0.0
@@ -264,7 +265,7 @@ def edit_fact(
     u = _left_vector(model, [t.format(prompt) for t in templates], subject, layer, u_space, token)
     with fast_matmul(model):
         value, losses = _optimise(model, problem, layer, config)
-    if not min(losses[1:], default=losses[0]) <= losses[0]:
+    if len(losses) > 1 and not min(losses[1:]) < losses[0]:
         raise ValueError(f"the loss did not fall ({losses[0]:.3f} at first, {losses[-1]:.3f} at last); try another layer or rate")
     key, old = _key_and_value(model, module, prompt, subject, token)
     v = (value - old) / (key @ u)

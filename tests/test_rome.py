@@ -34,7 +34,9 @@ def test_every_family(kind):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"), eos_token="<|endoftext|>")
-    model = load_model(tiny(kind, vocab_size=512), tokenizer)
+    model = load_model(
+        tiny(kind, vocab_size=512, **({"sliding_window": 32} if "sliding_window" in CONFIGS[kind] else {})), tokenizer
+    )
     before, plain = weights_of(model, 1), model.logits(model.to_tokens("It was late")[None])
     config = RomeConfig(steps=12, weight_decay=0, kl_factor=0, clamp=100)  # random weights: let it move freely
     edit = edit_fact(model, **REQUEST, layer=1, covariance=ridge(model, 1), templates=["{}", "Yes. {}"], config=config)
