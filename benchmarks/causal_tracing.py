@@ -2,9 +2,10 @@
 
     python benchmarks/causal_tracing.py [--rounds 3] [--layers 12] [--threads 1]
 
-One prompt of 12 tokens, a subject of 4, 10 noise samples, every token x layer, for each component. The paper's loop makes one
-full forward of 11 rows (a clean one and ten corrupted) per cell. Prints CPU seconds (median over rounds), their ratio, the
-arithmetic that the affected cone needs and what share of it the engine's speed amounts to, agreement, and peak memory.
+One prompt of 12 tokens, a subject of 4, 10 noise samples, every token x layer, for each component. The
+paper's loop makes one full forward of 11 rows (a clean one and ten corrupted) per cell. Prints CPU seconds
+(median over rounds), their ratio, the arithmetic that the affected cone needs and what share of it the
+engine's speed amounts to, agreement, and peak memory.
 """
 
 import argparse
