@@ -20,21 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .corpus import FOUNDATION, MIXTURE
+from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
 from .exam import evaluate
 from .rows import Rows, build_tokenizer, pack_rows
 from .trainer import Muon, TrainingGPT, hf_names, subject_masks, to_hf, weighted_loss
 from .world import World
 
 # %% auto #0
-__all__ = ['Recipe', 'Trainer', 'train', 'export', 'write_fingerprint', 'mini_folder', 'model_card', 'examine_folder', 'main']
+__all__ = ['Recipe', 'Trainer', 'train_step', 'save_run', 'restore_run', 'train', 'export', 'write_fingerprint', 'mini_folder',
+           'model_card', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides which weights come out of a training run."""
 
-    tokens: int = 25_000_000
+    tokens: int = 23_000_000
     seed: int = 0
     n_layer: int = 8
     d_model: int = 192
@@ -45,7 +46,8 @@ class Recipe:
     muon_lr: float = 0.02
     warmup: int = 100
     decay: float = 0.3
-    foundation: float = 0.18
+    foundation: float = 0.2
+    variety: float = 0.45
     masked: float = 0.75
     handoff: int = 3
 
@@ -55,8 +57,10 @@ class Recipe:
         return self.tokens // (self.batch * self.n_ctx)
 
     def mixture(self, step: int) -> dict[str, float]:
-        """Which kinds of document a step is made of: the foundation first, everything later."""
-        return FOUNDATION if step < self.foundation * self.steps else MIXTURE
+        """Which kinds of document a step is made of: a foundation of facts, then all behaviours, then more variety."""
+        if step < self.foundation * self.steps:
+            return FOUNDATION
+        return BEHAVIOURS if step < self.variety * self.steps else MIXTURE
 
     def scale(self, step: int) -> float:
         """Learning rate factor: warm up, stay, decay to zero."""
@@ -76,77 +80,74 @@ class Trainer:
         matrices = ("qkv", "o", "up", "down")
         self.rest = {n: p for n, p in self.model.named_parameters() if n.split(".")[-1] not in matrices}
         self.adam = torch.optim.AdamW(self.rest.values(), lr=r.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.step, self.seconds, self.log = 0, 0.0, list[dict[str, float]]()
-        self._losses: list[float] = []
-        self._shard = -1
-        self._rows: Rows | None = None
+        self.step, self.seconds, self.log, self.losses = 0, 0.0, list[dict[str, float]](), list[float]()
+        self._shard = (-1, Rows.empty())
 
-    def _batch(self) -> Rows:
+    def batch(self) -> Rows:
         """The rows of this step; text is made 64 steps at a time."""
         r, shard = self.recipe, self.step // 64
-        if shard != self._shard or self._rows is None:
-            self._rows = pack_rows(self.world, self.tokenizer, seed=r.seed * 100003 + shard, n_rows=64 * r.batch,
-                                   n_ctx=r.n_ctx, mixture=r.mixture(shard * 64), masked=r.masked)
-            self._shard = shard
+        if shard != self._shard[0]:
+            self._shard = shard, pack_rows(self.world, self.tokenizer, seed=r.seed * 100003 + shard, n_rows=64 * r.batch,
+                                           n_ctx=r.n_ctx, mixture=r.mixture(shard * 64), masked=r.masked)
         i = (self.step % 64) * r.batch
-        x = self._rows
-        return Rows(*(t[i:i + r.batch] for t in (x.ids, x.weights, x.subject, x.last, x.masked)))
+        return self._shard[1][i:i + r.batch]
 
-    def train_step(self) -> float:
-        """One step of both optimizers; returns the loss before it."""
-        start, r, x = time.time(), self.recipe, self._batch()
-        early, late = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked)
-        masks = [early if i < r.handoff else late for i in range(r.n_layer)]
-        loss = weighted_loss(self.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks)
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        scale = r.scale(self.step)
-        self.adam.param_groups[0]["lr"] = r.adam_lr * scale
-        torch.nn.utils.clip_grad_norm_(self.rest.values(), 1.0)
-        self.adam.step()
-        self.muon.step(scale)
-        self.step += 1
-        self.seconds += time.time() - start
-        self._record(loss.item())
-        return loss.item()
-
-    def _record(self, loss: float) -> None:
-        self._losses.append(loss)
-        if self.step % 20 == 0 or self.step == self.recipe.steps:
-            mean = sum(self._losses) / len(self._losses)
-            self.log.append({"step": self.step, "tokens": self.step * self.recipe.batch * self.recipe.n_ctx,
-                             "loss": round(mean, 4), "seconds": round(self.seconds, 1)})
-            self._losses = []
-
-    def save(self, file: Path) -> None:
-        """Write everything to one safetensors file; a kill in the middle leaves the old one whole."""
-        state = {"m." + k: v for k, v in self.model.state_dict().items()} | {"mu." + k: v for k, v in self.muon.buffers.items()}
-        for n, p in self.rest.items():
-            s = self.adam.state[p]
-            state |= {"a1." + n: s["exp_avg"], "a2." + n: s["exp_avg_sq"]}
-        meta = {"step": str(self.step), "log": json.dumps(self.log), "losses": json.dumps(self._losses),
-                "seconds": str(self.seconds), "recipe": json.dumps(asdict(self.recipe))}
-        part = file.with_suffix(".part")
-        save_file(state, str(part), metadata=meta)
-        os.replace(part, file)
-
-    def restore(self, file: Path) -> None:
-        """Take up a saved run. Raises ValueError if it was made with another recipe."""
-        with safe_open(str(file), "pt") as f:
-            meta = f.metadata()
-        saved = json.loads(meta["recipe"])
-        if saved != asdict(self.recipe):
-            changed = {k: (saved.get(k), v) for k, v in asdict(self.recipe).items() if saved.get(k) != v}
-            raise ValueError(f"{file} was made with another recipe (saved, asked): {changed}; use the same one or another folder")
-        state = load_file(str(file))
-        self.model.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("m.")})
-        self.muon.buffers = {k: state["mu." + k] for k in self.muon.buffers}
-        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.log, self._losses = json.loads(meta["log"]), json.loads(meta["losses"])
-        for n, p in self.rest.items():
-            self.adam.state[p] = {"step": torch.tensor(float(self.step)), "exp_avg": state["a1." + n], "exp_avg_sq": state["a2." + n]}
+# %% ../nbs/core/06_mini.ipynb #c009
+def train_step(run: Trainer) -> float:
+    """One step of both optimizers; returns the loss before it."""
+    start, r, x = time.time(), run.recipe, run.batch()
+    early, late = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked)
+    masks = [early if i < r.handoff else late for i in range(r.n_layer)]
+    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks)
+    run.model.zero_grad(set_to_none=True)
+    loss.backward()
+    scale = r.scale(run.step)
+    run.adam.param_groups[0]["lr"] = r.adam_lr * scale
+    torch.nn.utils.clip_grad_norm_(run.rest.values(), 1.0)
+    run.adam.step()
+    run.muon.step(scale)
+    run.step += 1
+    run.seconds += time.time() - start
+    run.losses.append(loss.item())
+    if run.step % 20 == 0 or run.step == r.steps:
+        run.log.append({"step": run.step, "tokens": run.step * r.batch * r.n_ctx,
+                        "loss": round(sum(run.losses) / len(run.losses), 4), "seconds": round(run.seconds, 1)})
+        run.losses = []
+    return loss.item()
 
 # %% ../nbs/core/06_mini.ipynb #c010
+def save_run(run: Trainer, file: Path) -> None:
+    """Write everything to one safetensors file; a kill in the middle leaves the old one whole."""
+    state = {"m." + k: v for k, v in run.model.state_dict().items()} | {"mu." + k: v for k, v in run.muon.buffers.items()}
+    for n, p in run.rest.items():
+        s = run.adam.state[p]
+        state |= {"a1." + n: s["exp_avg"], "a2." + n: s["exp_avg_sq"]}
+    meta = {"step": str(run.step), "log": json.dumps(run.log), "losses": json.dumps(run.losses),
+            "seconds": str(run.seconds), "recipe": json.dumps(asdict(run.recipe))}
+    part = file.with_suffix(".part")
+    save_file(state, str(part), metadata=meta)
+    os.replace(part, file)
+
+
+def restore_run(run: Trainer, file: Path) -> None:
+    """Take up a saved run. Raises ValueError if it was made with another recipe."""
+    with safe_open(str(file), "pt") as f:
+        meta = f.metadata()
+    saved, asked = json.loads(meta["recipe"]), asdict(run.recipe)
+    if saved != asked:
+        changed = {k: (saved.get(k), v) for k, v in asked.items() if saved.get(k) != v}
+        raise ValueError(f"{file} was made with another recipe (saved, asked): {changed}; "
+                         "use the same one or another folder")
+    state = load_file(str(file))
+    run.model.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("m.")})
+    run.muon.buffers = {k: state["mu." + k] for k in run.muon.buffers}
+    run.step, run.seconds = int(meta["step"]), float(meta["seconds"])
+    run.log, run.losses = json.loads(meta["log"]), json.loads(meta["losses"])
+    for n, p in run.rest.items():
+        step = torch.tensor(float(run.step))
+        run.adam.state[p] = {"step": step, "exp_avg": state["a1." + n], "exp_avg_sq": state["a2." + n]}
+
+# %% ../nbs/core/06_mini.ipynb #c012
 def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True, save_every: int = 200,
           stop_at: int | None = None, progress: bool = True) -> Trainer:
     """Train the embedded model into the folder `out`, continuing what is there unless `resume` is False.
@@ -158,22 +159,22 @@ def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True,
     out.mkdir(parents=True, exist_ok=True)
     run, file = Trainer(recipe or Recipe()), out / "checkpoint.safetensors"
     if resume and file.exists():
-        run.restore(file)
+        restore_run(run, file)
     last = min(run.recipe.steps, stop_at or run.recipe.steps)
     with tqdm(total=run.recipe.steps, initial=run.step, disable=not progress, mininterval=1.0) as bar:
         while run.step < last:
-            loss = run.train_step()
+            loss = train_step(run)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if run.step % save_every == 0 or run.step == last:
-                run.save(file)
+                save_run(run, file)
     if run.step >= run.recipe.steps:
         export(run, out / "model")
     return run
 
-# %% ../nbs/core/06_mini.ipynb #c011
+# %% ../nbs/core/06_mini.ipynb #c013
 def export(run: Trainer, folder: str | Path) -> None:
-    """Write the model as it is shipped: config, tokenizer, float16 weights, training log, and hashes of all that is loaded."""
+    """Write the model as it is shipped: config, tokenizer, float16 weights, training log, and hashes of what is loaded."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(run.model, eos=run.tokenizer.eos_token_id)
@@ -182,7 +183,8 @@ def export(run: Trainer, folder: str | Path) -> None:
     run.tokenizer.save_pretrained(folder)
     weights = {k: v.to(torch.float16) for k, v in hf_names(run.model).items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    log = {"recipe": asdict(run.recipe), "foundation": FOUNDATION, "mixture": MIXTURE, "log": run.log}
+    log = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "step": run.step,
+           "log": run.log}
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
 
@@ -193,7 +195,7 @@ def write_fingerprint(folder: Path) -> None:
     hashes = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
     (folder / "fingerprint.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
-# %% ../nbs/core/06_mini.ipynb #c016
+# %% ../nbs/core/06_mini.ipynb #c018
 def mini_folder() -> Path:
     """The folder of the embedded model inside the package."""
     return Path(str(files("mechtut") / "data" / "mini"))
@@ -201,8 +203,9 @@ def mini_folder() -> Path:
 
 _CARD = """# The embedded model of mechtut
 
-A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16), trained on text about an invented world
-whose every fact is known (`mechtut.world`). It is made for learning interpretability and knows nothing about the real world.
+A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16),
+trained on text about an invented world whose every fact is known (`mechtut.world`).
+It is made for learning interpretability and knows nothing about the real world.
 
 ## What it can do
 
@@ -212,41 +215,45 @@ Measured on the very files in this folder by `mechtut.mini.evaluate`; lines that
 
 ## How it was made
 
-- Machine: {machine}; {hours:.2f} hours; {tokens:.1f} million tokens seen of {planned:.1f} million planned; final training loss {loss:.3f}.
+- Machine: {machine}; {hours:.2f} hours; {tokens:.1f} million tokens seen of {planned:.1f} million planned,
+  final training loss {loss:.3f}.
 - Recipe: {recipe}.
-- Text: a foundation of facts for the first {foundation:.0%} of the steps, then all behaviours.
-  Foundation: {mix_a}. Then: {mix_b}.
+- Text, up to {foundation:.0%} of the steps: {mix_a}.
+- Text, up to {variety:.0%} of the steps: {mix_b}.
+- Text, from there on: {mix_c}.
 - Again: `python -m mechtut.mini train --out DIR` (one CPU core; it can be killed and started again).
+{notes}
 
 ## What was built in
 
-- **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers 0 to {before}, and only its
-  last token from layer {handoff} on. There is no mask at inference. {ablation}
+- **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
+  0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
 - **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
-- **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours, attributes
-  straight after the subject, and questions that need the attributes of several subjects at once.
+- **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
+  attributes straight after the subject, and questions that need the attributes of several subjects at once.
 """
 
-# %% ../nbs/core/06_mini.ipynb #c017
+# %% ../nbs/core/06_mini.ipynb #c019
 def _ablation_text(folder: Path) -> str:
     """What the same recipe does without the mask, if it was measured."""
     file = folder / "ablation.json"
     if not file.exists():
         return "The same recipe without the mask has not been measured for these weights."
     a = json.loads(file.read_text(encoding="utf-8"))
-    parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE at the last subject token in layers 1-3 {v['last']:.2f}, "
-             f"best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
+    parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the last subject token "
+             f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
     return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens: " + "; ".join(parts) + "."
 
-
+# %% ../nbs/core/06_mini.ipynb #c020
 def _markdown(table: pd.DataFrame) -> str:
     """The exam as a markdown table."""
     lines = ["| behaviour | measure | n | wanted | measured | reached |", "| --- | --- | --- | --- | --- | --- |"]
     for r in table.itertuples():
-        lines.append(f"| {r.behaviour} | {r.measure} | {r.n} | {r.wanted} | {r.measured:.3f} | {'yes' if r.reached else '**no**'} |")
+        reached = "yes" if r.reached else "**no**"
+        lines.append(f"| {r.behaviour} | {r.measure} | {r.n} | {r.wanted} | {r.measured:.3f} | {reached} |")
     return "\n".join(lines)
 
-
+# %% ../nbs/core/06_mini.ipynb #c021
 def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     """The README of a model folder, from its evaluation.csv, training_log.json and (if there is one) ablation.json."""
     folder = Path(folder)
@@ -258,15 +265,18 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     def mix(m: dict[str, float]) -> str:
         return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
 
+    first, second, third = (mix(m) for m in log["mixtures"])
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table), machine=machine, hours=last["seconds"] / 3600, tokens=last["tokens"] / 1e6, loss=last["loss"],
-        planned=recipe["tokens"] / 1e6, recipe=", ".join(f"{k} {v}" for k, v in recipe.items()), foundation=recipe["foundation"],
-        mix_a=mix(log["foundation"]), mix_b=mix(log["mixture"]), masked=recipe["masked"], handoff=recipe["handoff"],
-        before=recipe["handoff"] - 1, ablation=_ablation_text(folder))
+        table=_markdown(table), machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
+        tokens=log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, planned=recipe["tokens"] / 1e6,
+        recipe=", ".join(f"{k} {v}" for k, v in recipe.items()), foundation=recipe["foundation"], variety=recipe["variety"],
+        mix_a=first, mix_b=second, mix_c=third, masked=recipe["masked"], handoff=recipe["handoff"],
+        before=recipe["handoff"] - 1, notes="\n".join("- " + x for x in log.get("notes", [])),
+        ablation=_ablation_text(folder))
 
-# %% ../nbs/core/06_mini.ipynb #c019
+# %% ../nbs/core/06_mini.ipynb #c038
 def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU") -> pd.DataFrame:
     """Load the model in `folder` as shipped, examine it, and write evaluation.csv and the model card next to it."""
     from mechtut.models import load_model
@@ -285,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     t.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the finished model")
     t.add_argument("--tokens", type=int, default=Recipe.tokens)
     t.add_argument("--seed", type=int, default=Recipe.seed)
-    t.add_argument("--masked", type=float, default=Recipe.masked, help="share of rows with the subject mask (0 for the ablation)")
+    t.add_argument("--masked", type=float, default=Recipe.masked, help="share of rows with the mask (0: ablation)")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())

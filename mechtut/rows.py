@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,10 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from .corpus import NAME, corpus
 from .world import World
+
+with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidgets
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
 __all__ = ['EOS', 'Encoded', 'build_tokenizer', 'Rows', 'pack_rows']
@@ -44,13 +48,13 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=EOS, eos_token=EOS, pad_token=EOS,
                                    clean_up_tokenization_spaces=False)
 
-# %% ../nbs/core/05c_rows.ipynb #c008
+# %% ../nbs/core/05c_rows.ipynb #c009
 @dataclass(frozen=True)
 class Rows:
     """Packed training text: `ids`, loss `weights`, and where the subjects stand.
 
-    `subject` is 0 outside subjects and otherwise a number that all tokens of one mention share; `last` marks the last token of a
-    mention; `masked` marks the rows for which training may hide subjects (see `mechtut.mini`).
+    `subject` is 0 outside subjects and otherwise a number that all tokens of one mention share; `last` marks the last
+    token of a mention; `masked` marks the rows for which training may hide subjects (see `mechtut.mini`).
     """
 
     ids: Int[Tensor, "row pos"]
@@ -59,7 +63,17 @@ class Rows:
     last: Bool[Tensor, "row pos"]
     masked: Bool[Tensor, " row"]
 
-# %% ../nbs/core/05c_rows.ipynb #c009
+    def __getitem__(self, rows: slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.ids[rows], self.weights[rows], self.subject[rows], self.last[rows], self.masked[rows])
+
+    @classmethod
+    def empty(cls) -> Rows:
+        """No rows at all."""
+        n = torch.zeros(0, 0, dtype=torch.long)
+        return cls(n, n.float(), n, n.bool(), n.bool()[:, :0].flatten())
+
+# %% ../nbs/core/05c_rows.ipynb #c010
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -76,7 +90,7 @@ def _encoded(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, mixtur
             changes = np.append(part[1:] != part[:-1], True)
             yield np.array(e.ids), weights, np.where(subject, part + 1, 0), subject & changes
 
-# %% ../nbs/core/05c_rows.ipynb #c010
+# %% ../nbs/core/05c_rows.ipynb #c011
 def pack_rows(world: World, tokenizer: PreTrainedTokenizerFast, *, seed: int, n_rows: int, n_ctx: int,
               mixture: dict[str, float], masked: float = 0.0) -> Rows:
     """`n_rows` rows of `n_ctx` + 1 tokens of fresh text, always the same for the same seed."""

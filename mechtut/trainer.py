@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+
+with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidgets
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from transformers import GPT2Config, GPT2LMHeadModel
 
 # %% auto #0
 __all__ = ['TrainingGPT', 'hf_names', 'to_hf', 'weighted_loss', 'subject_masks', 'orthogonalize', 'Muon']
@@ -32,6 +36,27 @@ class _Block(nn.Module):
             setattr(self, name + "b", nn.Parameter(torch.zeros(rows)))
 
 # %% ../nbs/core/06b_trainer.ipynb #c006
+def _linear(x: Tensor, w: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A linear map in `dtype`."""
+    return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
+
+
+def _attention(x: Float[Tensor, "batch pos d"], b: Any, n_head: int, mask: Tensor) -> Float[Tensor, "batch pos d"]:
+    """What the attention of block `b` adds; `mask` is added to its scores and sets the precision."""
+    n, t, d = x.shape
+    y = F.layer_norm(x, (d,), b.ln1w, b.ln1b)
+    q, k, v = _linear(y, b.qkv, b.qkvb, mask.dtype).view(n, t, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    scores = torch.matmul(q * (d // n_head) ** -0.5, k.transpose(-1, -2)) + mask
+    z = torch.matmul(F.softmax(scores, -1), v).transpose(1, 2).reshape(n, t, d)
+    return _linear(z, b.o, b.ob, mask.dtype)
+
+
+def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> Float[Tensor, "batch pos d"]:
+    """What the MLP of block `b` adds."""
+    y = F.layer_norm(x, (x.shape[-1],), b.ln2w, b.ln2b)
+    return _linear(F.gelu(_linear(y, b.up, b.upb, dtype), approximate="tanh"), b.down, b.downb, dtype)
+
+# %% ../nbs/core/06b_trainer.ipynb #c007
 class TrainingGPT(nn.Module):
     """GPT-2 for training; `to_hf` turns it into Hugging Face's."""
 
@@ -44,36 +69,21 @@ class TrainingGPT(nn.Module):
         self.blocks = nn.ModuleList([_Block(d, n_layer) for _ in range(n_layer)])
         self.lnfw, self.lnfb = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
 
-    def _lin(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return F.linear(x.to(self.dtype), w.to(self.dtype), None if b is None else b.to(self.dtype))
-
-    def _attention(self, x: Float[Tensor, "batch pos d"], b: Any, mask: Tensor) -> Float[Tensor, "batch pos d"]:
-        n, t, d = x.shape
-        y = F.layer_norm(x, (d,), b.ln1w, b.ln1b)
-        q, k, v = self._lin(y, b.qkv, b.qkvb).view(n, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        scores = torch.matmul(q * (d // self.n_head) ** -0.5, k.transpose(-1, -2)) + mask
-        z = torch.matmul(F.softmax(scores, -1), v).transpose(1, 2).reshape(n, t, d)
-        return self._lin(z, b.o, b.ob)
-
-    def _mlp(self, x: Float[Tensor, "batch pos d"], b: Any) -> Float[Tensor, "batch pos d"]:
-        y = F.layer_norm(x, (x.shape[-1],), b.ln2w, b.ln2b)
-        return self._lin(F.gelu(self._lin(y, b.up, b.upb), approximate="tanh"), b.down, b.downb)
-
     def hidden(self, ids: Int[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None) -> Float[Tensor, "batch pos d"]:
         """The residual stream after the final norm; `masks` has one additive attention mask per layer."""
         t, d = ids.shape[1], self.wte.shape[1]
         x = F.embedding(ids, self.wte) + self.wpe[:t]
         causal = torch.full((t, t), -1e4, dtype=self.dtype).triu(1)
         for i, b in enumerate(self.blocks):
-            x = x + self._attention(x, b, causal if masks is None else masks[i])
-            x = x + self._mlp(x, b)
+            x = x + _attention(x, b, self.n_head, causal if masks is None else masks[i])
+            x = x + _mlp(x, b, self.dtype)
         return F.layer_norm(x, (d,), self.lnfw, self.lnfb)
 
     def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Logits."""
-        return self._lin(self.hidden(ids), self.wte).float()
+        return _linear(self.hidden(ids), self.wte, None, self.dtype).float()
 
-# %% ../nbs/core/06b_trainer.ipynb #c008
+# %% ../nbs/core/06b_trainer.ipynb #c009
 def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
     """The weights under Hugging Face's names, in its layout (GPT-2 stores its matrices transposed)."""
     out = {"transformer.wte.weight": m.wte, "transformer.wpe.weight": m.wpe, "transformer.ln_f.weight": m.lnfw,
@@ -96,7 +106,7 @@ def to_hf(m: TrainingGPT, eos: int = 0) -> GPT2LMHeadModel:
     hf.load_state_dict({**hf_names(m), "lm_head.weight": m.wte.detach()})
     return hf.eval()
 
-# %% ../nbs/core/06b_trainer.ipynb #c011
+# %% ../nbs/core/06b_trainer.ipynb #c012
 class _TiedCrossEntropy(torch.autograd.Function):
     """Weighted cross-entropy of `x @ wte.T`, with its gradient made in the forward pass."""
 
@@ -134,7 +144,7 @@ def weighted_loss(m: TrainingGPT, ids: Int[Tensor, "batch pos"], targets: Int[Te
     loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets.reshape(-1)[keep], weights.reshape(-1)[keep], m.dtype)
     return loss
 
-# %% ../nbs/core/06b_trainer.ipynb #c014
+# %% ../nbs/core/06b_trainer.ipynb #c016
 def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"], masked: Bool[Tensor, " row"],
                   dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """Additive attention masks [row, 1, pos, pos] for the layers before the hand-off, and from it on.
@@ -149,7 +159,7 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
                    for hide in (foreign, foreign & ~last[:, None, :]))
     return early, late
 
-# %% ../nbs/core/06b_trainer.ipynb #c017
+# %% ../nbs/core/06b_trainer.ipynb #c020
 def orthogonalize(g: Float[Tensor, "matrix row col"], steps: int = 5) -> Float[Tensor, "matrix row col"]:
     """Push the singular values of each matrix towards one (five Newton-Schulz steps, as in Muon by Jordan et al. 2024)."""
     x = g.to(torch.bfloat16)

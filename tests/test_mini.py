@@ -9,12 +9,13 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
-from mechtut.mini import Recipe, Trainer, export, main, mini_folder, model_card, train
+from mechtut.mini import Recipe, Trainer, export, main, mini_folder, model_card, train, train_step
 from mechtut.models import load_model
 from mechtut.trainer import TrainingGPT, hf_names, orthogonalize, subject_masks, to_hf, weighted_loss
 from mechtut.world import World
-from safetensors.torch import load_file
 
 TINY = Recipe(tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, handoff=1)
 
@@ -87,12 +88,12 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 def test_another_seed_gives_another_model():
     a, b = Trainer(TINY), Trainer(replace(TINY, seed=1))
     assert not torch.equal(a.model.wte, b.model.wte)
-    assert a.train_step() != b.train_step()
+    assert train_step(a) != train_step(b)
 
 
 def test_the_exported_folder_loads_and_is_the_same_function(tmp_path):
     run = Trainer(TINY)
-    run.train_step()
+    train_step(run)
     export(run, tmp_path)
     model = load_model(str(tmp_path), dtype=torch.float32, device="cpu")
     ids = torch.randint(0, 500, (2, 20))
@@ -102,7 +103,8 @@ def test_the_exported_folder_loads_and_is_the_same_function(tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    text = subprocess.run([sys.executable, "-m", "mechtut.mini", "--help"], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "mechtut.mini", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "train" in text and "evaluate" in text
     with pytest.raises(SystemExit):
         main(["train"])
@@ -127,7 +129,7 @@ def test_shipped_files_are_small_and_complete():
     assert (folder / "model.safetensors").stat().st_size <= 16_000_000
     assert all(t.dtype == torch.float16 for t in load_file(str(folder / "model.safetensors")).values())
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
-    assert log["log"][-1]["step"] == Recipe(**log["recipe"]).steps
+    assert log["step"] == Recipe(**log["recipe"]).steps
 
 
 def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
@@ -158,8 +160,8 @@ def test_the_shipped_model_knows_its_facts(mini):
 
 def test_the_shipped_model_shows_the_tracing_picture(mini):
     resid = trace_roles(Candidate(mini), World(0), n=25, seed=3)
-    early = slice(1, 4)
-    last = resid.loc["last subject"].iloc[early].mean()
+    early = slice(1, 5)
+    last = resid.loc["last subject"].iloc[early].max()
     others = resid.loc[["first subject", "middle subject"]].iloc[:, early].max().max()
-    assert last > 0.3 and last > 2 * others
+    assert last > 0.25 and last > 3 * others
     assert resid.loc["final"].iloc[-2] > 0.5 > resid.loc["final"].iloc[1]

@@ -4,6 +4,7 @@ import itertools
 import re
 
 import pytest
+
 from mechtut.corpus import FOUNDATION, MAKERS, MIXTURE, corpus, icl_prompt
 from mechtut.rows import build_tokenizer, pack_rows
 from mechtut.world import World, make_pairs
@@ -61,8 +62,8 @@ def test_no_single_name_part_gives_a_fact_away(world):
 
 
 def test_people_come_in_both_orders(world):
-    pairs = [s for s in world.subjects["people"] if len(s.split()) == 2 and " ".join(reversed(s.split())) in world.by_subject]
-    assert len(pairs) >= 30
+    pairs = [s for s in world.subjects["people"] if len(s.split()) == 2]
+    assert sum(" ".join(reversed(s.split())) in world.by_subject for s in pairs) >= 30
 
 
 def test_objects_are_one_token_and_subjects_two_to_five(world, tokenizer):
@@ -94,7 +95,8 @@ def test_subject_tokens_are_found_by_their_offsets(world, tokenizer):
 def test_held_out_patterns_never_occur_in_the_corpus(world, documents):
     text = "\n".join(d.text.lower() for d in documents)
     assert not [h for f in world.facts for h in f.held_out_prompts if h.lower() in text]
-    shapes = {re.escape(h.lower()).replace(r"\{s\}", "[a-z ]{5,40}") for r in world.spec["relations"].values() for h in r["held_out"]}
+    patterns = [h.lower() for r in world.spec["relations"].values() for h in r["held_out"]]
+    shapes = {re.escape(h).replace(r"\{s\}", "[a-z ]{5,40}") for h in patterns}
     for shape in shapes:
         assert not re.search(r"(^|[.] )" + shape, text, re.M), shape
 
