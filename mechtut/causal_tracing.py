@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUIRKS', 'ROLES', 'CausalTrace', 'window_layers', 'trace', 'token_roles', 'AverageTrace', 'trace_facts', 'average']
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c015
+# %% ../nbs/papers/10_causal_tracing.ipynb #c014
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from .results import Result, provenance
 from .sites import Edit, capture
 from .store import Store, fingerprint, quiet
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c018
+# %% ../nbs/papers/10_causal_tracing.ipynb #c017
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CausalTrace(Result):
     """One prompt's causal trace. Scores are raw probabilities of `answer`, as in the authors' code."""
@@ -70,18 +70,18 @@ class CausalTrace(Result):
         """The paper's heat map; see `mechtut.plots.causal_trace`."""
         return plots.causal_trace(self, ax)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c019
+# %% ../nbs/papers/10_causal_tracing.ipynb #c018
 def _table(where: list[tuple], names: list[str], result: Any, error: str) -> pd.DataFrame:
     """Scores, indirect effects and their error, one row per entry of `where`."""
     numbers = {"score": result.scores, "indirect_effect": result.indirect_effect, error: getattr(result, error)}
     return pd.DataFrame(where, columns=names).assign(**{k: v.flatten().tolist() for k, v in numbers.items()})
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c021
+# %% ../nbs/papers/10_causal_tracing.ipynb #c020
 def window_layers(layer: int, window: int, n_layers: int) -> range:
     """The layers restored together around `layer`; narrower at the ends of the model."""
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c022
+# %% ../nbs/papers/10_causal_tracing.ipynb #c021
 def _restorations(
     component: str, clean: Float[Tensor, "layer pos d_model"], pos: int, window: int
 ) -> list[list[Edit]]:
@@ -92,20 +92,20 @@ def _restorations(
         return [[e] for e in edits]
     return [[edits[i] for i in window_layers(layer, window, n_layers)] for layer in range(n_layers)]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c025
+# %% ../nbs/papers/10_causal_tracing.ipynb #c024
 def _severing(name: str, values: Float[Tensor, "layer sample pos d_model"], pos: int) -> list[Edit]:
     """Edits that hold a sub-layer at `pos` to given values, in every layer."""
     return [Edit(name, layer, v[:, pos : pos + 1], pos=pos) for layer, v in enumerate(values)]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c026
+
 def _with_severing(restored: list[list[Edit]], severed: list[Edit], everywhere: bool) -> list[list[Edit]]:
     # Below the restored state the values are what they were anyway, unless they come from other noise.
     return [[*severed[0 if everywhere else layer + 1 :], *edits] for layer, edits in enumerate(restored)]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c028
+# %% ../nbs/papers/10_causal_tracing.ipynb #c026
 QUIRKS = ("severed_noise", "additive_low")
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c029
+# %% ../nbs/papers/10_causal_tracing.ipynb #c027
 @dataclass(frozen=True)
 class _Settings:
     component: str
@@ -130,7 +130,7 @@ class _Settings:
         """Whether the run's noise is not the noise of the frozen values."""
         return self.sever is not None and "severed_noise" in self.quirks
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c030
+# %% ../nbs/papers/10_causal_tracing.ipynb #c028
 def _positions(tokens: Any, span: Span, n_pos: int) -> tuple[int, ...]:
     if isinstance(tokens, str):
         named = {"subject": range(*span), "subject_last": range(span[1] - 1, span[1])}
@@ -140,7 +140,7 @@ def _positions(tokens: Any, span: Span, n_pos: int) -> tuple[int, ...]:
     where = None if tokens is None else list(tokens)
     return tuple(Edit("embed", None, 0.0, pos=where).positions(n_pos))
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c032
+# %% ../nbs/papers/10_causal_tracing.ipynb #c030
 def _clean(model: Model, ids: Tensor, component: str) -> tuple[Float[Tensor, "layer pos d_model"], int, float]:
     """Clean states, the answer's token id and its probability."""
     acts = capture(model, ids[None], component)
@@ -150,7 +150,7 @@ def _clean(model: Model, ids: Tensor, component: str) -> tuple[Float[Tensor, "la
     answer = int(probabilities.argmax())
     return acts[component][:, 0], answer, float(probabilities[answer])
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c033
+
 def _cells(settings: _Settings, clean: Tensor, frozen: Tensor | None, pos: int) -> list[list[Edit]]:
     """The interventions of one row of the heat map, one per layer."""
     restored = _restorations(settings.component, clean, pos, settings.window)
@@ -158,7 +158,7 @@ def _cells(settings: _Settings, clean: Tensor, frozen: Tensor | None, pos: int) 
         return restored
     return _with_severing(restored, _severing(settings.sever, frozen, pos), settings.second_draw)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c035
+# %% ../nbs/papers/10_causal_tracing.ipynb #c032
 def _scores(
     model: Model, batch: Tensor, positions: Sequence[int], settings: _Settings, drawn: Corruption, run: Corruption,
     batch_size: int | None, **sweep: Any,
@@ -182,7 +182,7 @@ def _scores(
     scores[reached] = replay.run(cells, p_answer, **sweep).unflatten(0, (len(reached), model.n_layers))
     return scores.cpu(), answer, high, float(low.mean())
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c036
+# %% ../nbs/papers/10_causal_tracing.ipynb #c033
 def trace(
     model: Model, prompt: str | Sequence[int] | Tensor, subject: str | Sequence[int], *, component: str = "resid_post",
     window: int = 10, noise: float | Noise | Tensor = 3.0, n_samples: int = 10, seed: int = 1,
@@ -212,7 +212,7 @@ def trace(
     measured = _scores(model, batch, positions, settings, drawn, run, batch_size, **sweep)
     return _result(model, ids, positions, settings, drawn, noise, measured)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c037
+# %% ../nbs/papers/10_causal_tracing.ipynb #c034
 def _result(
     model: Model, ids: Tensor, positions: tuple[int, ...], settings: _Settings, drawn: Corruption, noise: Any,
     measured: tuple[Tensor, int, float, float],
@@ -227,7 +227,7 @@ def _result(
         sever=settings.sever, provenance=provenance(model, **arguments),
     )  # fmt: skip
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c038
+
 def _noise_std(model: Model, noise: Any, drawn: Corruption) -> float:
     if isinstance(noise, Noise) and noise.kind == "gaussian":
         return noise.scale * noise.std
@@ -235,13 +235,13 @@ def _noise_std(model: Model, noise: Any, drawn: Corruption) -> float:
         return float(drawn.values.double().std())
     return float(noise) * embedding_std(model)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c046
+# %% ../nbs/papers/10_causal_tracing.ipynb #c042
 ROLES = (
     "first subject token", "middle subject tokens", "last subject token",
     "first token after", "further tokens", "last token",
 )  # fmt: skip
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c047
+# %% ../nbs/papers/10_causal_tracing.ipynb #c043
 def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     """The positions that play each role of `ROLES` in a prompt of `n_pos` tokens."""
     first, after = subject_range
@@ -249,7 +249,7 @@ def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     following = [[after], list(range(after + 1, last)), [last]] if after <= last else [[], [], [last]]
     return [[first], inner, [after - 1], *following]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c049
+# %% ../nbs/papers/10_causal_tracing.ipynb #c045
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AverageTrace(Result):
     """Causal traces averaged over facts by token role (figures 2 and 3 of the paper)."""
@@ -294,7 +294,7 @@ class AverageTrace(Result):
         """Heat map of roles by layers; see `mechtut.plots.average_trace`."""
         return plots.average_trace(self, ax)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c051
+# %% ../nbs/papers/10_causal_tracing.ipynb #c047
 def _fields(fact: Any) -> tuple[str, str, str]:
     get = fact.get if isinstance(fact, Mapping) else lambda name: getattr(fact, name, None)
     prompt, subject, answer = get("prompt"), get("subject"), get("attribute") or get("object")
@@ -302,7 +302,7 @@ def _fields(fact: Any) -> tuple[str, str, str]:
         raise ValueError(f"a fact needs text in prompt, subject and attribute (or object), not {fact!r}")
     return prompt, subject, answer.strip()
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c052
+# %% ../nbs/papers/10_causal_tracing.ipynb #c048
 def trace_facts(
     model: Model, facts: Iterable[Any], *, noise: float | Noise = 3.0, folder: str | Path | None = None,
     progress: bool | None = None, **options: Any,
@@ -330,11 +330,11 @@ def trace_facts(
         raise ValueError(f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r}; nothing to trace")
     return average(traces, tuple(skipped))
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c053
+# %% ../nbs/papers/10_causal_tracing.ipynb #c049
 def _prediction(model: Model, prompt: str) -> str:
     return model.decode([int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]).strip()
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c054
+
 def _saved_or(folder: Path | None, key: str, run: Callable[[], CausalTrace]) -> CausalTrace:
     if folder is None:
         return run()
@@ -343,7 +343,7 @@ def _saved_or(folder: Path | None, key: str, run: Callable[[], CausalTrace]) -> 
         run().save(folder)
     return CausalTrace.load(folder)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c055
+# %% ../nbs/papers/10_causal_tracing.ipynb #c050
 def average(traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()) -> AverageTrace:
     """Average traces of whole prompts by token role."""
     pooled: list[list[Tensor]] = [[] for _ in ROLES]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['mlp_projection', 'as_stored', 'WeightEdit', 'target_ids', 'pad_right', 'target_log_probs', 'target_nll',
-           'counterfact_probs', 'counterfact_scores', 'zsre_correct', 'evaluate_edit', 'summarize', 'fine_tune',
-           'load_counterfact', 'load_zsre', 'world_cases', 'ngram_entropy', 'generation_entropy', 'reference_score']
+           'counterfact_probs', 'counterfact_scores', 'zsre_correct', 'load_counterfact', 'load_zsre', 'world_cases',
+           'ngram_entropy', 'generation_entropy', 'reference_score', 'sample', 'generation_scores', 'evaluate_edit',
+           'summarize', 'fine_tune']
 
 # %% ../nbs/core/10_editing.ipynb #c002
 import json
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .models import Model, mask_arguments
@@ -166,10 +167,113 @@ def _next_is(model: Model, prompt: str, target: str) -> bool:
     return int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax()) == first
 
 # %% ../nbs/core/10_editing.ipynb #c022
+def load_counterfact(path: str | Path) -> list[dict[str, Any]]:
+    """Records of the authors' `counterfact.json`; raises `ValueError` if the file is something else."""
+    records = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not (isinstance(records, list) and records and "requested_rewrite" in records[0]):
+        raise ValueError(f"{path} is no CounterFact file: it needs a list of records with 'requested_rewrite'")
+    return records
+
+# %% ../nbs/core/10_editing.ipynb #c023
+def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
+    """Records from the authors' `zsre_mend_eval.json`, with one neighbour prompt per token of the unrelated answer."""
+    out = []
+    for number, line in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))):
+        answer = target_ids(model, line["loc_ans"]).tolist()
+        asked = line["loc"] + "?"
+        near = [{"prompt": asked + model.decode(answer[:i]), "target": model.decode([a])} for i, a in enumerate(answer)]
+        rewrite = {"prompt": line["src"].replace(line["subject"], "{}"), "subject": line["subject"],
+                   "target_new": {"str": line["answers"][0]}, "target_true": {"str": "<|endoftext|>"}}  # fmt: skip
+        out.append({"case_id": number, "requested_rewrite": rewrite, "paraphrase_prompts": [line["rephrase"]],
+                    "neighborhood_prompts": near})  # fmt: skip
+    return out
+
+# %% ../nbs/core/10_editing.ipynb #c025
+def world_cases(world: World, n: int, seed: int = 0, generate: bool = False) -> list[dict[str, Any]]:
+    """`n` CounterFact-like records about facts of the embedded world, with neighbours that share the true object.
+
+    With `generate` they also ask for sampled text about the subject, which takes most of an evaluation's time.
+    """
+    random = np.random.RandomState(seed)
+    out: list[dict[str, Any]] = []
+    for i in random.permutation(len(world.facts)):
+        fact = world.facts[i]
+        same = [f for f in world.facts if f.relation == fact.relation and f.subject != fact.subject]
+        near = [f.prompt for f in same if f.object == fact.object]
+        others = sorted({f.object for f in same} - {fact.object})
+        new = others[random.randint(len(others))] if others else ""
+        if fact.prompt.count(fact.subject) != 1 or not near or not others:
+            continue
+        rewrite = {"prompt": fact.prompt.replace(fact.subject, "{}"), "subject": fact.subject, "relation_id": fact.relation,
+                   "target_new": {"str": new}, "target_true": {"str": fact.object}}  # fmt: skip
+        out.append({"case_id": len(out), "requested_rewrite": rewrite, "neighborhood_prompts": near[:5],
+                    "paraphrase_prompts": list(fact.held_out_prompts),
+                    "generation_prompts": [fact.subject] * 2 if generate else [],
+                    "reference_texts": [f"{f.prompt} {f.object}" for f in same if f.object == new]})  # fmt: skip
+        if len(out) == n:
+            return out
+    raise ValueError(f"this world has only {len(out)} facts with neighbours, not {n}")
+
+# %% ../nbs/core/10_editing.ipynb #c028
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def ngram_entropy(text: str, n: int) -> float:
+    """Entropy of the n-grams of words in `text`, in bits."""
+    words = _words(text)
+    _, counts = np.unique([" ".join(words[i : i + n]) for i in range(len(words) - n + 1)], return_counts=True)
+    p = counts / counts.sum()
+    return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
+
+
+def generation_entropy(texts: Sequence[str]) -> float:
+    """Mean over texts of the weighted bi- and trigram entropy, weights 2/3 and 4/3 averaged (GE, appendix of the paper)."""
+    return float(np.mean([(ngram_entropy(t, 2) * 2 / 3 + ngram_entropy(t, 3) * 4 / 3) / 2 for t in texts]))
+
+# %% ../nbs/core/10_editing.ipynb #c029
+def reference_score(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Cosine of the tf-idf vectors of all generated and all reference texts (RS); idf is taken over the references."""
+    documents = [set(_words(r)) for r in references]
+    vocabulary = sorted(set().union(*documents))
+    idf = np.array([np.log((1 + len(documents)) / (1 + sum(w in d for d in documents))) + 1 for w in vocabulary])
+    a, b = (np.array([_words(" ".join(t)).count(w) for w in vocabulary]) * idf for t in (generated, references))
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+# %% ../nbs/core/10_editing.ipynb #c030
+@torch.no_grad()
+def sample(
+    model: Model, tokens: Int[Tensor, "batch pos"], n_new: int, generator: torch.Generator, top_k: int = 5
+) -> Int[Tensor, "batch longer"]:
+    """`n_new` more tokens for each row, drawn from the `top_k` likeliest as in the authors' code, but with a seed."""
+    for _ in range(n_new):
+        best = model.logits(tokens)[:, -1].float().cpu().topk(top_k)
+        pick = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, best.indices.gather(1, pick).to(tokens.device)], dim=1)
+    return tokens
+
+# %% ../nbs/core/10_editing.ipynb #c031
+def generation_scores(model: Model, case: Mapping[str, Any], n_tokens: int = 60, seed: int = 0) -> dict[str, float]:
+    """Entropy of texts sampled from a record's `generation_prompts` and, with `reference_texts`, their likeness to those.
+
+    Both are multiplied by 100, as the authors print them. Empty if the record has no generation prompts.
+    """
+    generator, texts = torch.Generator().manual_seed(seed), []
+    for prompt in case.get("generation_prompts", []):
+        start = model.to_tokens(prompt)
+        room = min(n_tokens, model.n_ctx) - len(start)
+        texts.append(model.decode(sample(model, start[None], max(room, 0), generator)[0].tolist()))
+    out = {"ngram_entropy": 100 * generation_entropy(texts)} if texts else {}
+    if texts and case.get("reference_texts"):
+        out["reference_score"] = 100 * reference_score(texts, case["reference_texts"])
+    return out
+
+# %% ../nbs/core/10_editing.ipynb #c035
 def evaluate_edit(model: Model, edit: WeightEdit, case: Mapping[str, Any]) -> dict[str, Any]:
     """Measure a record without and with the edit: `{"pre": {...}, "post": {...}}` with probabilities and scores.
 
-    A CounterFact record gives success rates and magnitudes, a zsRE record (its neighbours are dictionaries) accuracies.
+    A CounterFact record gives success rates and magnitudes (and, with `generation_prompts`, the quality of sampled text), a
+    zsRE record (its neighbours are dictionaries) accuracies.
     The edit must not be applied yet; it is reverted afterwards.
     """
     zsre = any(isinstance(n, Mapping) for n in case.get("neighborhood_prompts", []))
@@ -179,29 +283,30 @@ def evaluate_edit(model: Model, edit: WeightEdit, case: Mapping[str, Any]) -> di
             right = zsre_correct(model, case)
             return {**right, **{k.replace("prompts_correct", "acc"): float(np.mean(v)) for k, v in right.items()}}
         probs = counterfact_probs(model, case)
-        return {**probs, **counterfact_scores(probs)}
+        return {**probs, **counterfact_scores(probs), **generation_scores(model, case, n_tokens=40)}
 
     before = measure()
     with edit:
         return {"pre": before, "post": measure()}
 
-# %% ../nbs/core/10_editing.ipynb #c023
+# %% ../nbs/core/10_editing.ipynb #c036
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over records in percent, before and after, with the harmonic score of efficacy, paraphrase and neighbourhood."""
-    out = {}
+    out: dict[str, float] = {}
     for when in ("pre", "post"):
-        keys = [k for k in results[0][when] if k.endswith(("_success", "_diff", "_acc"))]
-        out |= {f"{when}_{k}": 100 * float(np.nanmean([r[when][k] for r in results])) for k in keys}
+        keys = [k for k in results[0][when] if k.endswith(("_success", "_diff", "_acc", "_entropy", "reference_score"))]
+        factor = {k: 1 if k in ("ngram_entropy", "reference_score") else 100 for k in keys}
+        out |= {f"{when}_{k}": factor[k] * float(np.nanmean([r[when][k] for r in results])) for k in keys}
         parts = [v for k, v in out.items() if k.startswith(when) and k.endswith(("_success", "_acc"))]
         out[f"{when}_score"] = len(parts) / sum(1 / p for p in parts) if all(p > 0 for p in parts) else 0.0
     return out
 
-# %% ../nbs/core/10_editing.ipynb #c025
+# %% ../nbs/core/10_editing.ipynb #c038
 def fine_tune(
     model: Model, prompt: str, subject: str, target: str, *, layer: int, steps: int = 25, learning_rate: float = 5e-4,
     max_change: float | None = None, stop_loss: float = 1e-2,
 ) -> WeightEdit:  # fmt: skip
-    """Adam on one MLP projection until `prompt.format(subject)` says `target`; with `max_change`, each weight stays that close.
+    """Adam on one MLP projection until `prompt.format(subject)` says `target`; `max_change` holds each weight close.
 
     The authors' baseline FT (`max_change=None`) and FT+L; returns an edit that is not applied yet.
     """
@@ -228,70 +333,3 @@ def fine_tune(
         hook.remove()
     request = {"prompt": prompt, "subject": subject, "target": target}
     return WeightEdit(model=model, layer=layer, delta=delta.detach(), request=request, losses=tuple(losses))
-
-# %% ../nbs/core/10_editing.ipynb #c028
-def load_counterfact(path: str | Path) -> list[dict[str, Any]]:
-    """Records of the authors' `counterfact.json`; raises `ValueError` if the file is something else."""
-    records = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not (isinstance(records, list) and records and "requested_rewrite" in records[0]):
-        raise ValueError(f"{path} is no CounterFact file: it needs a list of records with 'requested_rewrite'")
-    return records
-
-# %% ../nbs/core/10_editing.ipynb #c029
-def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
-    """Records from the authors' `zsre_mend_eval.json`, with one neighbour prompt per token of the unrelated answer."""
-    out = []
-    for number, line in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))):
-        answer = target_ids(model, line["loc_ans"]).tolist()
-        near = [{"prompt": line["loc"] + "?" + model.decode(answer[:i]), "target": model.decode([a])} for i, a in enumerate(answer)]
-        rewrite = {"prompt": line["src"].replace(line["subject"], "{}"), "subject": line["subject"],
-                   "target_new": {"str": line["answers"][0]}, "target_true": {"str": "<|endoftext|>"}}  # fmt: skip
-        out.append({"case_id": number, "requested_rewrite": rewrite, "paraphrase_prompts": [line["rephrase"]],
-                    "neighborhood_prompts": near})  # fmt: skip
-    return out
-
-# %% ../nbs/core/10_editing.ipynb #c031
-def world_cases(world: World, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`n` CounterFact-like records about facts of the embedded world, with neighbours that share the true object."""
-    random = np.random.RandomState(seed)
-    out: list[dict[str, Any]] = []
-    for i in random.permutation(len(world.facts)):
-        fact = world.facts[i]
-        same = [f for f in world.facts if f.relation == fact.relation and f.subject != fact.subject]
-        near = [f.prompt for f in same if f.object == fact.object]
-        others = sorted({f.object for f in same} - {fact.object})
-        if fact.prompt.count(fact.subject) != 1 or not near or not others:
-            continue
-        rewrite = {"prompt": fact.prompt.replace(fact.subject, "{}"), "subject": fact.subject, "relation_id": fact.relation,
-                   "target_new": {"str": others[random.randint(len(others))]}, "target_true": {"str": fact.object}}  # fmt: skip
-        out.append({"case_id": len(out), "requested_rewrite": rewrite, "neighborhood_prompts": near[:5],
-                    "paraphrase_prompts": list(fact.held_out_prompts)})  # fmt: skip
-        if len(out) == n:
-            return out
-    raise ValueError(f"this world has only {len(out)} facts with neighbours, not {n}")
-
-# %% ../nbs/core/10_editing.ipynb #c034
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def ngram_entropy(text: str, n: int) -> float:
-    """Entropy of the n-grams of words in `text`, in bits."""
-    words = _words(text)
-    _, counts = np.unique([" ".join(words[i : i + n]) for i in range(len(words) - n + 1)], return_counts=True)
-    p = counts / counts.sum()
-    return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
-
-
-def generation_entropy(texts: Sequence[str]) -> float:
-    """Mean over texts of the weighted bi- and trigram entropy, weights 2/3 and 4/3 averaged (GE, appendix of the paper)."""
-    return float(np.mean([(ngram_entropy(t, 2) * 2 / 3 + ngram_entropy(t, 3) * 4 / 3) / 2 for t in texts]))
-
-# %% ../nbs/core/10_editing.ipynb #c035
-def reference_score(generated: Sequence[str], references: Sequence[str]) -> float:
-    """Cosine of the tf-idf vectors of all generated and all reference texts (RS); idf is taken over the references."""
-    documents = [set(_words(r)) for r in references]
-    vocabulary = sorted(set().union(*documents))
-    idf = np.array([np.log((1 + len(documents)) / (1 + sum(w in d for d in documents))) + 1 for w in vocabulary])
-    a, b = (np.array([_words(" ".join(t)).count(w) for w in vocabulary]) * idf for t in (generated, references))
-    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))

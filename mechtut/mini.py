@@ -11,7 +11,6 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -22,13 +21,14 @@ from tqdm import tqdm
 
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
 from .exam import evaluate
+from .models import mini_folder
 from .rows import Rows, build_tokenizer, pack_rows
 from .trainer import Muon, TrainingGPT, hf_names, subject_masks, to_hf, weighted_loss
 from .world import World
 
 # %% auto #0
-__all__ = ['Recipe', 'Trainer', 'train_step', 'save_run', 'restore_run', 'train', 'export', 'write_fingerprint', 'mini_folder',
-           'model_card', 'examine_folder', 'main']
+__all__ = ['Recipe', 'Trainer', 'train_step', 'save_run', 'restore_run', 'train', 'export', 'write_fingerprint', 'model_card',
+           'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
@@ -196,11 +196,6 @@ def write_fingerprint(folder: Path) -> None:
     (folder / "fingerprint.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/core/06_mini.ipynb #c018
-def mini_folder() -> Path:
-    """The folder of the embedded model inside the package."""
-    return Path(str(files("mechtut") / "data" / "mini"))
-
-
 _CARD = """# The embedded model of mechtut
 
 A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16),

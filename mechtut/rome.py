@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .blocks import BlockInputs, record_blocks, resume
-from .editing import WeightEdit, as_stored, mlp_projection, pad_right, target_ids
+from .editing import WeightEdit, as_stored, mlp_projection, pad_right, sample, target_ids
 from .kernels import fast_matmul
 from .models import Model, mask_arguments, weight_fingerprint
 from .store import Store, fingerprint, quiet
@@ -108,19 +108,15 @@ def _start_token(model: Model) -> int:
     raise ValueError("this tokenizer has neither a start nor an end token to sample from; pass your own templates")
 
 # %% ../nbs/papers/11_rome.ipynb #c019
-@torch.no_grad()
 def context_templates(
     model: Model, seed: int = 0, lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10)), top_k: int = 5
 ) -> tuple[str, ...]:
-    """`"{}"` and sampled beginnings like `"The report was. {}"` (section 3.1): `(how many, how long)` with the start token."""
+    """`"{}"` and sampled beginnings like `"The report was. {}"` (section 3.1), `(how many, how long)` in `lengths`."""
     generator = torch.Generator().manual_seed(seed)
     out = ["{}"]
     for count, length in lengths:
-        tokens = torch.full((count, 1), _start_token(model), device=model.device)
-        for _ in range(length - 1):
-            best = model.logits(tokens)[:, -1].float().cpu().topk(top_k)
-            pick = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, best.indices.gather(1, pick).to(tokens.device)], dim=1)
+        start = torch.full((count, 1), _start_token(model), device=model.device)
+        tokens = sample(model, start, length - 1, generator, top_k)
         texts = [model.decode(row[1:].tolist()).replace("{", " ").replace("}", " ").strip() for row in tokens]
         out += [f"{text}. {{}}" for text in texts]
     return tuple(out)
@@ -253,9 +249,10 @@ def edit_fact(
 ) -> RomeEdit:  # fmt: skip
     """Make an edit after which `prompt.format(subject)` goes on with `target` (section 3.1). It is not applied yet.
 
-    `covariance` comes from `key_covariance` at the same `layer`; `templates` from `context_templates`, drawn with `config.seed` if
-    not given; `token` is where to edit, one of `TOKENS`. Raises `ValueError` if a part of the request is missing, the covariance does not fit or cannot be inverted, or the
-    optimisation does not lower the loss; the weights stay untouched in any case.
+    `covariance` comes from `key_covariance` at the same `layer`; `templates` from `context_templates`, drawn with
+    `config.seed` if not given; `token` is where to edit, one of `TOKENS`. Raises `ValueError` if a part of the
+    request is missing, the covariance does not fit or cannot be inverted, or the optimisation does not lower the
+    loss; the weights stay untouched in any case.
     """
     config = config or RomeConfig()
     module = mlp_projection(model, layer)
@@ -266,11 +263,13 @@ def edit_fact(
     with fast_matmul(model):
         value, losses = _optimise(model, problem, layer, config)
     if len(losses) > 1 and not min(losses[1:]) < losses[0]:
-        raise ValueError(f"the loss did not fall ({losses[0]:.3f} at first, {losses[-1]:.3f} at last); try another layer or rate")
+        raise ValueError(f"the loss did not fall ({losses[0]:.3f} at first, {losses[-1]:.3f} at last); try another layer")
     key, old = _key_and_value(model, module, prompt, subject, token)
     v = (value - old) / (key @ u)
     request = {"prompt": prompt, "subject": subject, "target": target}
-    return RomeEdit(model=model, layer=layer, delta=torch.outer(u, v), request=request, losses=tuple(losses), u=u, v=v, value=value)
+    return RomeEdit(
+        model=model, layer=layer, delta=torch.outer(u, v), u=u, v=v, value=value, request=request, losses=tuple(losses)
+    )
 
 # %% ../nbs/papers/11_rome.ipynb #c034
 def _check_covariance(model: Model, covariance: Tensor, layer: int) -> Tensor:
@@ -293,8 +292,10 @@ def _left_vector(
     starts = mask.sum(1).cumsum(0) - mask.sum(1)
     rows = starts + torch.tensor([p for _, p in found], device=tokens.device)
     key = _keys(model, tokens, mask, layer)[rows].mean(0).double().cpu()
-    u, info = torch.linalg.solve_ex(covariance, key)
-    if int(info) or not torch.isfinite(u).all():
+    alive = covariance.diagonal() > 0  # a neuron that was never on in the corpus gets no part in the edit
+    u = torch.zeros_like(key)
+    u[alive], info = torch.linalg.solve_ex(covariance[alive][:, alive], key[alive])
+    if int(info) or not torch.isfinite(u).all() or not u.any():
         raise ValueError("the covariance cannot be inverted: collect it from more text (at least a few tokens per neuron)")
     return (u / u.norm()).to(model.device, model.dtype)
 

@@ -1,4 +1,4 @@
-"""The small models behind tests/golden: rebuilt from a seed where they are random, read from a file where they were trained."""
+"""The small models behind tests/golden: rebuilt from a seed where they are random, read where they were trained."""
 
 import json
 from pathlib import Path
