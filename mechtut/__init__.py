@@ -22,6 +22,19 @@ _WHERE = {
     "CausalTrace": "causal_tracing",
     "trace": "causal_tracing",
     "trace_facts": "causal_tracing",
+    "RomeConfig": "rome",
+    "context_templates": "rome",
+    "edit_fact": "rome",
+    "key_covariance": "rome",
+    "evaluate_edit": "editing",
+    "ICLPrompt": "icl",
+    "load_task": "icl",
+    "sample_prompts": "icl",
+    "function_vector": "function_vectors",
+    "indirect_effect": "function_vectors",
+    "inject": "function_vectors",
+    "layer_average": "function_vectors",
+    "mean_head_activations": "function_vectors",
     "Fact": "world",
     "World": "world",
 }
@@ -53,7 +66,22 @@ if TYPE_CHECKING:  # what type checkers and editors read
         trace_facts as trace_facts,
     )
     from mechtut.corruption import Noise as Noise
+    from mechtut.editing import evaluate_edit as evaluate_edit
+    from mechtut.function_vectors import (
+        function_vector as function_vector,
+        indirect_effect as indirect_effect,
+        inject as inject,
+        layer_average as layer_average,
+        mean_head_activations as mean_head_activations,
+    )
+    from mechtut.icl import ICLPrompt as ICLPrompt, load_task as load_task, sample_prompts as sample_prompts
     from mechtut.models import Model as Model, load_model as load_model
     from mechtut.replay import Replay as Replay
+    from mechtut.rome import (
+        RomeConfig as RomeConfig,
+        context_templates as context_templates,
+        edit_fact as edit_fact,
+        key_covariance as key_covariance,
+    )
     from mechtut.sites import Edit as Edit, Site as Site, capture as capture, intervene as intervene
     from mechtut.world import Fact as Fact, World as World

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 

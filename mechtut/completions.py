@@ -92,8 +92,9 @@ def decode_vector(model: Model, vector: Float[Tensor, "d_model"], k: int = 10) -
 
 # %% ../nbs/core/13_completions.ipynb #c020
 def reconstruct(
-    model: Model, vector: Float[Tensor, "d_model"], k: int | None = None, *, steps: int = 1000, lr: float = 0.5, seed: int = 42
-) -> Float[Tensor, "d_model"]:
+    model: Model, vector: Float[Tensor, "d_model"], k: int | None = None, *,
+    steps: int = 1000, lr: float = 0.5, seed: int = 42,
+) -> Float[Tensor, "d_model"]:  # fmt: skip
     """A vector found from `vector`'s decoded distribution alone (its first `k` tokens), scaled to the same length.
 
     Cross-entropy, Adam, a random start, as in appendix of the paper.
@@ -110,7 +111,7 @@ def reconstruct(
         for _ in range(steps):
             optimiser.zero_grad()
             loss = -(wanted * model.unembed(guess).log_softmax(-1)).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
     found = guess.detach()
     return found * (vector.norm() / found.norm())

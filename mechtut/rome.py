@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .blocks import BlockInputs, record_blocks, resume
 from .editing import WeightEdit, as_stored, mlp_projection, pad_right, sample, target_ids
+from .editing import evaluate_edit as evaluate_edit  # part of this paper, at home in core
 from .kernels import fast_matmul
 from .models import Model, mask_arguments, weight_fingerprint
 from .store import Store, fingerprint, quiet

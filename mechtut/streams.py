@@ -39,17 +39,18 @@ class Change:
             return Edit("z", self.layer, self.value, pos=-1, head=self.head)
         return Edit("resid_post", self.layer, self.value, pos=-1, mode="set" if self.mode == "set" else "add")
 
-# %% ../nbs/core/12_streams.ipynb #c006
+# %% ../nbs/core/12_streams.ipynb #c007
 Metric = Callable[[Float[Tensor, "change d_vocab"], int], Tensor]  # of one prompt's logits, and which prompt it is
 
-# %% ../nbs/core/12_streams.ipynb #c007
+# %% ../nbs/core/12_streams.ipynb #c008
 def _plain(logits: Tensor, _prompt: int) -> Tensor:
     return logits
 
-# %% ../nbs/core/12_streams.ipynb #c008
+# %% ../nbs/core/12_streams.ipynb #c009
 def naive_changes(
-    model: Model, tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, "prompt"], changes: Sequence[Change], metric: Metric = _plain
-) -> Tensor:
+    model: Model, tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, "prompt"], changes: Sequence[Change],
+    metric: Metric = _plain,
+) -> Tensor:  # fmt: skip
     """`metric(logits, prompt)` of every change, one full forward pass per prompt and change: the reference."""
     rows = []
     for i, end in enumerate(last.tolist()):
@@ -60,9 +61,9 @@ def naive_changes(
         rows.append(metric(torch.stack(logits), i))
     return torch.stack(rows)
 
-# %% ../nbs/core/12_streams.ipynb #c011
+# %% ../nbs/core/12_streams.ipynb #c014
 def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
-    """Mask `[prompt, 1, n, pos + n]` for `n` versions of each prompt's last token, from the model's own `[_, 1, pos, pos]`."""
+    """Mask `[prompt, 1, n, pos + n]` for `n` versions of each last token, from the model's own `[_, 1, pos, pos]`."""
     n_pos = mask.shape[-1]
     rows = mask.expand(len(last), -1, -1, -1)[torch.arange(len(last)), :, last]  # [prompt, 1, pos]
     boolean = mask.dtype == torch.bool
@@ -73,7 +74,7 @@ def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
     prefix = rows[:, :, None].expand(-1, -1, n, -1)
     return torch.cat([prefix, own.expand(len(last), 1, n, n)], dim=-1)
 
-# %% ../nbs/core/12_streams.ipynb #c014
+# %% ../nbs/core/12_streams.ipynb #c019
 def _at_last(arguments: Mapping[str, Any], last: Tensor, n_pos: int, n: int) -> dict[str, Any]:
     """A block's recorded arguments, turned into those of `n` versions of the last token."""
 
@@ -91,7 +92,7 @@ def _at_last(arguments: Mapping[str, Any], last: Tensor, n_pos: int, n: int) -> 
 
     return {name: pick(x) for name, x in arguments.items()}
 
-# %% ../nbs/core/12_streams.ipynb #c016
+# %% ../nbs/core/12_streams.ipynb #c021
 def _through(
     model: Model, replay: Replay, layer: int, x: Float[Tensor, "prompt n d_model"], last: Tensor, born: Sequence[Change]
 ) -> Float[Tensor, "prompt n d_model"]:
@@ -111,10 +112,10 @@ def _through(
         out = model.blocks[layer](x, **arguments)
     return out[0] if isinstance(out, tuple) else out
 
-# %% ../nbs/core/12_streams.ipynb #c018
+# %% ../nbs/core/12_streams.ipynb #c023
 GROUP = 256  # versions of one prompt that go through a block together
 
-# %% ../nbs/core/12_streams.ipynb #c019
+# %% ../nbs/core/12_streams.ipynb #c024
 def _block(
     model: Model, replay: Replay, layer: int, x: Tensor, last: Tensor, born: Sequence[Change]
 ) -> Float[Tensor, "prompt n d_model"]:
@@ -127,10 +128,11 @@ def _block(
         out.append(_through(model, replay, layer, part, last, new))
     return torch.cat(out, dim=1) if out else x
 
-# %% ../nbs/core/12_streams.ipynb #c021
+# %% ../nbs/core/12_streams.ipynb #c026
 def run_changes(
-    model: Model, tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, "prompt"], changes: Sequence[Change], metric: Metric = _plain
-) -> Tensor:
+    model: Model, tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, "prompt"], changes: Sequence[Change],
+    metric: Metric = _plain,
+) -> Tensor:  # fmt: skip
     """Logits at the last token under every change, `[prompt, change, ...]`: those of `naive_changes`, many times sooner.
 
     `tokens` may be padded on the right; `last` says where each prompt ends. `metric(logits, i)` may reduce the logits
@@ -148,7 +150,7 @@ def run_changes(
         raise ValueError("a result is NaN or infinite; check the changes' values and the metric")
     return out
 
-# %% ../nbs/core/12_streams.ipynb #c022
+# %% ../nbs/core/12_streams.ipynb #c027
 def _streams(model: Model, tokens: Tensor, last: Tensor, changes: Sequence[Change]) -> tuple[Tensor, list[int]]:
     """The last token's final residual stream under every change, in the order in which they were born."""
     replay = Replay(model, tokens, attention_mask=torch.ones_like(tokens))

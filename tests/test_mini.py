@@ -134,6 +134,7 @@ def test_shipped_files_are_small_and_complete():
 
 def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
     from mechtut.models import verify_fingerprint
+
     shutil.copytree(mini_folder(), tmp_path / "mini")
     verify_fingerprint(tmp_path / "mini")
     data = bytearray((tmp_path / "mini" / "model.safetensors").read_bytes())
