@@ -6,6 +6,7 @@
 __all__ = ['TOKENS', 'key_covariance', 'context_templates', 'locate', 'RomeConfig', 'RomeEdit', 'edit_fact']
 
 # %% ../nbs/papers/11_rome.ipynb #c007
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .blocks import BlockInputs, record_blocks, resume
+from .corruption import text_and_ends
 from .editing import WeightEdit, as_stored, mlp_projection, pad_right, sample, target_ids
 from .editing import evaluate_edit as evaluate_edit  # part of this paper, at home in core
 from .kernels import fast_matmul
@@ -133,14 +135,12 @@ def locate(model: Model, template: str, subject: str, token: str = "subject_last
     if not subject.strip() or token not in TOKENS:
         raise ValueError(f"need a subject and a token out of {', '.join(TOKENS)}, not {subject!r} and {token!r}")
     tokens = model.to_tokens(template.format(subject))
-    pieces = model.to_str_tokens(tokens)
-    text = "".join(pieces)
+    text, ends = text_and_ends(model, tokens, subject)
     at = text.find(subject, template.index("{}"))
     if at < 0:
         raise ValueError(f"subject {subject!r} is lost in the tokens of {text!r}; does the tokenizer change its letters?")
-    ends = torch.tensor([len(p) for p in pieces]).cumsum(0)
-    first, last = int((ends > at).int().argmax()), int((ends >= at + len(subject)).int().argmax())
-    return tokens, {"subject_last": last, "subject_first": first, "last": len(pieces) - 1}[token]
+    first, last = bisect_right(ends, at), bisect_left(ends, at + len(subject))
+    return tokens, {"subject_last": last, "subject_first": first, "last": len(ends) - 1}[token]
 
 # %% ../nbs/papers/11_rome.ipynb #c025
 @dataclass(frozen=True)

@@ -171,6 +171,21 @@ def test_subject_twice_takes_the_first_and_says_so():
         assert trace(MODEL, twice, SUBJECT, tokens=[0], n_samples=1).subject_range == (0, 4)
 
 
+def test_tokenizers_that_drop_spaces():
+    """SentencePiece-like: a token decoded alone has no leading space, so the joined pieces read 'TheEiffelTower'."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁The", "▁Eiffel", "▁Tower", "▁is", "▁in"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    model = load_model(MODEL.hf, PreTrainedTokenizerFast(tokenizer_object=raw))
+    tokens = model.to_tokens("The Eiffel Tower is in")
+    assert "".join(model.to_str_tokens(tokens)) == "TheEiffelToweris" + "in"
+    assert find_subject(model, tokens, "Eiffel Tower") == (1, 3)
+    assert find_subject(model, tokens, "The Eiffel") == (0, 2)
+
+
 def test_weights_that_broke_after_loading():
     model = rome_model("tiny_rand", torch.float32)
     with torch.no_grad():
