@@ -187,3 +187,15 @@ def test_generation_measures():
     assert editing.generation_entropy(["no no no no"]) == 0
     assert editing.reference_score(["the tower is old"], ["the tower is old"]) == pytest.approx(1)
     assert editing.reference_score(["blue"], ["the tower is old"]) == 0
+
+
+def test_a_kept_edit_can_be_saved(tmp_path):
+    """`apply` and `save_pretrained`: the folder holds the edited model, and loads like any other."""
+    edit = edit_fact(MODEL, **REQUEST, layer=0, covariance=ridge(MODEL), templates=["{}"])
+    prompt = MODEL.to_tokens(REQUEST["prompt"].format(REQUEST["subject"]))[None]
+    before = MODEL.logits(prompt)
+    with edit:
+        edited = MODEL.logits(prompt)
+        MODEL.hf.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), MODEL.tokenizer, device="cpu")
+    assert torch.equal(again.logits(prompt), edited) and not torch.equal(edited, before)
