@@ -9,27 +9,19 @@ engine's speed amounts to, agreement, and peak memory.
 """
 
 import argparse
-import gc
 import resource
 import statistics
-import time
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from common import gpt2_small, measure
 
 from mechtut.causal_tracing import Noise, trace, window_layers
 from mechtut.kernels import fast_matmul
-from mechtut.models import Model, load_model
+from mechtut.models import Model
 from mechtut.sites import Edit, intervene
 
 SUBJECT, N_POS, WINDOW, NOISE = (0, 4), 12, 10, Noise(3.0, std=0.02)
 COMPONENTS = ("resid_post", "mlp_out", "attn_out")
-
-
-def gpt2_small(n_layers: int) -> Model:
-    """A GPT-2 of the small size with seeded random weights."""
-    torch.manual_seed(0)
-    return load_model(GPT2LMHeadModel(GPT2Config(n_layer=n_layers)))
 
 
 def paper_loop(model: Model, ids: torch.Tensor, component: str) -> torch.Tensor:
@@ -92,14 +84,6 @@ def cone_flop(model: Model, component: str, rows: int = 10) -> float:
                     total += mlp  # the edited token's MLP
             total += vocab * d
     return 2.0 * rows * total
-
-
-def measure(function):
-    """CPU seconds and result."""
-    gc.collect()
-    before = time.process_time()
-    result = function()
-    return time.process_time() - before, result
 
 
 def main() -> None:

@@ -9,24 +9,16 @@ that the engine cannot avoid, agreement with the loop on the timed heads, and pe
 """
 
 import argparse
-import gc
 import resource
 import statistics
-import time
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from common import gpt2_small, measure
 
 from mechtut.function_vectors import indirect_effect, mean_head_activations
 from mechtut.kernels import fast_matmul
-from mechtut.models import Model, load_model
+from mechtut.models import Model
 from mechtut.sites import Edit, intervene
-
-
-def gpt2_small(n_layers: int) -> Model:
-    """A GPT-2 of the small size with seeded random weights, larger than at initialisation so that heads matter."""
-    torch.manual_seed(0)
-    return load_model(GPT2LMHeadModel(GPT2Config(n_layer=n_layers, initializer_range=0.05)))
 
 
 def random_prompts(model: Model, n: int) -> list[tuple[list[int], int]]:
@@ -60,14 +52,6 @@ def bound_gflop(model: Model, n_pos: float) -> float:
     return 2 * (n_pos * model.n_layers * block + above * block + own + attention + readout) / 1e9
 
 
-def measure(function):
-    """CPU seconds and result."""
-    gc.collect()
-    before = time.process_time()
-    result = function()
-    return time.process_time() - before, result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=25)
@@ -77,7 +61,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = gpt2_small(args.layers)
+    model = gpt2_small(args.layers, initializer_range=0.05)  # larger than usual, so that heads matter
     prompts = random_prompts(model, args.trials)
     n_pos = sum(len(ids) for ids, _ in prompts) / len(prompts)
     means = mean_head_activations(model, prompts[:5])

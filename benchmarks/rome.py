@@ -9,25 +9,18 @@ over the same texts (without the unembedding).
 
 import argparse
 import statistics
-import time
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from common import gpt2_small, measure
+from transformers import PreTrainedTokenizerFast
 
 from mechtut.editing import mlp_projection, pad_right, target_ids
 from mechtut.kernels import fast_matmul
-from mechtut.models import Model, load_model, mask_arguments, mini_folder
+from mechtut.models import Model, mask_arguments, mini_folder
 from mechtut.rome import RomeConfig, _optimise, _problem, context_templates, key_covariance, locate
 from mechtut.world import World
 
 PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"
-
-
-def gpt2_small() -> Model:
-    """GPT-2 small's shape and the embedded model's tokenizer, whose ids fit into its vocabulary."""
-    torch.manual_seed(0)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(mini_folder())
-    return load_model(GPT2LMHeadModel(GPT2Config()), tokenizer)
 
 
 def plain_loop(model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig) -> list[float]:
@@ -82,13 +75,6 @@ def bare(model: Model, texts: list[str]) -> None:
             model.hf.base_model(input_ids=tokens, use_cache=False, **mask_arguments(mask))
 
 
-def seconds(function) -> float:
-    """CPU seconds of one call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", type=int, default=8)
@@ -96,12 +82,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, config = gpt2_small(), RomeConfig()
+    model, config = gpt2_small(tokenizer=PreTrainedTokenizerFast.from_pretrained(mini_folder())), RomeConfig()
     templates = context_templates(model)
     pairs = [
         (
-            seconds(lambda: plain_loop(model, args.layer, templates, config)),
-            seconds(lambda: ours(model, args.layer, templates, config)),
+            measure(lambda: plain_loop(model, args.layer, templates, config))[0],
+            measure(lambda: ours(model, args.layer, templates, config))[0],
         )
         for _ in range(args.rounds)
     ]
@@ -114,7 +100,7 @@ def main() -> None:
     texts = [" ".join(f.prompt for f in facts[i : i + 8]) for i in range(args.texts)]
     for layer in (args.layer, model.n_layers - 1):
         pairs = [
-            (seconds(lambda: bare(model, texts)), seconds(lambda i=layer: key_covariance(model, texts, i)))
+            (measure(lambda: bare(model, texts))[0], measure(lambda i=layer: key_covariance(model, texts, i))[0])
             for _ in range(args.rounds)
         ]
         passes, statistic = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -223,17 +223,9 @@ def _result(
     return CausalTrace(
         sample_scores=scores, clean_prob=high, corrupted_prob=low, tokens=words, positions=positions,
         answer=model.decode([answer]) if model.tokenizer else str(answer), subject_range=drawn.span,
-        component=settings.component, window=settings.window, noise_std=_noise_std(model, noise, drawn),
+        component=settings.component, window=settings.window, noise_std=drawn.std,
         sever=settings.sever, provenance=provenance(model, **arguments),
     )  # fmt: skip
-
-
-def _noise_std(model: Model, noise: Any, drawn: Corruption) -> float:
-    if isinstance(noise, Noise) and noise.kind == "gaussian":
-        return noise.scale * noise.std
-    if isinstance(noise, Noise | Tensor):
-        return float(drawn.values.double().std())
-    return float(noise) * embedding_std(model)
 
 # %% ../nbs/papers/10_causal_tracing.ipynb #c042
 ROLES = (
@@ -318,14 +310,16 @@ def trace_facts(
         raise ValueError("there are no facts to trace")
     if not isinstance(noise, Noise):
         noise = Noise(float(noise), std=embedding_std(model, [subject for _, subject, _ in known]))
+    shape = (str(noise), noise.mean, noise.root)
+    sweep = fingerprint(weight_fingerprint(model), *shape, sorted(options.items())) if folder else ""
     traces, skipped = [], []
     for i, (prompt, subject, answer) in enumerate(tqdm(known, desc="facts", delay=1, disable=quiet(progress))):
         if _prediction(model, prompt) != answer:
             skipped.append(prompt)
             continue
         run = partial(trace, model, prompt, subject, noise=noise, progress=False, **options)
-        key = fingerprint(weight_fingerprint(model), prompt, subject, str(noise), sorted(options.items()))
-        traces.append(_saved_or(Path(folder) / f"fact-{i:04d}" if folder else None, key, run))
+        saved = Store(Path(folder) / f"fact-{i:04d}", fingerprint(prompt, subject, sweep)) if folder else None
+        traces.append(_saved_or(saved.folder if saved else None, run))
     if not traces:
         raise ValueError(f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r}; nothing to trace")
     return average(traces, tuple(skipped))
@@ -335,10 +329,9 @@ def _prediction(model: Model, prompt: str) -> str:
     return model.decode([int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]).strip()
 
 
-def _saved_or(folder: Path | None, key: str, run: Callable[[], CausalTrace]) -> CausalTrace:
+def _saved_or(folder: Path | None, run: Callable[[], CausalTrace]) -> CausalTrace:
     if folder is None:
         return run()
-    Store(folder, key)  # refuses a folder of another sweep
     if not (folder / "result.json").exists():
         run().save(folder)
     return CausalTrace.load(folder)

@@ -134,6 +134,7 @@ class Corruption:
     values: Float[Tensor, "sample token d_model"]
     replace: bool
     span: Span
+    std: float  # of what is added: as asked for where the noise is Gaussian, else as drawn
 
     def edit(self, *, additive: bool = False) -> Edit:
         """The edit of the embedding; `additive` adds the values even if they were drawn to replace."""
@@ -150,8 +151,9 @@ def corrupt(model: Model, noise: Any, n_samples: int, span: Span, seed: int, ski
                 f"a noise tensor must be [n_samples, {wanted[1]}, {wanted[2]}] for this subject, not {tuple(noise.shape)}, "
                 "and cannot be combined with the quirk 'severed_noise', which needs a second draw"
             )
-        return Corruption(noise.to(model.device), False, span)
+        return Corruption(noise.to(model.device), False, span, float(noise.double().std()))
     if not isinstance(noise, Noise):
         noise = Noise(float(noise), std=embedding_std(model))
     values = noise.draw(n_samples, span[1] - span[0], model.d_model, seed, skip)
-    return Corruption(values.to(model.device), noise.replace, span)
+    std = noise.scale * noise.std if noise.kind == "gaussian" else float(values.std())
+    return Corruption(values.to(model.device), noise.replace, span, std)
