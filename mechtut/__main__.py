@@ -1,4 +1,4 @@
-"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"` and `python -m mechtut train-mini`."""
+"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `train-mini`, `new-paper NAME`."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ WIDTH = 100  # columns of a printed table
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
     top = argparse.ArgumentParser(prog="mechtut", description="Mechanistic interpretability, one paper per notebook.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="trace | train-mini")
+    commands = top.add_subparsers(dest="command", required=True, metavar="trace | train-mini | new-paper")
     trace = commands.add_parser(
         "trace",
         help="find where a fact is stored: a causal trace, as a table and a figure",
@@ -35,7 +35,38 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--out", default="trace.png", help="file for the figure (default: %(default)s)")
     train = commands.add_parser("train-mini", help="train the embedded model again", add_help=False)
     train.add_argument("arguments", nargs=argparse.REMAINDER)
+    paper = commands.add_parser(
+        "new-paper",
+        help="start a notebook for a new paper from a template that already runs",
+        description="Write nbs/papers/NN_name.ipynb, NN being the next free multiple of ten, from a template.",
+    )
+    paper.add_argument("name", help="name of the module, such as direct_logit_attribution")
+    paper.add_argument("--folder", type=Path, default=Path("nbs/papers"), help="where to write it (default: %(default)s)")
     return top
+
+
+def new_paper(name: str, folder: Path) -> Path:
+    """Write the template under the next free number; raises `ValueError` for a bad name, a missing folder, or a module that exists."""
+    if not (name.isidentifier() and name == name.lower()):
+        raise ValueError(f"{name!r} cannot be a module; use lower-case letters, digits and underscores, such as logit_lens")
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; run this at the top of a checkout of mechtut, or give --folder")
+    if taken := sorted(folder.glob(f"*_{name}.ipynb")) or [
+        p for p in [Path(__file__).with_name(f"{name}.py")] if p.exists()
+    ]:
+        raise ValueError(f"{taken[0]} exists already; choose another name")
+    numbers = [int(p.name[:2]) for p in folder.glob("[0-9][0-9]_*.ipynb")]
+    target = folder / f"{max([*numbers, 0]) // 10 * 10 + 10:02d}_{name}.ipynb"
+    words = name.split("_")
+    text = (Path(__file__).parent / "data" / "new_paper.json").read_text(encoding="utf-8")
+    for mark, value in {
+        "name": name,
+        "title": " ".join(words).capitalize(),
+        "Class": "".join(map(str.capitalize, words)),
+    }.items():
+        text = text.replace("{{" + mark + "}}", value)
+    target.write_text(text, encoding="utf-8")
+    return target
 
 
 def table(t: "CausalTrace") -> str:
@@ -125,7 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train_mini(argv[1:]) or 0
     args = parser().parse_args(argv)
     try:
-        trace(args)
+        if args.command == "new-paper":
+            print(f"{new_paper(args.name, args.folder)}: fill it in, then `python tools/save.py` it")
+        else:
+            trace(args)
     except (ValueError, OSError) as error:
         print(f"mechtut: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
