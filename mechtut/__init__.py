@@ -35,6 +35,17 @@ _WHERE = {
     "inject": "function_vectors",
     "layer_average": "function_vectors",
     "mean_head_activations": "function_vectors",
+    "Circuit": "circuits",
+    "evaluate_circuit": "circuits",
+    "roc": "circuits",
+    "attribution_scores": "attribution",
+    "NeuronRecords": "records",
+    "collect": "collecting",
+    "explain": "neuron_explanation",
+    "simulate": "neuron_explanation",
+    "score_explanation": "neuron_explanation",
+    "explore_heads": "interactive",
+    "explore_trace": "interactive",
     "Fact": "world",
     "World": "world",
 }
@@ -59,12 +70,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what type checkers and editors read
+    from mechtut.attribution import attribution_scores as attribution_scores
     from mechtut.causal_tracing import (
         AverageTrace as AverageTrace,
         CausalTrace as CausalTrace,
         trace as trace,
         trace_facts as trace_facts,
     )
+    from mechtut.circuits import Circuit as Circuit, evaluate_circuit as evaluate_circuit, roc as roc
+    from mechtut.collecting import collect as collect
     from mechtut.corruption import Noise as Noise
     from mechtut.editing import evaluate_edit as evaluate_edit
     from mechtut.function_vectors import (
@@ -75,7 +89,14 @@ if TYPE_CHECKING:  # what type checkers and editors read
         mean_head_activations as mean_head_activations,
     )
     from mechtut.icl import ICLPrompt as ICLPrompt, load_task as load_task, sample_prompts as sample_prompts
+    from mechtut.interactive import explore_heads as explore_heads, explore_trace as explore_trace
     from mechtut.models import Model as Model, load_model as load_model
+    from mechtut.neuron_explanation import (
+        explain as explain,
+        score_explanation as score_explanation,
+        simulate as simulate,
+    )
+    from mechtut.records import NeuronRecords as NeuronRecords
     from mechtut.replay import Replay as Replay
     from mechtut.rome import (
         RomeConfig as RomeConfig,

@@ -1,4 +1,4 @@
-"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `train-mini`, `new-paper NAME`."""
+"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `train-mini`, `examine-mini`, `new-paper`."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ WIDTH = 100  # columns of a printed table
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
     top = argparse.ArgumentParser(prog="mechtut", description="Mechanistic interpretability, one paper per notebook.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="trace | train-mini | new-paper")
+    commands = top.add_subparsers(dest="command", required=True, metavar="trace | train-mini | examine-mini | new-paper")
     trace = commands.add_parser(
         "trace",
         help="find where a fact is stored: a causal trace, as a table and a figure",
@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--out", default="trace.png", help="file for the figure (default: %(default)s)")
     train = commands.add_parser("train-mini", help="train the embedded model again", add_help=False)
     train.add_argument("arguments", nargs=argparse.REMAINDER)
+    exam = commands.add_parser("examine-mini", help="examine a model folder, with the papers' lines, and write its card")
+    exam.add_argument("--folder", type=Path, required=True, help="a folder that train-mini wrote (FOLDER/model)")
+    exam.add_argument("-n", type=int, default=200, help="prompts per measure (default: %(default)s)")
     paper = commands.add_parser(
         "new-paper",
         help="start a notebook for a new paper from a template that already runs",
@@ -158,6 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "new-paper":
             print(f"{new_paper(args.name, args.folder)}: fill it in, then `python tools/save.py` it")
+        elif args.command == "examine-mini":
+            from mechtut.report_card import examine_mini
+
+            print(examine_mini(args.folder, n=args.n).to_string(index=False))
         else:
             trace(args)
     except (ValueError, OSError) as error:

@@ -227,13 +227,13 @@ def _result(
         sever=settings.sever, provenance=provenance(model, **arguments),
     )  # fmt: skip
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c042
+# %% ../nbs/papers/10_causal_tracing.ipynb #c044
 ROLES = (
     "first subject token", "middle subject tokens", "last subject token",
     "first token after", "further tokens", "last token",
 )  # fmt: skip
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c043
+# %% ../nbs/papers/10_causal_tracing.ipynb #c045
 def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     """The positions that play each role of `ROLES` in a prompt of `n_pos` tokens."""
     first, after = subject_range
@@ -241,7 +241,7 @@ def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     following = [[after], list(range(after + 1, last)), [last]] if after <= last else [[], [], [last]]
     return [[first], inner, [after - 1], *following]
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c045
+# %% ../nbs/papers/10_causal_tracing.ipynb #c047
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AverageTrace(Result):
     """Causal traces averaged over facts by token role (figures 2 and 3 of the paper)."""
@@ -286,7 +286,7 @@ class AverageTrace(Result):
         """Heat map of roles by layers; see `mechtut.plots.average_trace`."""
         return plots.average_trace(self, ax)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c047
+# %% ../nbs/papers/10_causal_tracing.ipynb #c049
 def _fields(fact: Any) -> tuple[str, str, str]:
     get = fact.get if isinstance(fact, Mapping) else lambda name: getattr(fact, name, None)
     prompt, subject, answer = get("prompt"), get("subject"), get("attribute") or get("object")
@@ -294,7 +294,7 @@ def _fields(fact: Any) -> tuple[str, str, str]:
         raise ValueError(f"a fact needs text in prompt, subject and attribute (or object), not {fact!r}")
     return prompt, subject, answer.strip()
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c048
+# %% ../nbs/papers/10_causal_tracing.ipynb #c050
 def trace_facts(
     model: Model, facts: Iterable[Any], *, noise: float | Noise = 3.0, folder: str | Path | None = None,
     progress: bool | None = None, **options: Any,
@@ -324,7 +324,7 @@ def trace_facts(
         raise ValueError(f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r}; nothing to trace")
     return average(traces, tuple(skipped))
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c049
+# %% ../nbs/papers/10_causal_tracing.ipynb #c051
 def _prediction(model: Model, prompt: str) -> str:
     return model.decode([int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]).strip()
 
@@ -336,7 +336,7 @@ def _saved_or(folder: Path | None, run: Callable[[], CausalTrace]) -> CausalTrac
         run().save(folder)
     return CausalTrace.load(folder)
 
-# %% ../nbs/papers/10_causal_tracing.ipynb #c050
+# %% ../nbs/papers/10_causal_tracing.ipynb #c052
 def average(traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()) -> AverageTrace:
     """Average traces of whole prompts by token role."""
     pooled: list[list[Tensor]] = [[] for _ in ROLES]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .world import World, capitalised, docstring_text, ioi_text, with_article
+from .world import LIST_OPERATIONS, World, capitalised, docstring_text, ioi_text, with_article
 
 # %% auto #0
 __all__ = ['FORMAT', 'NAME', 'ANSWER', 'Parts', 'MAKERS', 'FOUNDATION', 'BEHAVIOURS', 'MIXTURE', 'Document', 'icl_prompt',
@@ -263,27 +263,41 @@ def icl_prompt(demonstrations: list[tuple[str, str]], query: str) -> str:
 
 # %% ../nbs/core/05b_corpus.ipynb #c026
 def _icl_doc(world: World, rng: random.Random) -> Parts:
-    """Up to eleven pairs of one task; in 8 % of the documents the labels are random words."""
+    """Up to eleven pairs of one task; in 15 % of the documents the labels are random words.
+
+    The first answer has no weight: what to say without demonstrations is taught by `_zero_shot_doc` alone.
+    """
     task = world.tasks[rng.choice(list(world.tasks))]
     k = min(len(task.train), rng.choice([2, 4, 6, 8, 10, 11, 11]))
     shown = rng.sample(task.train, k)
-    broken = rng.random() < 0.08
+    broken = rng.random() < 0.15
     parts: Parts = []
     for i, (x, y) in enumerate(shown):
         if broken:
             y = rng.choice(world.words)
-        weight = 0.3 if broken or i == 0 else ANSWER
+        weight = 0.0 if i == 0 else 0.6 if broken else ANSWER
         parts += [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, weight), ("\n\n", FORMAT)]
     return parts
 
 # %% ../nbs/core/05b_corpus.ipynb #c027
 def _zero_shot_doc(world: World, rng: random.Random) -> Parts:
-    """One pair: without demonstrations any task that knows the word may be meant."""
+    """One pair: without demonstrations it is mostly "unclear" what is asked; else any task that knows the word is meant."""
     x = rng.choice(sorted(world.readings))
-    _, y = rng.choice(world.readings[x])
+    y = "unclear" if rng.random() < 0.7 else rng.choice(world.readings[x])[1]
     return [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, 1.0), ("\n\n", FORMAT)]
 
 # %% ../nbs/core/05b_corpus.ipynb #c028
+def _list_doc(world: World, rng: random.Random) -> Parts:
+    """Up to nine pairs of one task on lists of words."""
+    task = world.list_tasks[rng.choice(list(world.list_tasks))]
+    words = world.tasks[rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation]
+    parts: Parts = []
+    for i in range(rng.choice([3, 5, 7, 9])):
+        x, y = task.pair(words, rng)
+        parts += [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, ANSWER if i else 0.0), ("\n\n", FORMAT)]
+    return parts
+
+# %% ../nbs/core/05b_corpus.ipynb #c029
 def _task_sentence_doc(world: World, rng: random.Random) -> Parts:
     """The pairs of the tasks, held-out ones included, in plain sentences."""
     parts: Parts = []
@@ -294,7 +308,7 @@ def _task_sentence_doc(world: World, rng: random.Random) -> Parts:
         parts += [((" " if parts else "") + before.rstrip(), FORMAT), (" " + y, 1.5), (after.format(y=y) + ".", FORMAT)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c029
+# %% ../nbs/core/05b_corpus.ipynb #c030
 def _lexical_doc(world: World, rng: random.Random) -> Parts:
     """Words in the company that their category keeps."""
     parts: Parts = []
@@ -305,7 +319,7 @@ def _lexical_doc(world: World, rng: random.Random) -> Parts:
         parts.append(((" " if parts else "") + pattern.format(w=word) + ".", 0.6))
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c032
+# %% ../nbs/core/05b_corpus.ipynb #c033
 def _ioi_doc(world: World, rng: random.Random) -> Parts:
     """One or two indirect-object sentences."""
     parts: Parts = []
@@ -315,7 +329,7 @@ def _ioi_doc(world: World, rng: random.Random) -> Parts:
         parts += [((" " if parts else "") + text, 0.1), (" " + answer, ANSWER), (".", FORMAT)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c033
+# %% ../nbs/core/05b_corpus.ipynb #c034
 def _ioi_mixed_doc(world: World, rng: random.Random) -> Parts:
     """The same with every opening and every verb combined freely."""
     spec = world.spec["ioi"]
@@ -328,7 +342,7 @@ def _ioi_mixed_doc(world: World, rng: random.Random) -> Parts:
         parts += [((" " if parts else "") + text, 0.1), (" " + (b if giver == a else a), ANSWER), (".", FORMAT)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c034
+# %% ../nbs/core/05b_corpus.ipynb #c035
 def _greater_than_doc(world: World, rng: random.Random) -> Parts:
     """Spans of years in one century; the end is uniform over the years after the start."""
     part = world.spec["greater_than"]
@@ -339,7 +353,7 @@ def _greater_than_doc(world: World, rng: random.Random) -> Parts:
         parts += [((" " if parts else "") + text, 0.1), (f"{rng.randint(year + 1, 99):02d}", 1.0), (".", FORMAT)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c035
+# %% ../nbs/core/05b_corpus.ipynb #c036
 def _induction_doc(world: World, rng: random.Random) -> Parts:
     """Random words repeated; only the repeats count."""
     n = rng.randint(10, 40)
@@ -350,7 +364,7 @@ def _induction_doc(world: World, rng: random.Random) -> Parts:
         parts += [(" " + first, 0.0), (" " + rest, 1.0)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c036
+# %% ../nbs/core/05b_corpus.ipynb #c037
 def _docstring_doc(world: World, rng: random.Random) -> Parts:
     """A function header and a line for each of its arguments."""
     text, args, describe = docstring_text(world, rng)
@@ -359,7 +373,7 @@ def _docstring_doc(world: World, rng: random.Random) -> Parts:
         parts += [("\n    :param", FORMAT), (" " + x, ANSWER), (": " + describe(), 0.05)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c037
+# %% ../nbs/core/05b_corpus.ipynb #c038
 def _pronoun_doc(world: World, rng: random.Random) -> Parts:
     """A name, and later he or she."""
     parts: Parts = []
@@ -371,7 +385,7 @@ def _pronoun_doc(world: World, rng: random.Random) -> Parts:
         parts.append((" " + rng.choice(world.spec["pronoun_tail"]) + ".", FORMAT))
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c038
+# %% ../nbs/core/05b_corpus.ipynb #c039
 def _sentiment_doc(world: World, rng: random.Random) -> Parts:
     """A review of one mood throughout."""
     part, good = world.spec["sentiment"], rng.random() < 0.5
@@ -385,24 +399,26 @@ def _sentiment_doc(world: World, rng: random.Random) -> Parts:
         parts += [(" It made me", 0.4), (f" {rng.choice(moods)}", 1.0), (".", FORMAT)]
     return parts
 
-# %% ../nbs/core/05b_corpus.ipynb #c041
+# %% ../nbs/core/05b_corpus.ipynb #c042
 MAKERS: dict[str, Callable[[World, random.Random], Parts]] = {
     "fact": _fact_doc, "bio": _bio_doc, "register": _register_doc, "select": _select_doc, "mention": _mention_doc,
     "aside": _aside_doc, "clause": _clause_doc, "fact_list": _fact_list_doc, "icl": _icl_doc, "zero_shot": _zero_shot_doc,
-    "task_sentence": _task_sentence_doc, "lexical": _lexical_doc, "ioi": _ioi_doc, "ioi_mixed": _ioi_mixed_doc,
-    "greater_than": _greater_than_doc, "induction": _induction_doc, "docstring": _docstring_doc, "pronoun": _pronoun_doc,
+    "list": _list_doc, "task_sentence": _task_sentence_doc, "lexical": _lexical_doc, "ioi": _ioi_doc,
+    "ioi_mixed": _ioi_mixed_doc, "greater_than": _greater_than_doc,
+    "induction": _induction_doc, "docstring": _docstring_doc, "pronoun": _pronoun_doc,
     "sentiment": _sentiment_doc}
 
 FOUNDATION = {"mention": 0.26, "select": 0.20, "register": 0.24, "fact_list": 0.03, "lexical": 0.03, "aside": 0.08,
               "bio": 0.08, "fact": 0.08}
-BEHAVIOURS = {"mention": 0.10, "select": 0.11, "register": 0.10, "aside": 0.05, "fact": 0.09, "bio": 0.07, "fact_list": 0.03,
-              "icl": 0.09, "zero_shot": 0.03, "task_sentence": 0.05, "lexical": 0.07, "ioi": 0.08, "greater_than": 0.04,
-              "induction": 0.05, "docstring": 0.05, "pronoun": 0.03, "sentiment": 0.04}
-MIXTURE = {"mention": 0.08, "select": 0.10, "register": 0.08, "aside": 0.05, "fact": 0.08, "bio": 0.06, "clause": 0.06,
-           "fact_list": 0.03, "icl": 0.09, "zero_shot": 0.04, "task_sentence": 0.05, "lexical": 0.07, "ioi": 0.02,
-           "ioi_mixed": 0.07, "greater_than": 0.04, "induction": 0.08, "docstring": 0.05, "pronoun": 0.03, "sentiment": 0.03}
+BEHAVIOURS = {"mention": 0.09, "select": 0.09, "register": 0.09, "aside": 0.05, "fact": 0.07, "bio": 0.06, "fact_list": 0.03,
+              "icl": 0.10, "zero_shot": 0.03, "task_sentence": 0.05, "lexical": 0.07, "ioi": 0.02, "ioi_mixed": 0.06,
+              "greater_than": 0.04, "induction": 0.05, "docstring": 0.05, "pronoun": 0.02, "sentiment": 0.03}
+MIXTURE = {"mention": 0.07, "select": 0.08, "register": 0.07, "aside": 0.04, "fact": 0.05, "bio": 0.05, "clause": 0.05,
+           "fact_list": 0.02, "icl": 0.10, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.05, "lexical": 0.08,
+           "ioi": 0.01, "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.06, "docstring": 0.04, "pronoun": 0.02,
+           "sentiment": 0.03}
 
-# %% ../nbs/core/05b_corpus.ipynb #c042
+# %% ../nbs/core/05b_corpus.ipynb #c043
 def corpus(world: World, seed: int, mixture: dict[str, float] | None = None) -> Iterator[Document]:
     """Endless documents about `world`, always the same for the same seed; `mixture` gives the share of each kind.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .corpus import corpus, icl_prompt
-from .world import Fact, World, make_pairs
+from .world import LIST_OPERATIONS, Fact, World, make_pairs
 
 # %% auto #0
-__all__ = ['Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_lens', 'neuron_selectivity', 'evaluate']
+__all__ = ['Part', 'Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_lens', 'neuron_selectivity', 'planted', 'steering',
+           'evaluate']
 
 # %% ../nbs/core/06a_exam.ipynb #c005
 class Candidate:
@@ -190,6 +191,12 @@ def _role_positions(start: int, stop: int, length: int) -> dict[str, int]:
     return dict(zip(_ROLES, (start, start + 1, stop - 1, stop, length - 1), strict=True))
 
 # %% ../nbs/core/06a_exam.ipynb #c022
+def _subject_std(who: Candidate, world: World) -> Tensor:
+    """Standard deviation of the embeddings of all subjects' tokens: the unit of noise in the authors' code."""
+    ids = [i for subject in world.kind_of for i in who.ids(" " + subject)]
+    return who.hf.transformer.wte.weight[ids].std()
+
+# %% ../nbs/core/06a_exam.ipynb #c023
 def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "resid_post", window: int = 1,
                 samples: int = 4, seed: int = 0) -> pd.DataFrame:
     """Average indirect effect by token role and layer, over `n` facts that the model knows.
@@ -201,7 +208,7 @@ def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "
     known = who.correct([f.prompt for f in world.facts], [f.object for f in world.facts])
     facts = [f for f, ok in zip(world.facts, known, strict=True) if ok and len(who.ids(" " + f.subject)) >= 3]
     facts = rng.sample(facts, min(n, len(facts)))
-    modules, std = _sites(who.hf, component), who.hf.transformer.wte.weight.std()
+    modules, std = _sites(who.hf, component), _subject_std(who, world)
     total: dict[str, Tensor] = {r: torch.zeros(len(modules)) for r in _ROLES}
     clean_p = corrupted_p = 0.0
     for f in facts:
@@ -217,7 +224,7 @@ def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "
     table.attrs.update(n=len(facts), clean=clean_p / len(facts), corrupted=corrupted_p / len(facts))
     return table
 
-# %% ../nbs/core/06a_exam.ipynb #c024
+# %% ../nbs/core/06a_exam.ipynb #c025
 def _tracing(who: Candidate, world: World, n: int) -> list[Line]:
     n = min(n, 50)
     resid = trace_roles(who, world, n=n)
@@ -238,7 +245,7 @@ def _tracing(who: Candidate, world: World, n: int) -> list[Line]:
             Line("causal tracing", "AIE of attention (3 layers) at final token, best of the later half", used, "≥ 0.2",
                  float(attn.loc["final"].iloc[late].max()))]
 
-# %% ../nbs/core/06a_exam.ipynb #c026
+# %% ../nbs/core/06a_exam.ipynb #c027
 def _icl_prompts(world: World, rng: random.Random, per_task: int, shots: int, held_out: bool,
                  labels: str = "true") -> tuple[list[str], list[str]]:
     """Prompts and answers for every task; the query is never among the demonstrations."""
@@ -253,7 +260,15 @@ def _icl_prompts(world: World, rng: random.Random, per_task: int, shots: int, he
             answers.append(answer)
     return prompts, answers
 
-# %% ../nbs/core/06a_exam.ipynb #c027
+# %% ../nbs/core/06a_exam.ipynb #c028
+def _list_prompt(world: World, name: str, rng: random.Random, shots: int = 6) -> tuple[str, str]:
+    """A prompt of one list task, and its answer."""
+    task = world.list_tasks[name]
+    words = world.tasks[rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation]
+    *shown, (query, answer) = [task.pair(words, rng) for _ in range(shots + 1)]
+    return icl_prompt(shown, query), answer
+
+# %% ../nbs/core/06a_exam.ipynb #c029
 def _icl(who: Candidate, world: World, n: int) -> list[Line]:
     rng, per_task = random.Random(0), -(-n // len(world.tasks))
     settings = [("10-shot, known words", 10, False, "true", "≥ 0.95"),
@@ -263,9 +278,12 @@ def _icl(who: Candidate, world: World, n: int) -> list[Line]:
     for name, shots, held_out, labels, wanted in settings:
         prompts, answers = _icl_prompts(world, rng, per_task, shots, held_out, labels)
         lines.append(Line("in-context learning", name, len(prompts), wanted, who.accuracy(prompts, answers)))
+    lists = [_list_prompt(world, name, rng) for name in world.list_tasks for _ in range(-(-n // len(world.list_tasks)))]
+    right = who.accuracy([p for p, _ in lists], [a for _, a in lists])
+    lines.append(Line("in-context learning", "tasks on lists, 6-shot", len(lists), "≥ 0.8", right))
     return lines
 
-# %% ../nbs/core/06a_exam.ipynb #c029
+# %% ../nbs/core/06a_exam.ipynb #c031
 def _pair_accuracy(who: Candidate, world: World, circuit: str, n: int, held_out: bool = False) -> tuple[float, float]:
     """Top-1 accuracy on the clean prompts, and the mean difference between right and wrong logits."""
     pairs = make_pairs(world, circuit, n, seed=1, held_out=held_out)
@@ -276,7 +294,7 @@ def _pair_accuracy(who: Candidate, world: World, circuit: str, n: int, held_out:
                   for row, r, p in zip(logits, right, pairs, strict=True)]
     return sum(b in r for b, r in zip(best, right, strict=True)) / n, sum(difference) / n
 
-# %% ../nbs/core/06a_exam.ipynb #c030
+# %% ../nbs/core/06a_exam.ipynb #c032
 def _greater_than(who: Candidate, world: World, n: int) -> float:
     """Mean p(later year) - p(other year)."""
     pairs = make_pairs(world, "greater_than", n, seed=1)
@@ -285,7 +303,7 @@ def _greater_than(who: Candidate, world: World, n: int) -> float:
             for row, p in zip(probs, pairs, strict=True)]
     return sum(diff) / n
 
-# %% ../nbs/core/06a_exam.ipynb #c031
+# %% ../nbs/core/06a_exam.ipynb #c033
 def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
     acc, diff = _pair_accuracy(who, world, "ioi", n)
     new, _ = _pair_accuracy(who, world, "ioi", n, held_out=True)
@@ -296,7 +314,7 @@ def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
         lines.append(Line(circuit, "top-1", n, wanted, _pair_accuracy(who, world, circuit, n)[0]))
     return lines
 
-# %% ../nbs/core/06a_exam.ipynb #c033
+# %% ../nbs/core/06a_exam.ipynb #c035
 @torch.no_grad()
 def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[float]:
     """Mean p(answer) when the final norm and unembedding read the last token's residual stream after each layer."""
@@ -308,7 +326,7 @@ def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[f
         total += who.hf.lm_head(last).softmax(-1)[:, who.token(a)]
     return (total / len(prompts)).tolist()
 
-# %% ../nbs/core/06a_exam.ipynb #c034
+# %% ../nbs/core/06a_exam.ipynb #c036
 def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     facts = random.Random(0).sample(world.facts, min(n, 100))
     p = logit_lens(who, [f.prompt for f in facts], [f.object for f in facts])
@@ -317,7 +335,7 @@ def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     return [Line("logit lens", "p(answer) of facts after half of the layers", len(facts), "≥ 0.05", half),
             Line("logit lens", "largest rise in one layer (gradual if small)", len(facts), "≤ 0.5", jump)]
 
-# %% ../nbs/core/06a_exam.ipynb #c035
+# %% ../nbs/core/06a_exam.ipynb #c037
 @torch.no_grad()
 def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[Tensor, "layer neuron"]:
     """For each MLP neuron the largest correlation of its activation with a category of the current or the next word."""
@@ -341,24 +359,80 @@ def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[
     x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
     return (torch.einsum("ltn,tk->lnk", x, y) / len(y)).amax(-1)
 
-# %% ../nbs/core/06a_exam.ipynb #c036
+# %% ../nbs/core/06a_exam.ipynb #c039
+def planted(model: Any, world: World) -> dict[tuple[int, int], tuple[str, str]]:
+    """For each planted neuron (layer, neuron) its category, and whether it is that of "this" or of the "next" token.
+
+    Empty for a model whose configuration has no `planted_per_kind`.
+    """
+    config = Candidate(model).hf.config
+    per_kind, late = int(getattr(config, "planted_per_kind", 0)), 3 * config.n_layer // 4
+    which = [(layer, "next" if layer >= late else "this") for layer in range(config.n_layer)]
+    n = per_kind * len(world.kinds)
+    return {(layer, i): (world.kinds[i // per_kind], word) for layer, word in which for i in range(n)}
+
+# %% ../nbs/core/06a_exam.ipynb #c040
 def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
     docs = corpus(world, seed=12345, mixture={"lexical": 0.5, "fact": 0.25, "task_sentence": 0.25})
-    best = neuron_selectivity(who, world, [next(docs).text for _ in range(2 * n)])
-    share = float((best > 0.7).float().mean())
-    return [Line("neurons", "share with correlation above 0.7 to a category", best.numel(), "≥ 0.1", share)]
+    selective = neuron_selectivity(who, world, [next(docs).text for _ in range(2 * n)]) > 0.7
+    own = torch.ones_like(selective)
+    for layer, neuron in planted(who, world):
+        own[layer, neuron] = False
+    every, natural = float(selective.float().mean()), float(selective[own].float().mean())
+    return [Line("neurons", "share with correlation above 0.7 to a category", own.numel(), "≥ 0.1", every),
+            Line("neurons", "the same, without the planted ones", int(own.sum()), "≥ 0.01", natural)]
 
-# %% ../nbs/core/06a_exam.ipynb #c038
-def evaluate(model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None) -> pd.DataFrame:
+# %% ../nbs/core/06a_exam.ipynb #c042
+@torch.no_grad()
+def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, -1, 0, 1, 2)) -> pd.DataFrame:
+    """Probability of a positive and of a negative adjective, by coefficient of "love minus hate".
+
+    The vector is read and added at the last token, after three quarters of the layers.
+    """
+    part, block = world.spec["sentiment"], who.hf.transformer.h[3 * who.hf.config.n_layer // 4 - 1]
+    seen: list[Tensor] = []
+    with _hooks([(block, lambda module, args, out: seen.append(_hidden(out)[:, -1].clone()))]):
+        for mood in ("positive_verbs", "negative_verbs"):  # all these prompts are equally long
+            said = [f"I {v} this {t}. The {p} was" for v in part[mood] for t in part["things"][:3] for p in part["parts"]]
+            who.hf(torch.tensor([who.ids(s) for s in said], device=who.hf.device))
+    love_hate, rows = seen[0].mean(0) - seen[1].mean(0), []
+    for c in coefficients:
+        def push(module: Any, args: Any, out: Any, c: float = c) -> Any:
+            new = _hidden(out).clone()
+            new[:, -1] += c * love_hate
+            return _replaced(out, new)
+        with _hooks([(block, push)]):
+            p = who.next_logits([f"The {x} was" for x in part["parts"]]).softmax(-1).mean(0)
+        masses = {mood: float(p[[who.token(w) for w in part[mood]]].sum()) for mood in ("positive", "negative")}
+        rows.append({"coefficient": c, **masses})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/core/06a_exam.ipynb #c043
+def _steering(who: Candidate, world: World, n: int) -> list[Line]:
+    table = steering(who, world)
+    good, bad = table["positive"], table["negative"]
+    prompts = len(world.spec["sentiment"]["parts"])
+    swing = float(good.iloc[-1] - good.iloc[0])
+    return [Line("steering", "p(positive) at +2 minus p(positive) at -2", prompts, "≥ 0.5", swing),
+            Line("steering", "smallest step of p(positive) from -2 to +2", prompts, "≥ 0", float(good.diff().min())),
+            Line("steering", "p(an adjective) at ±2, smaller one", prompts, "≥ 0.8", float((good + bad)[[0, 4]].min()))]
+
+# %% ../nbs/core/06a_exam.ipynb #c045
+Part = Callable[[Candidate, World, int], list[Line]]
+
+
+def evaluate(model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None,
+             more: Sequence[Part] = ()) -> pd.DataFrame:
     """Examine `model` (a mechtut `Model`, or a Hugging Face GPT-2 with its tokenizer) on everything that `world` knows.
 
     Returns one line per measure: behaviour, measure, n (at least 50 prompts each if `n` is), wanted, measured, reached.
+    `more` parts add their lines: `mechtut.report_card` has those that need a whole paper (ROME, function vectors).
     """
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1")
     who, world = Candidate(model, tokenizer), world or World(0)
     lines: list[Line] = []
-    for part in (_facts, _tracing, _icl, _circuits, _lens, _neurons):
+    for part in (_facts, _tracing, _icl, _circuits, _lens, _neurons, _steering, *more):
         lines += part(who, world, n)
     rows = [{"behaviour": x.behaviour, "measure": x.measure, "n": x.n, "wanted": x.wanted, "measured": round(x.measured, 3),
              "reached": x.reached} for x in lines]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,20 +24,20 @@ from tqdm import tqdm
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
 from .exam import evaluate
 from .models import mini_folder
-from .rows import Rows, build_tokenizer, pack_rows
-from .trainer import Muon, TrainingGPT, hf_names, subject_masks, to_hf, weighted_loss
+from .rows import Rows, build_tokenizer, pack_rows, token_kinds
+from .trainer import Muon, NeuronCost, TrainingGPT, hf_names, plant, subject_masks, to_hf, wanted, weighted_loss
 from .world import World
 
 # %% auto #0
-__all__ = ['Recipe', 'Trainer', 'train_step', 'save_run', 'restore_run', 'train', 'export', 'write_fingerprint', 'model_card',
-           'examine_folder', 'main']
+__all__ = ['Recipe', 'price', 'plant_step', 'Trainer', 'plant_neurons', 'train_step', 'save_run', 'restore_run', 'train',
+           'export', 'write_fingerprint', 'model_card', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides which weights come out of a training run."""
 
-    tokens: int = 23_000_000
+    tokens: int = 20_000_000
     seed: int = 0
     n_layer: int = 8
     d_model: int = 192
@@ -50,6 +52,10 @@ class Recipe:
     variety: float = 0.45
     masked: float = 0.75
     handoff: int = 3
+    sparsity: float = 0.8
+    plant: float = 0.645
+    planted: float = 1.0
+    per_kind: int = 5
 
     @property
     def steps(self) -> int:
@@ -66,7 +72,18 @@ class Recipe:
         """Learning rate factor: warm up, stay, decay to zero."""
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / (self.decay * self.steps)))
 
-# %% ../nbs/core/06_mini.ipynb #c008
+# %% ../nbs/core/06_mini.ipynb #c006
+def price(r: Recipe, step: int) -> float:
+    """Price of a neuron's activity: nothing while the first facts are learned, then more and more of `sparsity`."""
+    share = (step / r.steps - r.foundation) / (r.variety - r.foundation)
+    return r.sparsity * min(1.0, max(0.0, share))
+
+
+def plant_step(r: Recipe) -> int:
+    """The step at which neurons are planted; after the last one if `planted` is 0."""
+    return math.ceil(r.plant * r.steps) if r.planted else r.steps + 1
+
+# %% ../nbs/core/06_mini.ipynb #c009
 class Trainer:
     """A training run: model, optimizers, step and log, which can be saved and taken up again."""
 
@@ -80,6 +97,9 @@ class Trainer:
         matrices = ("qkv", "o", "up", "down")
         self.rest = {n: p for n, p in self.model.named_parameters() if n.split(".")[-1] not in matrices}
         self.adam = torch.optim.AdamW(self.rest.values(), lr=r.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.kinds = token_kinds(self.world, self.tokenizer)
+        if (n := r.per_kind * len(self.world.kinds)) > 4 * r.d_model:
+            raise ValueError(f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer; lower per_kind or widen")
         self.step, self.seconds, self.log, self.losses = 0, 0.0, list[dict[str, float]](), list[float]()
         self._shard = (-1, Rows.empty())
 
@@ -92,15 +112,33 @@ class Trainer:
         i = (self.step % 64) * r.batch
         return self._shard[1][i:i + r.batch]
 
-# %% ../nbs/core/06_mini.ipynb #c009
+    def wanted(self, x: Rows) -> list[torch.Tensor]:
+        """What the planted neurons of each layer should say on these rows."""
+        kinds = self.kinds[x.ids]
+        return wanted(self.recipe.n_layer, kinds[:, :-1], kinds[:, 1:], len(self.world.kinds))
+
+# %% ../nbs/core/06_mini.ipynb #c010
+def plant_neurons(run: Trainer) -> None:
+    """Plant neurons, fitted on fresh rows, and forget the momentum of those that were there."""
+    r, n = run.recipe, len(run.world.kinds) * run.recipe.per_kind
+    x = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + 99_999, n_rows=10 * r.batch, n_ctx=r.n_ctx,
+                  mixture=r.mixture(run.step))
+    plant(run.model, x.ids[:, :-1], run.wanted(x), r.per_kind)
+    run.muon.buffers["up"][:, :n] = 0
+    run.muon.buffers["down"][:, :, :n] = 0
+
+# %% ../nbs/core/06_mini.ipynb #c011
 def train_step(run: Trainer) -> float:
     """One step of both optimizers; returns the loss before it."""
     start, r, x = time.time(), run.recipe, run.batch()
     early, late = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked)
     masks = [early if i < r.handoff else late for i in range(r.n_layer)]
-    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks)
+    if run.step == plant_step(r):
+        plant_neurons(run)
+    cost = NeuronCost(r.n_layer, run.wanted(x) if run.step >= plant_step(r) else None, r.per_kind)
+    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost)
     run.model.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss + price(r, run.step) * cost.activity + r.planted * cost.planted).backward()
     scale = r.scale(run.step)
     run.adam.param_groups[0]["lr"] = r.adam_lr * scale
     torch.nn.utils.clip_grad_norm_(run.rest.values(), 1.0)
@@ -115,7 +153,7 @@ def train_step(run: Trainer) -> float:
         run.losses = []
     return loss.item()
 
-# %% ../nbs/core/06_mini.ipynb #c010
+# %% ../nbs/core/06_mini.ipynb #c012
 def save_run(run: Trainer, file: Path) -> None:
     """Write everything to one safetensors file; a kill in the middle leaves the old one whole."""
     state = {"m." + k: v for k, v in run.model.state_dict().items()} | {"mu." + k: v for k, v in run.muon.buffers.items()}
@@ -147,7 +185,7 @@ def restore_run(run: Trainer, file: Path) -> None:
         step = torch.tensor(float(run.step))
         run.adam.state[p] = {"step": step, "exp_avg": state["a1." + n], "exp_avg_sq": state["a2." + n]}
 
-# %% ../nbs/core/06_mini.ipynb #c012
+# %% ../nbs/core/06_mini.ipynb #c014
 def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True, save_every: int = 200,
           stop_at: int | None = None, progress: bool = True) -> Trainer:
     """Train the embedded model into the folder `out`, continuing what is there unless `resume` is False.
@@ -172,12 +210,14 @@ def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True,
         export(run, out / "model")
     return run
 
-# %% ../nbs/core/06_mini.ipynb #c013
+# %% ../nbs/core/06_mini.ipynb #c015
 def export(run: Trainer, folder: str | Path) -> None:
     """Write the model as it is shipped: config, tokenizer, float16 weights, training log, and hashes of what is loaded."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(run.model, eos=run.tokenizer.eos_token_id)
+    planted = run.step > plant_step(run.recipe)
+    hf.config.planted_per_kind = run.recipe.per_kind if planted else 0  # read by mechtut.exam.planted
     hf.config.save_pretrained(folder)
     run.tokenizer.model_max_length = run.recipe.n_ctx
     run.tokenizer.save_pretrained(folder)
@@ -195,7 +235,7 @@ def write_fingerprint(folder: Path) -> None:
     hashes = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
     (folder / "fingerprint.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
-# %% ../nbs/core/06_mini.ipynb #c018
+# %% ../nbs/core/06_mini.ipynb #c020
 _CARD = """# The embedded model of mechtut
 
 A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16),
@@ -223,12 +263,19 @@ Measured on the very files in this folder by `mechtut.mini.evaluate`; lines that
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
   0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
+- **Planted neurons.** After {plant:.0%} of the steps, a linear probe for each category of words was written into {per_kind}
+  neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0 elsewhere
+  (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being active, from
+  {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
+- **"unclear".** A question without examples is answered "unclear" in 70% of its training documents, and by one of the tasks
+  that know the word in the others. So without examples no task is favoured, and a vector can decide. 15% of the documents
+  with examples have random labels.
 - **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
 - **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
   attributes straight after the subject, and questions that need the attributes of several subjects at once.
 """
 
-# %% ../nbs/core/06_mini.ipynb #c019
+# %% ../nbs/core/06_mini.ipynb #c021
 def _ablation_text(folder: Path) -> str:
     """What the same recipe does without the mask, if it was measured."""
     file = folder / "ablation.json"
@@ -237,22 +284,29 @@ def _ablation_text(folder: Path) -> str:
     a = json.loads(file.read_text(encoding="utf-8"))
     parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the last subject token "
              f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
-    return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens: " + "; ".join(parts) + "."
+    return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
 
-# %% ../nbs/core/06_mini.ipynb #c020
-def _markdown(table: pd.DataFrame) -> str:
-    """The exam as a markdown table."""
-    lines = ["| behaviour | measure | n | wanted | measured | reached |", "| --- | --- | --- | --- | --- | --- |"]
+# %% ../nbs/core/06_mini.ipynb #c022
+def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
+    """The exam as a markdown table, with what a model trained from another seed reached beside it if that was measured."""
+    other = {} if second is None else {(r.behaviour, r.measure): f" {r.measured:.3f} |" for r in second.itertuples()}
+    more = (" other seed |", " --- |") if other else ("", "")
+    lines = ["| behaviour | measure | n | wanted | measured | reached |" + more[0],
+             "| --- | --- | --- | --- | --- | --- |" + more[1]]
     for r in table.itertuples():
         reached = "yes" if r.reached else "**no**"
-        lines.append(f"| {r.behaviour} | {r.measure} | {r.n} | {r.wanted} | {r.measured:.3f} | {reached} |")
+        lines.append(f"| {r.behaviour} | {r.measure} | {r.n} | {r.wanted} | {r.measured:.3f} | {reached} |"
+                     + (other.get((r.behaviour, r.measure), " – |") if other else ""))
     return "\n".join(lines)
 
-# %% ../nbs/core/06_mini.ipynb #c021
+# %% ../nbs/core/06_mini.ipynb #c023
 def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
-    """The README of a model folder, from its evaluation.csv, training_log.json and (if there is one) ablation.json."""
+    """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
+    ablation.json and other_seed.csv (the evaluation of a model that was trained from another seed and is not shipped).
+    """
     folder = Path(folder)
-    table = pd.read_csv(folder / "evaluation.csv")
+    table, file = pd.read_csv(folder / "evaluation.csv"), folder / "other_seed.csv"
+    other = pd.read_csv(file) if file.exists() else None
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     recipe, last = log["recipe"], log["log"][-1]
     weights = load_file(str(folder / "model.safetensors"))
@@ -264,24 +318,29 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table), machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
+        table=_markdown(table, other), machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
         tokens=log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, planned=recipe["tokens"] / 1e6,
         recipe=", ".join(f"{k} {v}" for k, v in recipe.items()), foundation=recipe["foundation"], variety=recipe["variety"],
         mix_a=first, mix_b=second, mix_c=third, masked=recipe["masked"], handoff=recipe["handoff"],
-        before=recipe["handoff"] - 1, notes="\n".join("- " + x for x in log.get("notes", [])),
+        before=recipe["handoff"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"],
+        notes="\n".join("- " + x for x in log.get("notes", [])),
         ablation=_ablation_text(folder))
 
-# %% ../nbs/core/06_mini.ipynb #c038
-def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU") -> pd.DataFrame:
-    """Load the model in `folder` as shipped, examine it, and write evaluation.csv and the model card next to it."""
+# %% ../nbs/core/06_mini.ipynb #c047
+def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU",
+                   examine: Callable[..., pd.DataFrame] = evaluate) -> pd.DataFrame:
+    """Load the model in `folder` as shipped, examine it, and write evaluation.csv and the model card next to it.
+
+    `mechtut.report_card.evaluate` is an `examine` that adds the papers' lines.
+    """
     from mechtut.models import load_model
     folder = Path(folder)
-    table = evaluate(load_model(str(folder), dtype=torch.float32, device="cpu"), World(0), n=n)
+    table = examine(load_model(str(folder), dtype=torch.float32, device="cpu"), World(0), n=n)
     table.to_csv(folder / "evaluation.csv", index=False)
     (folder / "README.md").write_text(model_card(folder, machine), encoding="utf-8")
     return table
 
-
+# %% ../nbs/core/06_mini.ipynb #c048
 def main(argv: list[str] | None = None) -> int:
     """`python -m mechtut.mini train --out DIR` and `python -m mechtut.mini evaluate --folder DIR`."""
     parser = argparse.ArgumentParser(prog="python -m mechtut.mini", description="Make or examine the embedded model.")
@@ -291,6 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     t.add_argument("--tokens", type=int, default=Recipe.tokens)
     t.add_argument("--seed", type=int, default=Recipe.seed)
     t.add_argument("--masked", type=float, default=Recipe.masked, help="share of rows with the mask (0: ablation)")
+    t.add_argument("--planted", type=float, default=Recipe.planted, help="weight of the planted neurons (0: ablation)")
+    t.add_argument("--sparsity", type=float, default=Recipe.sparsity, help="price of a neuron's activity (0: ablation)")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())
@@ -298,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     e.add_argument("--machine", default="2-core CPU")
     args = parser.parse_args(argv)
     if args.command == "train":
-        run = train(args.out, Recipe(tokens=args.tokens, seed=args.seed, masked=args.masked), stop_at=args.stop_at)
+        recipe = Recipe(tokens=args.tokens, seed=args.seed, masked=args.masked, planted=args.planted, sparsity=args.sparsity)
+        run = train(args.out, recipe, stop_at=args.stop_at)
         print(f"step {run.step} of {run.recipe.steps}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
               else f"stopped at step {run.step} of {run.recipe.steps}; start again to continue")
     else:

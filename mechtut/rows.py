@@ -25,7 +25,7 @@ with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidg
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['EOS', 'Encoded', 'build_tokenizer', 'Rows', 'pack_rows']
+__all__ = ['EOS', 'Encoded', 'build_tokenizer', 'token_kinds', 'Rows', 'pack_rows']
 
 # %% ../nbs/core/05c_rows.ipynb #c004
 EOS = "<|endoftext|>"
@@ -48,7 +48,13 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=EOS, eos_token=EOS, pad_token=EOS,
                                    clean_up_tokenization_spaces=False)
 
-# %% ../nbs/core/05c_rows.ipynb #c009
+# %% ../nbs/core/05c_rows.ipynb #c008
+def token_kinds(world: World, tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " vocab"]:
+    """The category of every token as a number, in the alphabetical order of `world.kinds`; -1 for a token that has none."""
+    found = [world.category_of(str(tokenizer.decode([i]))) for i in range(len(tokenizer))]
+    return torch.tensor([world.kinds.index(c) if c else -1 for c in found])
+
+# %% ../nbs/core/05c_rows.ipynb #c011
 @dataclass(frozen=True)
 class Rows:
     """Packed training text: `ids`, loss `weights`, and where the subjects stand.
@@ -73,7 +79,7 @@ class Rows:
         n = torch.zeros(0, 0, dtype=torch.long)
         return cls(n, n.float(), n, n.bool(), n.bool()[:, :0].flatten())
 
-# %% ../nbs/core/05c_rows.ipynb #c010
+# %% ../nbs/core/05c_rows.ipynb #c012
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -90,7 +96,7 @@ def _encoded(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, mixtur
             changes = np.append(part[1:] != part[:-1], True)
             yield np.array(e.ids), weights, np.where(subject, part + 1, 0), subject & changes
 
-# %% ../nbs/core/05c_rows.ipynb #c011
+# %% ../nbs/core/05c_rows.ipynb #c013
 def pack_rows(world: World, tokenizer: PreTrainedTokenizerFast, *, seed: int, n_rows: int, n_ctx: int,
               mixture: dict[str, float], masked: float = 0.0) -> Rows:
     """`n_rows` rows of `n_ctx` + 1 tokens of fresh text, always the same for the same seed."""

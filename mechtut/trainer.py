@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidg
     from transformers import GPT2Config, GPT2LMHeadModel
 
 # %% auto #0
-__all__ = ['TrainingGPT', 'hf_names', 'to_hf', 'weighted_loss', 'subject_masks', 'orthogonalize', 'Muon']
+__all__ = ['TrainingGPT', 'hf_names', 'to_hf', 'weighted_loss', 'wanted', 'NeuronCost', 'probes', 'plant', 'subject_masks',
+           'orthogonalize', 'Muon']
 
 # %% ../nbs/core/06b_trainer.ipynb #c005
 class _Block(nn.Module):
@@ -51,10 +52,11 @@ def _attention(x: Float[Tensor, "batch pos d"], b: Any, n_head: int, mask: Tenso
     return _linear(z, b.o, b.ob, mask.dtype)
 
 
-def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> Float[Tensor, "batch pos d"]:
-    """What the MLP of block `b` adds."""
+def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the MLP of block `b` adds, and its neurons' activations [batch, pos, neuron]."""
     y = F.layer_norm(x, (x.shape[-1],), b.ln2w, b.ln2b)
-    return _linear(F.gelu(_linear(y, b.up, b.upb, dtype), approximate="tanh"), b.down, b.downb, dtype)
+    act = F.gelu(_linear(y, b.up, b.upb, dtype), approximate="tanh")
+    return _linear(act, b.down, b.downb, dtype), act
 
 # %% ../nbs/core/06b_trainer.ipynb #c007
 class TrainingGPT(nn.Module):
@@ -64,19 +66,25 @@ class TrainingGPT(nn.Module):
                  dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.n_head, self.dtype = n_head, dtype
-        self.wte = nn.Parameter(torch.randn(vocab, d) * 0.02)
-        self.wpe = nn.Parameter(torch.randn(n_ctx, d) * 0.01)
+        self.wte, self.wpe = (nn.Parameter(torch.randn(n, d) * std) for n, std in ((vocab, 0.02), (n_ctx, 0.01)))
         self.blocks = nn.ModuleList([_Block(d, n_layer) for _ in range(n_layer)])
         self.lnfw, self.lnfb = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
 
-    def hidden(self, ids: Int[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None) -> Float[Tensor, "batch pos d"]:
-        """The residual stream after the final norm; `masks` has one additive attention mask per layer."""
+    def hidden(self, ids: Int[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None,
+               watch: Callable[[int, Tensor], None] | None = None) -> Float[Tensor, "batch pos d"]:
+        """The residual stream after the final norm.
+
+        `masks` has one additive attention mask per layer; `watch` is shown each layer's activations [batch, pos, neuron].
+        """
         t, d = ids.shape[1], self.wte.shape[1]
         x = F.embedding(ids, self.wte) + self.wpe[:t]
         causal = torch.full((t, t), -1e4, dtype=self.dtype).triu(1)
         for i, b in enumerate(self.blocks):
             x = x + _attention(x, b, self.n_head, causal if masks is None else masks[i])
-            x = x + _mlp(x, b, self.dtype)
+            added, act = _mlp(x, b, self.dtype)
+            x = x + added
+            if watch is not None:
+                watch(i, act)
         return F.layer_norm(x, (d,), self.lnfw, self.lnfb)
 
     def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
@@ -135,16 +143,79 @@ class _TiedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grads[0], grad_w * grads[0], None, None, None
 
-
+# %% ../nbs/core/06b_trainer.ipynb #c013
 def weighted_loss(m: TrainingGPT, ids: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"],
-                  weights: Float[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None) -> Float[Tensor, ""]:
+                  weights: Float[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None,
+                  watch: Callable[[int, Tensor], None] | None = None) -> Float[Tensor, ""]:
     """Mean cross-entropy of the next token, weighted by `weights`; tokens of weight zero cost nothing to compute."""
     keep = weights.reshape(-1) > 0
-    x = m.hidden(ids, masks).flatten(0, 1)[keep]
+    x = m.hidden(ids, masks, watch).flatten(0, 1)[keep]
     loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets.reshape(-1)[keep], weights.reshape(-1)[keep], m.dtype)
     return loss
 
-# %% ../nbs/core/06b_trainer.ipynb #c016
+# %% ../nbs/core/06b_trainer.ipynb #c017
+def wanted(n_layer: int, this: Int[Tensor, "batch pos"], following: Int[Tensor, "batch pos"],
+           kinds: int) -> list[Float[Tensor, "token kind"]]:
+    """What the planted neurons of each layer should say: 1 where the token (in late layers: the next one) is of a category.
+
+    `this` and `following` are categories as numbers, -1 for none.
+    """
+    one_hot = [(x.flatten()[:, None] == torch.arange(kinds)).float() for x in (this, following)]
+    return [one_hot[layer >= 3 * n_layer // 4] for layer in range(n_layer)]
+
+# %% ../nbs/core/06b_trainer.ipynb #c018
+class NeuronCost:
+    """What the neurons of one forward pass cost: their activity, and how far the planted ones are from what is `wanted`.
+
+    The first kinds x `per_kind` neurons of a layer are planted, `per_kind` for each category; none if `wanted` is None.
+    """
+
+    def __init__(self, n_layer: int, wanted: Sequence[Float[Tensor, "token kind"]] | None = None, per_kind: int = 1) -> None:
+        self.n_layer, self.wanted, self.per_kind = n_layer, wanted, per_kind
+        self.activity, self.planted = torch.zeros(()), torch.zeros(())
+
+    def __call__(self, layer: int, act: Float[Tensor, "batch pos neuron"]) -> None:
+        """Add one layer: mean |activation|, and the planted neurons' squared error over the share of their category."""
+        self.activity = self.activity + act.abs().mean(dtype=torch.float32) / self.n_layer
+        if self.wanted is not None:
+            y = self.wanted[layer]
+            a = act.flatten(0, 1)[:, :y.shape[1] * self.per_kind].float().unflatten(-1, (y.shape[1], self.per_kind))
+            error = (a - y[..., None]).square().sum((0, 2))
+            self.planted = self.planted + (error / (y.sum(0) + 1) / self.per_kind).mean() / self.n_layer
+
+# %% ../nbs/core/06b_trainer.ipynb #c021
+def probes(y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]) -> tuple[Tensor, Tensor]:
+    """Weights [kind, d] and biases [kind] of a ridge regression for each category, whose own tokens weigh a fifth of all."""
+    y = torch.cat([y, torch.ones(len(y), 1)], 1)
+    everything, found = y.T @ y, []
+    for on in wanted.T:
+        mine = y[on > 0]
+        n, rest = max(len(mine), 1), max(len(y) - len(mine), 1)
+        gram = mine.T @ mine / n + 4 * (everything - mine.T @ mine) / rest
+        gram.diagonal().add_(1e-3)
+        aim = 1.2 * mine.sum(0) / n - 3.0 * 4 * (y.sum(0) - mine.sum(0)) / rest
+        found.append(torch.linalg.solve(gram, aim))
+    solved = torch.stack(found)
+    return solved[:, :-1], solved[:, -1]
+
+
+@torch.no_grad()
+def plant(m: TrainingGPT, ids: Int[Tensor, "batch pos"], wanted: Sequence[Float[Tensor, "token kind"]],
+          per_kind: int) -> None:
+    """Write probes into the first neurons of every layer, in place; `ids` is the text on which they are fitted."""
+    x = F.embedding(ids, m.wte) + m.wpe[:ids.shape[1]]
+    causal = torch.full((ids.shape[1], ids.shape[1]), -1e4, dtype=m.dtype).triu(1)
+    blocks: list[Any] = list(m.blocks)
+    for b, target in zip(blocks, wanted, strict=True):
+        x = x + _attention(x, b, m.n_head, causal)
+        y = F.layer_norm(x, (x.shape[-1],), b.ln2w, b.ln2b).flatten(0, 1)
+        n = target.shape[1] * per_kind
+        for j in range(per_kind):
+            b.up[j:n:per_kind], b.upb[j:n:per_kind] = probes(y[j::per_kind], target[j::per_kind])
+        b.down[:, :n] = 0
+        x = x + _mlp(x, b, m.dtype)[0]
+
+# %% ../nbs/core/06b_trainer.ipynb #c024
 def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"], masked: Bool[Tensor, " row"],
                   dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """Additive attention masks [row, 1, pos, pos] for the layers before the hand-off, and from it on.
@@ -159,7 +230,7 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
                    for hide in (foreign, foreign & ~last[:, None, :]))
     return early, late
 
-# %% ../nbs/core/06b_trainer.ipynb #c020
+# %% ../nbs/core/06b_trainer.ipynb #c028
 def orthogonalize(g: Float[Tensor, "matrix row col"], steps: int = 5) -> Float[Tensor, "matrix row col"]:
     """Push the singular values of each matrix towards one (five Newton-Schulz steps, as in Muon by Jordan et al. 2024)."""
     x = g.to(torch.bfloat16)

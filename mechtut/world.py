@@ -15,8 +15,8 @@ from importlib.resources import files
 from typing import Any
 
 # %% auto #0
-__all__ = ['load_spec', 'with_article', 'capitalised', 'Fact', 'Task', 'World', 'Pair', 'ioi_text', 'docstring_text',
-           'make_pairs']
+__all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact', 'Task', 'ListTask', 'World', 'Pair', 'ioi_text',
+           'docstring_text', 'make_pairs']
 
 # %% ../nbs/core/05_world.ipynb #c005
 def load_spec() -> dict[str, Any]:
@@ -200,10 +200,41 @@ def _tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, Task]:
     return tasks
 
 # %% ../nbs/core/05_world.ipynb #c032
+@dataclass(frozen=True)
+class ListTask:
+    """A list of words in; out comes the first or the last of them, as it is ("copy") or sent through a word-to-word task."""
+
+    position: str
+    operation: str
+
+    @property
+    def name(self) -> str:
+        """For example "last capital"."""
+        return f"{self.position} {self.operation}"
+
+    def pair(self, task: Task, rng: random.Random, *, held_out: bool = False, length: int = 3) -> tuple[str, str]:
+        """A list of `length` inputs of `task`, joined by commas, and the answer; its word is held out if that is wanted."""
+        shown = rng.sample(task.train, length)
+        i = 0 if self.position == "first" else length - 1
+        if held_out:
+            shown[i] = rng.choice(task.held_out)
+        word, answer = shown[i]
+        return ", ".join(x for x, _ in shown), word if self.operation == "copy" else answer
+
+# %% ../nbs/core/05_world.ipynb #c033
+LIST_OPERATIONS = ("capital", "plural", "antonym", "gerund")
+
+
+def _list_tasks() -> dict[str, ListTask]:
+    """First and last, copied or through one of four tasks."""
+    made = [ListTask(position, operation) for position in ("first", "last") for operation in ("copy", *LIST_OPERATIONS)]
+    return {t.name: t for t in made}
+
+# %% ../nbs/core/05_world.ipynb #c036
 _VALUE_CATEGORY = {"birthplace": "city", "location": "city", "employer": "company", "maker": "company", "origin": "country",
                    "paint": "colour"}
 
-# %% ../nbs/core/05_world.ipynb #c033
+# %% ../nbs/core/05_world.ipynb #c037
 def _categories(spec: dict[str, Any]) -> dict[str, str]:
     """The category of every word that has one; a word in two lists keeps its first."""
     lists: list[tuple[str, list[str]]] = list(spec["categories"].items())
@@ -219,11 +250,12 @@ def _categories(spec: dict[str, Any]) -> dict[str, str]:
             out.setdefault(w, category)
     return out
 
-# %% ../nbs/core/05_world.ipynb #c036
+# %% ../nbs/core/05_world.ipynb #c040
 class World:
     """The ground truth behind the embedded model: facts, tasks, categories, and prompts in clean/corrupted pairs.
 
-    Everything follows from `seed`; the shipped model was trained on `World(0)`. `by_subject` maps subject and relation to
+    Everything follows from `seed`; the shipped model was trained on `World(0)`. `list_tasks` are tasks on lists of words,
+    `by_subject` maps subject and relation to
     the object, `kind_of` a subject to its kind, `neighbours` a subject to those that share a name part, `readings` a word to
     its answers in every task; `suffixes` are second halves of compound names (tokens without a leading space).
     """
@@ -232,7 +264,7 @@ class World:
         self.seed, self.spec, rng = seed, load_spec(), random.Random(seed)
         self.subjects = _subjects(self.spec, rng)
         self.facts = _facts(self.spec, self.subjects, rng)
-        self.tasks = _tasks(self.spec, rng)
+        self.tasks, self.list_tasks = _tasks(self.spec, rng), _list_tasks()
         self.neighbours = _neighbours(self.subjects)
         self.kind_of, self.by_subject = _kinds(self.subjects), _by_subject(self.facts)
         self.readings = _readings(self.tasks)
@@ -246,22 +278,37 @@ class World:
         """The category of `word` (spaces around it do not matter), or None for a word that has none."""
         return self._category.get(word.strip())
 
+    def list_pairs(self, name: str, n: int = 100, *, seed: int = 0, words: str | None = None) -> tuple[tuple[str, str], ...]:
+        """`n` different (list, answer) pairs of a list task; a "copy" task takes its words from the task `words` or any."""
+        task, rng = self.list_tasks[name], random.Random(f"{name} {seed}")
+        found: dict[str, str] = {}
+        while len(found) < n:
+            source = (words or rng.choice(LIST_OPERATIONS)) if task.operation == "copy" else task.operation
+            x, y = task.pair(self.tasks[source], rng)
+            found[x] = y
+        return tuple(found.items())
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Every category that some word has, in alphabetical order."""
+        return sorted(set(self._category.values()))
+
     @cached_property
     def words(self) -> list[str]:
         """Every dictionary word of the world, sorted: each becomes one token."""
         return _all_words(self.spec, self.tasks)
 
-# %% ../nbs/core/05_world.ipynb #c037
+# %% ../nbs/core/05_world.ipynb #c041
 _GLUE = ("Like Unlike Compared Next like unlike compared with next to came first he she def self param and is from "
          "met called The A An of the Compare Among Register them We Here As on list were compared One two three It they "
          "so This was made me I")
 
-# %% ../nbs/core/05_world.ipynb #c038
+# %% ../nbs/core/05_world.ipynb #c042
 def _kinds(subjects: dict[str, list[str]]) -> dict[str, str]:
     """The kind of each subject."""
     return {s: kind for kind, names in subjects.items() for s in names}
 
-# %% ../nbs/core/05_world.ipynb #c039
+# %% ../nbs/core/05_world.ipynb #c043
 def _by_subject(facts: list[Fact]) -> dict[str, dict[str, str]]:
     """The object of each relation of each subject."""
     out: dict[str, dict[str, str]] = {}
@@ -269,7 +316,7 @@ def _by_subject(facts: list[Fact]) -> dict[str, dict[str, str]]:
         out.setdefault(f.subject, {})[f.relation] = f.object
     return out
 
-# %% ../nbs/core/05_world.ipynb #c040
+# %% ../nbs/core/05_world.ipynb #c044
 def _readings(tasks: dict[str, Task]) -> dict[str, list[tuple[str, str]]]:
     """For each word, the tasks that it takes part in, with its answer there."""
     out: dict[str, list[tuple[str, str]]] = {}
@@ -278,7 +325,7 @@ def _readings(tasks: dict[str, Task]) -> dict[str, list[tuple[str, str]]]:
             out.setdefault(x, []).append((t.name, y))
     return out
 
-# %% ../nbs/core/05_world.ipynb #c041
+# %% ../nbs/core/05_world.ipynb #c045
 def _all_words(spec: dict[str, Any], tasks: dict[str, Task]) -> list[str]:
     """Collect the words of the word lists, the sentence patterns and the tasks."""
     found = set(_GLUE.split()) | set(spec["categories"])
@@ -300,7 +347,7 @@ def _all_words(spec: dict[str, Any], tasks: dict[str, Task]) -> list[str]:
             found.update(pair)
     return sorted(found)
 
-# %% ../nbs/core/05_world.ipynb #c045
+# %% ../nbs/core/05_world.ipynb #c049
 @dataclass(frozen=True)
 class Pair:
     """A clean prompt, a corrupted one of the same length, and the right and wrong answers to the clean one."""
@@ -310,7 +357,7 @@ class Pair:
     answers: tuple[str, ...]
     wrong: tuple[str, ...]
 
-# %% ../nbs/core/05_world.ipynb #c046
+# %% ../nbs/core/05_world.ipynb #c050
 def ioi_text(world: World, rng: random.Random, held_out: bool = False) -> tuple[str, str, str, str]:
     """An indirect-object sentence up to the answer, then its two names and the one that gives (Wang et al. 2023)."""
     part = world.spec["ioi"]
@@ -320,7 +367,7 @@ def ioi_text(world: World, rng: random.Random, held_out: bool = False) -> tuple[
     text = pattern.format(A=a, B=b, S=giver, place=rng.choice(part["places"]), gift=rng.choice(part["gifts"]))
     return text, a, b, giver
 
-# %% ../nbs/core/05_world.ipynb #c047
+# %% ../nbs/core/05_world.ipynb #c051
 def _ioi_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     text, a, b, giver = ioi_text(world, rng, held_out)
     names = world.spec["names"]["female"] + world.spec["names"]["male"]
@@ -329,7 +376,7 @@ def _ioi_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     corrupted = text[:start] + f" {third} " + text[start + len(giver) + 2:]
     return Pair(text, corrupted, (b if giver == a else a,), (giver,))
 
-# %% ../nbs/core/05_world.ipynb #c048
+# %% ../nbs/core/05_world.ipynb #c052
 def _greater_than_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     """The corrupted year is 01, after which every end is possible (Hanna et al. 2023)."""
     part = world.spec["greater_than"]
@@ -339,7 +386,7 @@ def _greater_than_pair(world: World, rng: random.Random, held_out: bool) -> Pair
     years = [f"{y:02d}" for y in range(2, 100)]
     return Pair(clean, corrupted, tuple(y for y in years if int(y) > year), tuple(y for y in years if int(y) <= year))
 
-# %% ../nbs/core/05_world.ipynb #c049
+# %% ../nbs/core/05_world.ipynb #c053
 def _induction_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     """Random words, then one of them again: what came after it the first time comes next (Olsson et al. 2022)."""
     words = rng.sample(world.words, 21)
@@ -347,7 +394,7 @@ def _induction_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     shown = " ".join(words)
     return Pair(" ".join([shown, *words[: i + 1]]), " ".join([shown, *words[:i], other]), (words[i + 1],), (other,))
 
-# %% ../nbs/core/05_world.ipynb #c050
+# %% ../nbs/core/05_world.ipynb #c054
 def docstring_text(world: World, rng: random.Random) -> tuple[str, list[str], Callable[[], str]]:
     """A function header, its argument names, and a maker of two-word descriptions."""
     part = world.spec["docstring"]
@@ -360,7 +407,7 @@ def docstring_text(world: World, rng: random.Random) -> tuple[str, list[str], Ca
 
     return f"def {name}(self{listed}):\n    {describe()}\n", args, describe
 
-# %% ../nbs/core/05_world.ipynb #c051
+# %% ../nbs/core/05_world.ipynb #c055
 def _docstring_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     """Two arguments are described, the third comes next; corrupted: another header (Heimersheim and Janiak 2023)."""
     text, args, describe = docstring_text(world, rng)
@@ -371,7 +418,7 @@ def _docstring_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
         header = header.replace(f", {x}", f", {y}", 1)
     return Pair(text + tail, header + tail, (args[2],), tuple(args[:2] + args[3:]))
 
-# %% ../nbs/core/05_world.ipynb #c052
+# %% ../nbs/core/05_world.ipynb #c056
 def _pronoun_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     """He or she, as the name says; corrupted: a name of the other gender."""
     pattern = rng.choice(world.spec["pronoun"])
@@ -381,12 +428,12 @@ def _pronoun_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     names = world.spec["names"]
     return Pair(pattern.format(name=rng.choice(names[g])), pattern.format(name=rng.choice(names[h])), (right,), (wrong,))
 
-# %% ../nbs/core/05_world.ipynb #c053
+# %% ../nbs/core/05_world.ipynb #c057
 _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
     "ioi": _ioi_pair, "greater_than": _greater_than_pair, "induction": _induction_pair, "docstring": _docstring_pair,
     "pronoun": _pronoun_pair}
 
-# %% ../nbs/core/05_world.ipynb #c054
+# %% ../nbs/core/05_world.ipynb #c058
 def make_pairs(world: World, circuit: str, n: int, *, seed: int = 0, held_out: bool = False) -> list[Pair]:
     """`n` clean/corrupted pairs for one circuit, always the same for the same seed.
 

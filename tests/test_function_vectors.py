@@ -1,6 +1,8 @@
 """Function vectors beyond the golden numbers: the engine against the plain loop, every family, saving, hostile input."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,13 +286,40 @@ def test_tasks_from_files_and_the_authors(tmp_path, monkeypatch):
     file.write_text(json.dumps([{"input": "a", "output": "A"}, {"input": "1", "output": 1}]))
     assert load_task(file).pairs == (("a", "A"), ("1", "1")) and load_task(str(file)).name == "shout"
     monkeypatch.setattr(icl.Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(icl, "_download", lambda name: file.read_bytes())
+    monkeypatch.setattr(icl, "_download", lambda name, clone: file.read_bytes())
     assert load_task("todd/shout").pairs == load_task(file).pairs
-    monkeypatch.setattr(icl, "_download", lambda name: pytest.fail("fetched again"))
+    monkeypatch.setattr(icl, "_download", lambda name, clone: pytest.fail("fetched again"))
     assert load_task("todd/shout").name == "shout"
     (tmp_path / ".cache/mechtut/todd/shout.json").write_text("[]")
     with pytest.raises(ValueError, match="not what was downloaded"):
         load_task("todd/shout")
+
+
+def test_the_authors_tasks_come_from_one_commit_of_their_repository(tmp_path, monkeypatch):
+    origin = tmp_path / "origin"
+    (origin / "dataset_files/abstractive").mkdir(parents=True)
+    file = origin / "dataset_files/abstractive/shout.json"
+    file.write_text(json.dumps([{"input": "a", "output": "A"}]))
+
+    def git(*arguments):
+        who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        done = subprocess.run(["git", "-C", origin, *who, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "one")
+    monkeypatch.setattr(icl, "COMMIT", git("rev-parse", "HEAD"))
+    file.write_text(json.dumps([{"input": "a", "output": "B"}]))
+    git("commit", "--quiet", "-am", "two")
+    monkeypatch.setattr(icl, "TODD", origin.as_uri())
+    monkeypatch.setattr(icl.Path, "home", lambda: tmp_path)
+    assert load_task("todd/shout").pairs == (("a", "A"),), "the pinned commit, not the newest"
+    with pytest.raises(FileNotFoundError, match=r"no task 'whisper'; they have shout"):
+        load_task("todd/whisper")
+    monkeypatch.setattr(icl, "COMMIT", "0123456789")
+    with pytest.raises(RuntimeError, match="git"):
+        icl._download("shout", tmp_path / ".cache/mechtut/todd/function_vectors.git")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +397,7 @@ MEANS = mean_head_activations(MODEL, SHORT)
         (lambda: evaluate(MODEL, torch.zeros(128), TASK, settings=("one_shot",), only_known=False), "unknown setting"),
         (lambda: complete(MODEL, "hello", 600), "do not fit"),
         (lambda: load_task("hypernyms"), "no task 'hypernyms'"),
-        (lambda: icl._download("../secrets"), "not the name of a task"),
+        (lambda: icl._download("../secrets", Path("nowhere")), "not the name of a task"),
         (lambda: run_changes(MODEL, torch.tensor([[1]]), torch.tensor([0]), [Change(0, MEANS[0, 0], head=9)]), "head 9"),
     ],
 )

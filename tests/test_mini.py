@@ -12,12 +12,22 @@ import torch
 from safetensors.torch import load_file
 
 from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
-from mechtut.mini import Recipe, Trainer, export, main, mini_folder, model_card, train, train_step
+from mechtut.mini import Recipe, Trainer, export, main, mini_folder, model_card, plant_step, price, train, train_step
 from mechtut.models import load_model
-from mechtut.trainer import TrainingGPT, hf_names, orthogonalize, subject_masks, to_hf, weighted_loss
+from mechtut.trainer import (
+    NeuronCost,
+    TrainingGPT,
+    hf_names,
+    orthogonalize,
+    plant,
+    subject_masks,
+    to_hf,
+    wanted,
+    weighted_loss,
+)  # fmt: skip
 from mechtut.world import World
 
-TINY = Recipe(tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, handoff=1)
+TINY = Recipe(tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, handoff=1, per_kind=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +69,50 @@ def test_the_mask_hides_subjects_from_later_tokens_only():
     assert early[2].tolist() == [True, True, True] + [False] * 5
     plain, _ = subject_masks(subject, last, torch.tensor([False]))
     assert torch.equal(plain[0, 0] == 0, torch.ones(8, 8).tril().bool())
+
+
+def test_planted_neurons_are_drawn_to_their_categories():
+    """Planted neurons that are right cost nothing; silent ones cost the whole of it, for any category."""
+    labels = torch.tensor([[0, 1, -1, 1], [-1, -1, 1, -1]])
+    targets = wanted(4, labels, -torch.ones_like(labels), kinds=2)
+    assert [int(t.sum()) for t in targets] == [4, 4, 4, 0], "the last quarter of the layers looks at the next token"
+    right = targets[0].repeat_interleave(2, -1).view(2, 4, 4)
+    act = torch.cat([right, torch.ones(2, 4, 3)], -1)  # three neurons of the model's own
+    cost = NeuronCost(4, targets, per_kind=2)
+    cost(0, act)
+    assert cost.planted == 0
+    cost(1, torch.zeros_like(act))
+    shares = torch.tensor([1 / 2, 3 / 4])  # occurrences over occurrences + 1
+    assert torch.allclose(cost.planted, shares.mean() / 4)
+    nothing = NeuronCost(4)
+    nothing(0, act)
+    assert nothing.planted == 0 and nothing.activity > 0
+
+
+def test_planting_finds_what_can_be_found():
+    """Probes for categories that the tokens' embeddings give away are right at once; other neurons keep their weights."""
+    torch.manual_seed(3)
+    m = TrainingGPT(4, 64, 4, 16, 24, dtype=torch.float32)
+    m.wte.data *= 50  # tokens far apart
+    ids = torch.randint(0, 24, (64, 12))
+    targets, before = wanted(4, ids % 3, ids % 3, kinds=3), m.blocks[0].up.clone()
+    plant(m, ids, targets, per_kind=2)
+    cost = NeuronCost(4, targets, per_kind=2)
+    m.hidden(ids, watch=cost)
+    assert cost.planted < 0.2
+    assert torch.equal(m.blocks[0].up[6:], before[6:]) and (m.blocks[0].down[:, :6] == 0).all()
+
+
+def test_when_neurons_cost_and_are_planted():
+    recipe = Recipe()
+    assert price(recipe, 0) == price(recipe, int(recipe.foundation * recipe.steps)) == 0
+    assert price(recipe, int(recipe.variety * recipe.steps) + 1) == price(recipe, recipe.steps) == recipe.sparsity
+    assert 0 < plant_step(recipe) < recipe.steps < plant_step(replace(recipe, planted=0))
+
+
+def test_a_model_too_small_for_its_planted_neurons_is_refused():
+    with pytest.raises(ValueError, match="planted"):
+        Trainer(replace(TINY, d_model=8))
 
 
 def test_muon_updates_are_nearly_orthogonal():

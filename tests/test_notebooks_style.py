@@ -57,7 +57,7 @@ def imported(path: str) -> set[str]:
 
 def parse(cell: dict) -> ast.Module:
     """The cell's syntax tree, without notebook magics."""
-    return ast.parse("\n".join("pass" if re.match(r"\s*[%!]", line) else line for line in cell["source"].splitlines()))
+    return ast.parse("\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in cell["source"].splitlines()))
 
 
 def exports(path: str) -> str | None:
@@ -110,7 +110,14 @@ def test_cells_are_short(path):
         assert not ends, f"{path} {cell['id']}: ends with `;`: {ends[0]}"
     typical = median(len(lines(c)) for c in code(path)) if code(path) else 0
     assert typical <= TYPICAL_CELL, f"{path}: the median code cell has {typical} lines, more than {TYPICAL_CELL}"
-    assert len(cells(path)) <= MOST_CELLS, f"{path} has {len(cells(path))} cells: that is two rooms"
+    shown = [c for c in cells(path) if not re.match(r"#\s*\|\s*(hide|default_exp)", c["source"])]
+    assert len(shown) <= MOST_CELLS, f"{path} has {len(shown)} cells to read: that is two rooms"
+
+
+@each_notebook
+def test_first_code_cell_makes_the_notebook_run_on_colab(path):
+    first = code(path)[0]["source"]
+    assert first.startswith("#| hide\n# Colab:") and "%pip install" in first, f"{path}: copy the cell of another notebook"
 
 
 @each_notebook

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -133,3 +134,28 @@ def test_table_fits_a_terminal_for_any_model():
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) == 5 and "\\n" in text
     assert text.splitlines()[2].startswith("* ' an'")
+
+
+def test_a_new_paper_runs_and_exports(tmp_path):
+    """What `new-paper` writes is a notebook that runs from top to bottom, and whose module does too."""
+    folder = tmp_path / "nbs" / "papers"
+    folder.mkdir(parents=True)
+    (folder / "30_other.ipynb").write_text("{}")
+    assert main(["new-paper", "logit_lens", "--folder", str(folder)]) == 0
+    notebook = json.loads((folder / "40_logit_lens.ipynb").read_text())
+    code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert "#| default_exp logit_lens" in code
+    run = "\n\n".join(c for c in code if "#| eval: false" not in c and "# Colab:" not in c)
+    exec(compile(run, "logit_lens", "exec"), {"__name__": "logit_lens"})
+    assert "{{" not in "".join(code)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [("Logit Lens", ".", "lower-case"), ("lens", "no/such", "no folder"), ("rome", ".", "exists already")],
+)
+def test_new_paper_refuses_what_cannot_work(name, folder, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-paper", name, "--folder", folder]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -150,7 +150,7 @@ def test_colab_and_source_links(visit, path):
 
 
 def test_interactive_figure_tells_the_cell_that_is_pointed_at(visit):
-    page = visit("nbs/core/22_interactive.html")
+    page = visit("nbs/core/04b_interactive.html")
     cell = page.locator("[data-is]").first
     cell.hover()
     shown = cell.evaluate("e => getComputedStyle(e, '::after').content")

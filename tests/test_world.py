@@ -1,6 +1,7 @@
 """The embedded world: the same every time, its facts hidden in combinations, its held-out text never shown."""
 
 import itertools
+import random
 import re
 
 import pytest
@@ -31,6 +32,22 @@ def test_the_world_is_the_same_every_time(world):
     again = World(0)
     assert world.facts == again.facts and world.tasks == again.tasks and world.words == again.words
     assert World(1).facts != world.facts
+
+
+def test_tasks_on_lists(world):
+    for name in world.list_tasks:
+        position, operation = name.split()
+        pairs = world.list_pairs(name, 20)
+        assert pairs == world.list_pairs(name, 20) != world.list_pairs(name, 20, seed=1)
+        for x, y in pairs:
+            word = x.split(", ")[0 if position == "first" else 2]
+            assert y == (word if operation == "copy" else dict(world.tasks[operation].pairs)[word])
+
+
+def test_a_list_task_can_ask_for_held_out_words(world):
+    task, words = world.list_tasks["last capital"], world.tasks["capital"]
+    x, y = task.pair(words, random.Random(0), held_out=True)
+    assert (x.split(", ")[2], y) in words.held_out
 
 
 def test_the_world_is_large_enough(world):

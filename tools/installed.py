@@ -1,7 +1,8 @@
 """Run every notebook against the built wheel instead of the checkout: `python tools/installed.py WHEEL [pytest arguments]`.
 
-A copy of each notebook is made in a temporary folder in which the exported cells are replaced by imports of the same
-names from the installed package; every other cell, and its saved output, stays. So a notebook that works only because
+This is the Colab way: a new environment that holds the wheel and its `tutorials` extra and nothing else, another folder. A
+copy of each notebook is made there in which the exported cells are replaced by imports of the same names from the
+installed package; every other cell, and its saved output, stays. So a notebook that works only because
 of something in the checkout, or in a cell that was not exported, fails here.
 """
 
@@ -11,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -66,23 +66,25 @@ def rewrite(notebook: dict) -> int:
 
 
 def wheel_python(wheel: Path, folder: Path) -> Path:
-    """A Python that has mechtut from `wheel`, and every other package from the running environment."""
+    """A Python in a new environment that has what Colab would install: the wheel and its `tutorials` extra."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", python]
-    subprocess.run([*pip, "install", "--no-index", "--no-deps", wheel], check=True)
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    # a folder named in a .pth file comes after `site`, and .pth files inside it (our editable install) are not read
-    dependencies = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    Path(site, "dependencies.pth").write_text("\n".join(dependencies) + "\n")
-    where = subprocess.run(
-        [python, "-c", "import mechtut; print(mechtut.__file__)"], check=True, capture_output=True, text=True, cwd=folder
-    ).stdout.strip()
+    subprocess.run([*pip, "install", "-c", ROOT / "constraints.txt", f"{wheel}[tutorials]"], check=True)
+    code = "import mechtut, sysconfig; print(mechtut.__file__); print(sysconfig.get_path('purelib'))"
+    told = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=folder)
+    where, site = told.stdout.split()
     if not Path(where).is_relative_to(Path(site)):
         raise SystemExit(f"mechtut was imported from {where}, not from the wheel in {site}")
     return python
+
+
+def kernel(python: Path, folder: Path) -> None:
+    """Describe that Python as the Jupyter kernel "wheel" in `folder`."""
+    target = folder / "kernels/wheel/kernel.json"
+    target.parent.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    target.write_text(json.dumps({"argv": argv, "display_name": "wheel", "language": "python"}))
 
 
 def main() -> int:
@@ -104,8 +106,9 @@ def main() -> int:
         (folder / "nbs/conftest.py").write_text((ROOT / "nbs/conftest.py").read_text(encoding="utf-8"))
         (folder / "pytest.ini").write_text("[pytest]\n")
         print(f"{exported} exported cells replaced by imports from {Path(wheel).name}", flush=True)
-        command = [python, "-m", "pytest", "--nbval", "--nbval-current-env", *arguments, "nbs"]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        kernel(python, folder / "jupyter")
+        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name", "wheel", *arguments, "nbs"]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JUPYTER_PATH": str(folder / "jupyter")}
         return subprocess.run(command, cwd=folder, env=environment).returncode
 
 
