@@ -27,7 +27,7 @@ def markdown(cell: dict) -> str:
     return source.replace("](../", "](").strip()
 
 
-def code(cell: dict, number: int, figures: dict[str, bytes]) -> str:
+def code(cell: dict, figures: dict[str, bytes]) -> str:
     """A code cell and what it printed; pictures are added to `figures` and linked."""
     source = text_of(cell["source"])
     tags = cell.get("metadata", {}).get("tags", [])
@@ -39,7 +39,7 @@ def code(cell: dict, number: int, figures: dict[str, bytes]) -> str:
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
-            name = f"{FIGURES}/readme-{number}.png"
+            name = f"{FIGURES}/readme-{len(figures) + 1}.png"
             figures[name] = base64.b64decode(text_of(data["image/png"]))
             parts.append(f"![{cell.get('metadata', {}).get('alt', 'figure')}]({name})")
         elif "text/markdown" in data:
@@ -53,11 +53,11 @@ def convert(notebook: dict) -> tuple[str, dict[str, bytes]]:
     """README text and the figure files it links to."""
     figures: dict[str, bytes] = {}
     parts = ["<!-- Written by tools/readme.py from nbs/index.ipynb: change that file. -->"]
-    for number, cell in enumerate(notebook["cells"]):
+    for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             parts.append(markdown(cell))
         elif cell["cell_type"] == "code":
-            parts.append(code(cell, number, figures))
+            parts.append(code(cell, figures))
     return "\n\n".join(p for p in parts if p) + "\n", figures
 
 
