@@ -244,7 +244,7 @@ It is made for learning interpretability and knows nothing about the real world.
 
 ## What it can do
 
-Measured on the very files in this folder by `mechtut.mini.evaluate`; lines that miss their target are kept.
+Measured on the very files in this folder by `python -m mechtut examine-mini`; lines that miss their target are kept.
 
 {table}
 
