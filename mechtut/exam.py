@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .corpus import corpus, icl_prompt
+from .corruption import embedding_std
+from .models import Model, find_family
 from .world import LIST_OPERATIONS, Fact, World, make_pairs
 
 # %% auto #0
@@ -33,6 +35,7 @@ class Candidate:
         self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
         if self.tokenizer is None:
             raise ValueError(f"{type(model).__name__} has no tokenizer; pass a mechtut Model, or model and tokenizer")
+        self.model = Model(self.hf, self.tokenizer, find_family(self.hf), "candidate")
 
     def ids(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -191,12 +194,6 @@ def _role_positions(start: int, stop: int, length: int) -> dict[str, int]:
     return dict(zip(_ROLES, (start, start + 1, stop - 1, stop, length - 1), strict=True))
 
 # %% ../nbs/core/06a_exam.ipynb #c022
-def _subject_std(who: Candidate, world: World) -> Tensor:
-    """Standard deviation of the embeddings of all subjects' tokens: the unit of noise in the authors' code."""
-    ids = [i for subject in world.kind_of for i in who.ids(" " + subject)]
-    return who.hf.transformer.wte.weight[ids].std()
-
-# %% ../nbs/core/06a_exam.ipynb #c023
 def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "resid_post", window: int = 1,
                 samples: int = 4, seed: int = 0) -> pd.DataFrame:
     """Average indirect effect by token role and layer, over `n` facts that the model knows.
@@ -208,7 +205,7 @@ def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "
     known = who.correct([f.prompt for f in world.facts], [f.object for f in world.facts])
     facts = [f for f, ok in zip(world.facts, known, strict=True) if ok and len(who.ids(" " + f.subject)) >= 3]
     facts = rng.sample(facts, min(n, len(facts)))
-    modules, std = _sites(who.hf, component), _subject_std(who, world)
+    modules, std = _sites(who.hf, component), embedding_std(who.model, world.kind_of)
     total: dict[str, Tensor] = {r: torch.zeros(len(modules)) for r in _ROLES}
     clean_p = corrupted_p = 0.0
     for f in facts:
@@ -224,7 +221,7 @@ def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "
     table.attrs.update(n=len(facts), clean=clean_p / len(facts), corrupted=corrupted_p / len(facts))
     return table
 
-# %% ../nbs/core/06a_exam.ipynb #c025
+# %% ../nbs/core/06a_exam.ipynb #c024
 def _tracing(who: Candidate, world: World, n: int) -> list[Line]:
     n = min(n, 50)
     resid = trace_roles(who, world, n=n)
@@ -245,7 +242,7 @@ def _tracing(who: Candidate, world: World, n: int) -> list[Line]:
             Line("causal tracing", "AIE of attention (3 layers) at final token, best of the later half", used, "≥ 0.2",
                  float(attn.loc["final"].iloc[late].max()))]
 
-# %% ../nbs/core/06a_exam.ipynb #c027
+# %% ../nbs/core/06a_exam.ipynb #c026
 def _icl_prompts(world: World, rng: random.Random, per_task: int, shots: int, held_out: bool,
                  labels: str = "true") -> tuple[list[str], list[str]]:
     """Prompts and answers for every task; the query is never among the demonstrations."""
@@ -260,7 +257,7 @@ def _icl_prompts(world: World, rng: random.Random, per_task: int, shots: int, he
             answers.append(answer)
     return prompts, answers
 
-# %% ../nbs/core/06a_exam.ipynb #c028
+# %% ../nbs/core/06a_exam.ipynb #c027
 def _list_prompt(world: World, name: str, rng: random.Random, shots: int = 6) -> tuple[str, str]:
     """A prompt of one list task, and its answer."""
     task = world.list_tasks[name]
@@ -268,7 +265,7 @@ def _list_prompt(world: World, name: str, rng: random.Random, shots: int = 6) ->
     *shown, (query, answer) = [task.pair(words, rng) for _ in range(shots + 1)]
     return icl_prompt(shown, query), answer
 
-# %% ../nbs/core/06a_exam.ipynb #c029
+# %% ../nbs/core/06a_exam.ipynb #c028
 def _icl(who: Candidate, world: World, n: int) -> list[Line]:
     rng, per_task = random.Random(0), -(-n // len(world.tasks))
     settings = [("10-shot, known words", 10, False, "true", "≥ 0.95"),
@@ -283,7 +280,7 @@ def _icl(who: Candidate, world: World, n: int) -> list[Line]:
     lines.append(Line("in-context learning", "tasks on lists, 6-shot", len(lists), "≥ 0.8", right))
     return lines
 
-# %% ../nbs/core/06a_exam.ipynb #c031
+# %% ../nbs/core/06a_exam.ipynb #c030
 def _pair_accuracy(who: Candidate, world: World, circuit: str, n: int, held_out: bool = False) -> tuple[float, float]:
     """Top-1 accuracy on the clean prompts, and the mean difference between right and wrong logits."""
     pairs = make_pairs(world, circuit, n, seed=1, held_out=held_out)
@@ -294,7 +291,7 @@ def _pair_accuracy(who: Candidate, world: World, circuit: str, n: int, held_out:
                   for row, r, p in zip(logits, right, pairs, strict=True)]
     return sum(b in r for b, r in zip(best, right, strict=True)) / n, sum(difference) / n
 
-# %% ../nbs/core/06a_exam.ipynb #c032
+# %% ../nbs/core/06a_exam.ipynb #c031
 def _greater_than(who: Candidate, world: World, n: int) -> float:
     """Mean p(later year) - p(other year)."""
     pairs = make_pairs(world, "greater_than", n, seed=1)
@@ -303,7 +300,7 @@ def _greater_than(who: Candidate, world: World, n: int) -> float:
             for row, p in zip(probs, pairs, strict=True)]
     return sum(diff) / n
 
-# %% ../nbs/core/06a_exam.ipynb #c033
+# %% ../nbs/core/06a_exam.ipynb #c032
 def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
     acc, diff = _pair_accuracy(who, world, "ioi", n)
     new, _ = _pair_accuracy(who, world, "ioi", n, held_out=True)
@@ -314,7 +311,7 @@ def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
         lines.append(Line(circuit, "top-1", n, wanted, _pair_accuracy(who, world, circuit, n)[0]))
     return lines
 
-# %% ../nbs/core/06a_exam.ipynb #c035
+# %% ../nbs/core/06a_exam.ipynb #c034
 @torch.no_grad()
 def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[float]:
     """Mean p(answer) when the final norm and unembedding read the last token's residual stream after each layer."""
@@ -326,7 +323,7 @@ def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[f
         total += who.hf.lm_head(last).softmax(-1)[:, who.token(a)]
     return (total / len(prompts)).tolist()
 
-# %% ../nbs/core/06a_exam.ipynb #c036
+# %% ../nbs/core/06a_exam.ipynb #c035
 def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     facts = random.Random(0).sample(world.facts, min(n, 100))
     p = logit_lens(who, [f.prompt for f in facts], [f.object for f in facts])
@@ -335,7 +332,7 @@ def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     return [Line("logit lens", "p(answer) of facts after half of the layers", len(facts), "≥ 0.05", half),
             Line("logit lens", "largest rise in one layer (gradual if small)", len(facts), "≤ 0.5", jump)]
 
-# %% ../nbs/core/06a_exam.ipynb #c037
+# %% ../nbs/core/06a_exam.ipynb #c036
 @torch.no_grad()
 def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[Tensor, "layer neuron"]:
     """For each MLP neuron the largest correlation of its activation with a category of the current or the next word."""
@@ -359,7 +356,7 @@ def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[
     x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
     return (torch.einsum("ltn,tk->lnk", x, y) / len(y)).amax(-1)
 
-# %% ../nbs/core/06a_exam.ipynb #c039
+# %% ../nbs/core/06a_exam.ipynb #c038
 def planted(model: Any, world: World) -> dict[tuple[int, int], tuple[str, str]]:
     """For each planted neuron (layer, neuron) its category, and whether it is that of "this" or of the "next" token.
 
@@ -371,7 +368,7 @@ def planted(model: Any, world: World) -> dict[tuple[int, int], tuple[str, str]]:
     n = per_kind * len(world.kinds)
     return {(layer, i): (world.kinds[i // per_kind], word) for layer, word in which for i in range(n)}
 
-# %% ../nbs/core/06a_exam.ipynb #c040
+# %% ../nbs/core/06a_exam.ipynb #c039
 def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
     docs = corpus(world, seed=12345, mixture={"lexical": 0.5, "fact": 0.25, "task_sentence": 0.25})
     selective = neuron_selectivity(who, world, [next(docs).text for _ in range(2 * n)]) > 0.7
@@ -382,7 +379,7 @@ def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
     return [Line("neurons", "share with correlation above 0.7 to a category", own.numel(), "≥ 0.1", every),
             Line("neurons", "the same, without the planted ones", int(own.sum()), "≥ 0.01", natural)]
 
-# %% ../nbs/core/06a_exam.ipynb #c042
+# %% ../nbs/core/06a_exam.ipynb #c041
 @torch.no_grad()
 def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, -1, 0, 1, 2)) -> pd.DataFrame:
     """Probability of a positive and of a negative adjective, by coefficient of "love minus hate".
@@ -407,7 +404,7 @@ def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, 
         rows.append({"coefficient": c, **masses})
     return pd.DataFrame(rows)
 
-# %% ../nbs/core/06a_exam.ipynb #c043
+# %% ../nbs/core/06a_exam.ipynb #c042
 def _steering(who: Candidate, world: World, n: int) -> list[Line]:
     table = steering(who, world)
     good, bad = table["positive"], table["negative"]
@@ -417,7 +414,7 @@ def _steering(who: Candidate, world: World, n: int) -> list[Line]:
             Line("steering", "smallest step of p(positive) from -2 to +2", prompts, "≥ 0", float(good.diff().min())),
             Line("steering", "p(an adjective) at ±2, smaller one", prompts, "≥ 0.8", float((good + bad)[[0, 4]].min()))]
 
-# %% ../nbs/core/06a_exam.ipynb #c045
+# %% ../nbs/core/06a_exam.ipynb #c044
 Part = Callable[[Candidate, World, int], list[Line]]
 
 

@@ -24,7 +24,7 @@ from api_pages import api_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
-TEXTS = {"CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 DIRECTIVE = re.compile(r"^#\s*\|\s*[\w-]+.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(r"^#\s*\|\s*(default_exp\b|include:\s*false)|^# Colab:", re.MULTILINE)
 FOLDED = {"hide-cell": re.compile(r"^#\s*\|\s*hide\b", re.MULTILINE),
@@ -103,8 +103,8 @@ def mathjax(target: Path) -> None:
     shutil.copytree(source / "output/chtml/fonts", target / "output/chtml/fonts", dirs_exist_ok=True)
 
 
-def write_book() -> dict:
-    """Write everything that jupyter-book reads; returns the parsed `_quarto.yml`."""
+def write_book() -> None:
+    """Write everything that jupyter-book reads."""
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     shutil.rmtree(BOOK, ignore_errors=True)
     shutil.copytree(ROOT / "docs", BOOK)
@@ -112,15 +112,14 @@ def write_book() -> dict:
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
             write_notebook(path.relative_to(ROOT), bibliography)
-    for name, target in TEXTS.items():
-        shutil.copy(ROOT / name, BOOK / target)
+    for name in TEXTS:
+        shutil.copy(ROOT / name, BOOK)
     api_pages(BOOK / "api", config["website"]["repo-url"])
     (BOOK / "_toc.yml").write_text(yaml.safe_dump(navigation(config), sort_keys=False), encoding="utf-8")
     book = yaml.safe_load((ROOT / "docs/_config.yml").read_text(encoding="utf-8"))
     book["title"] = config["website"]["title"]
     book["repository"] = {"url": config["website"]["repo-url"], "branch": "main", "path_to_book": ""}
     (BOOK / "_config.yml").write_text(yaml.safe_dump(book, sort_keys=False), encoding="utf-8")
-    return config
 
 
 def build() -> None:
