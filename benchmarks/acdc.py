@@ -21,7 +21,7 @@ import torch
 from common import gpt2_small, measure
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.acdc import Rules, search
+from mechtut.acdc import Rules, acdc, search
 from mechtut.circuits import Circuit
 from mechtut.contrast import Contrast, Cuts, circuit_metric, heads_write
 from mechtut.graph import Edge, visits
@@ -123,7 +123,7 @@ def compare(args: argparse.Namespace) -> None:
     whole = Contrast(model, clean, corrupted, trim=False)
 
     def fast() -> Circuit:
-        return search(Contrast(model, clean, corrupted), Rules(args.threshold), progress=False)
+        return acdc(model, clean, corrupted, threshold=args.threshold, progress=False)
 
     fast()  # imports and buffers
     timed = [measure(fast) for _ in range(args.rounds)]

@@ -86,15 +86,14 @@ def _visit_all(search: _Search, store: Store | None, bar: Any) -> None:
     for number, node in enumerate(visits(search.graph)):
         if node in search.graph.embeddings:
             continue
-        edges, search.alive[node] = search.incoming(node), search.is_heard(node)
+        search.alive[node] = search.is_heard(node)
         if not search.alive[node]:
-            for edge in edges:
-                search.cuts.set(edge, False)
-        elif edges:
+            bar.update(search.cuts.cut_into(node))
+        elif edges := search.incoming(node):
             search.pruner.stale |= layer_of(node) != layer  # compute the state anew, so that rounding cannot pile up
             layer = layer_of(node)
             _visit(search, f"node-{number:05d}", node, edges, store)
-        bar.update(len(edges))
+            bar.update(len(edges))
         if not bar.disable:
             bar.set_postfix(circuit=search.cuts.count(), refresh=False)
 

@@ -19,7 +19,7 @@ from .blocks import record_blocks
 from .graph import Edge, Graph, check_edges
 from .metrics import BoundMetric, Metric, Positions
 from .models import Model
-from .wiring import Run, Wiring, _bias, attend, mlp_out, projector, run
+from .wiring import Run, Wiring, attention_bias, attend, mlp_out, projector, run
 
 # %% ../nbs/core/14c_contrast.ipynb #c004
 Ablation = Literal["resample", "zero"]
@@ -152,7 +152,7 @@ def _only_biases(wiring: Wiring, like: Tensor) -> Run:
             heads = torch.arange(len(weight), device=like.device)
             values[part] = projector(wiring, layer, part, heads, rows)(x[None])
         found.qkv.append(values)
-        x = x + _bias(wiring.model, layer)
+        x = x + attention_bias(wiring.model, layer)
     return found
 
 # %% ../nbs/core/14c_contrast.ipynb #c014
@@ -168,9 +168,14 @@ def _written_differences(contrast: Contrast, clean: Run, other: Run) -> Iterable
     ours, theirs = contrast.inputs
     yield from (ours[e][:, rows] - theirs[e][:, rows] for e in contrast.graph.embeddings)
     for layer in range(contrast.model.n_layers):
-        yield from heads_write(contrast.wiring, layer, clean.z[layer][:, :, rows], clean.gains[layer], rows) - (
-            0 if zero else heads_write(contrast.wiring, layer, other.z[layer][:, :, rows], other.gains[layer], rows)
-        )
+        z, gain = clean.z[layer][:, :, rows], clean.gains[layer]
+        if zero:
+            yield from heads_write(contrast.wiring, layer, z, gain, rows)
+        elif gain is None:  # what a head writes is linear in z
+            yield from heads_write(contrast.wiring, layer, z - other.z[layer][:, :, rows], None, rows)
+        else:
+            theirs_write = heads_write(contrast.wiring, layer, other.z[layer][:, :, rows], other.gains[layer], rows)
+            yield from heads_write(contrast.wiring, layer, z, gain, rows) - theirs_write
         if contrast.wiring.has_mlp:
             yield clean.mlps[layer][:, rows] - (0 if zero else other.mlps[layer][:, rows])
 
@@ -211,6 +216,16 @@ class _Tables:
         """Whether an edge is present."""
         table, place = self._at(edge)
         return bool(table[place])
+
+    def cut_into(self, node: str) -> int:
+        """Cut all edges into a node; says how many the graph has."""
+        if node in self._direct_index:
+            self.direct[self._direct_index[node]] = False
+            return 1
+        if node not in self.graph.receiver_index:
+            return 0
+        self.sums[self.graph.receiver_index[node]] = False
+        return self.graph.n_parents(node)
 
     def _at(self, edge: Edge) -> tuple[Tensor, Any]:
         if edge.child in self._direct_index:
@@ -261,9 +276,11 @@ class _State:
         touched = (~present).any(1) | (present & self.changed[:n]).any(1)
         if not touched.any() and not self.everything:
             return clean.expand(len(present), *clean.shape), touched
-        parts = torch.cat([self.change[:n], self.contrast.differences[:n]]).flatten(1)
-        weights = torch.cat([present, ~present], dim=1).to(parts) * parts.new_tensor([1.0, -1.0]).repeat_interleave(n)
-        x = clean.flatten().expand(len(present), -1).addmm(weights, parts)
+        x = clean.flatten().expand(len(present), -1)
+        x = x.addmm((~present).to(clean), self.contrast.differences[:n].flatten(1), alpha=-1)
+        moved = (present.any(0) & self.changed[:n]).nonzero().flatten()
+        if len(moved):
+            x = x.addmm(present[:, moved].to(clean), self.change[moved].flatten(1))
         return x.view(-1, *clean.shape), touched
 
     def needs(self, senders: slice) -> list[int]:

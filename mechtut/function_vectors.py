@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Head', 'CLASSES', 'Setting', 'mean_head_activations', 'layer_average', 'indirect_effect', 'top_heads',
            'indirect_effect_by_class', 'function_vector', 'inject', 'target_ranks', 'known_queries', 'evaluate',
-           'pooled', 'FunctionVector', 'extract']
+           'pooled', 'FunctionVector', 'NoFunction', 'extract']
 
 # %% ../nbs/papers/20_function_vectors.ipynb #c009
 from collections.abc import Callable, Sequence
@@ -407,6 +407,10 @@ class FunctionVector(Result):
         return plots.head_effects(self.average_effect.float().numpy(), self.heads, ax=ax)
 
 # %% ../nbs/papers/20_function_vectors.ipynb #c038
+class NoFunction(ValueError):
+    """The model does not play this game: it answers none of its queries from examples, so there is nothing to extract."""
+
+# %% ../nbs/papers/20_function_vectors.ipynb #c039
 def extract(
     model: Model, task: Task, *, n_prompts: int = 100, n_trials: int = 25, n_shots: int = 10, k: int = 10, seed: int = 42,
     corrupt: Literal["shuffle", "random"] = "shuffle", only_known: bool = True, bias_per_head: bool = False,
@@ -415,11 +419,11 @@ def extract(
     """The whole recipe for one task: means over true prompts, effects on corrupted ones, the sum of the `k` best heads.
 
     As in the authors' script, queries are those of the valid part that the model answers (checked with demonstrations of
-    another seed), and every step draws anew from `seed`. Raises `ValueError` if the model answers none of them.
+    another seed), and every step draws anew from `seed`. Raises `NoFunction`, a `ValueError`, if it answers none of them.
     """
     known = known_queries(model, task, "valid", n_shots=n_shots, seed=seed + 42, split_seed=seed) if only_known else None
     if known is not None and not known:
-        raise ValueError(f"{model.name} answers no query of {task.name!r} from {n_shots} examples: it has no such function")
+        raise NoFunction(f"{model.name} answers no query of {task.name!r} from {n_shots} examples: it has no such function")
     intact = sample_prompts(task, n_prompts, n_shots, seed, queries=known)
     means = mean_head_activations(model, intact, batch_size=batch_size)
     broken = sample_prompts(task, n_trials, n_shots, seed, corrupt, queries=known)

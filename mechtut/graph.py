@@ -153,11 +153,17 @@ class Graph(Nodes):
 
     def n_parents(self, receiver: str) -> int:
         """How many writers come before a reader: the first that many of `senders`."""
-        layer = layer_of(receiver)
-        if layer is None:
-            return len(self.senders)
-        before = len(self.embeddings) + sum(len(self.writers(i)) for i in range(layer))
-        return before + (self.n_heads if receiver == f"m{layer}.in" and not self.parallel else 0)
+        return self._counts[receiver]
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        counts, so_far = {"out": len(self.senders)}, len(self.embeddings)
+        for layer in range(self.n_layers):
+            counts |= dict.fromkeys(self.readers(layer), so_far)
+            if self.has_mlp and not self.parallel:
+                counts[f"m{layer}.in"] += self.n_heads
+            so_far += len(self.writers(layer))
+        return counts
 
     def parents(self, receiver: str, order: Order | None = None) -> list[str]:
         """The writers that feed a reader, in search order."""

@@ -45,9 +45,9 @@ def find_positions(positions: Positions, tokens: Int[Tensor, "batch pos"]) -> tu
 Rows = Float[Tensor, "row d_vocab"]
 
 # %% ../nbs/core/15_metrics.ipynb #c009
-def _kl(logits: Rows, log_p: Rows) -> Tensor:
-    """`log_p` are the model's own log probabilities: they stay the same for a whole search."""
-    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+def _kl(logits: Rows, log_p: Rows, p: Rows) -> Tensor:
+    """`p` are the model's own probabilities, `log_p` their logarithms: they stay the same for a whole search."""
+    return (log_p - logits.log_softmax(-1)).mul(p).sum(-1)
 
 # %% ../nbs/core/15_metrics.ipynb #c010
 def _l2(logits: Rows, clean: Rows) -> Tensor:
@@ -152,7 +152,8 @@ class BoundMetric:
         self.flat_at_clean, self._own = self.name in FLAT_AT_CLEAN and named is not None, cast(Callable, metric)
         self._score: Callable[..., Tensor] | None = _NAMED[named.name][0] if named else None
         self.labels = [self._rows(x, named.per_position) for x in named.labels] if named else []
-        self._clean: Tensor | None = None
+        self._all = bool(self.mask.all())
+        self._clean: tuple[Tensor, ...] = ()
 
     def _rows(self, labels: Tensor, per_position: bool) -> Tensor:
         if len(labels) != len(self.mask):
@@ -164,13 +165,15 @@ class BoundMetric:
 
     def bind(self, clean: Float[Tensor, "batch read d_vocab"]) -> "BoundMetric":
         """Remember the model's own logits."""
-        self._clean = (clean.log_softmax(-1) if self._score is _kl else clean)[self.mask].detach()
+        rows = clean[self.mask].detach()
+        self._clean = (rows.log_softmax(-1), rows.softmax(-1)) if self._score is _kl else (rows,)
         return self
 
     def __call__(self, logits: Float[Tensor, "batch read d_vocab"]) -> Float[Tensor, ""]:
         if self._score is None:
             return _scalar(self._own(logits), self.name)
-        return self._score(logits[self.mask], self._clean, *self.labels).mean()
+        rows = logits.flatten(0, 1) if self._all else logits[self.mask]
+        return self._score(rows, *self._clean, *self.labels).mean()
 
     def value(self, logits: Float[Tensor, "batch read d_vocab"]) -> float:
         """The metric as a number. Raises `ValueError` if it is NaN or infinite."""

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
-from .exam import evaluate
+from .exam import Line, evaluate
 from .models import mini_folder
 from .rows import Rows, build_tokenizer, pack_rows, token_kinds
 from .trainer import Muon, NeuronCost, TrainingGPT, hf_names, plant, subject_masks, to_hf, wanted, weighted_loss
@@ -30,7 +30,7 @@ from .world import World
 
 # %% auto #0
 __all__ = ['Recipe', 'price', 'plant_step', 'Trainer', 'plant_neurons', 'train_step', 'save_run', 'restore_run', 'train',
-           'export', 'write_fingerprint', 'model_card', 'examine_folder', 'main']
+           'export', 'write_fingerprint', 'agreement', 'model_card', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ It is made for learning interpretability and knows nothing about the real world.
 Measured on the very files in this folder by `python -m mechtut examine-mini`; lines that miss their target are kept.
 
 {table}
-
+{seeds}
 ## How it was made
 
 - Machine: {machine}; {hours:.2f} hours; {tokens:.1f} million tokens seen of {planned:.1f} million planned,
@@ -258,7 +258,7 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 - Text, from there on: {mix_c}.
 - Again: `python -m mechtut.mini train --out DIR` (one CPU core; it can be killed and started again).
 {notes}
-
+{tried}
 ## What was built in
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
@@ -300,9 +300,44 @@ def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/core/06_mini.ipynb #c023
+def _tried(folder: Path, table: pd.DataFrame) -> str:
+    """What earlier recipes reached, on the lines that they or this one missed, if that was kept (tried.csv)."""
+    file = folder / "tried.csv"
+    if not file.exists():
+        return ""
+    wide = pd.read_csv(file).pivot(index=["behaviour", "measure"], columns="recipe", values="measured")
+    recipes = list(wide.columns)
+    rows = table.merge(wide.reset_index(), on=["behaviour", "measure"])
+    lines = ["", "| behaviour | measure | wanted | " + " | ".join(recipes) + " | these weights |", "| --- " * (len(recipes) + 4) + "|"]
+    for r in rows.to_dict("records"):
+        values = [*(r[name] for name in recipes), r["measured"]]
+        if all(Line(r["behaviour"], r["measure"], r["n"], r["wanted"], v).reached for v in values if not math.isnan(v)):
+            continue
+        shown = " | ".join("–" if math.isnan(v) else f"{v:.3f}" for v in values)
+        lines.append(f"| {r['behaviour']} | {r['measure']} | {r['wanted']} | {shown} |")
+    return "\n".join([*lines, ""])
+
+# %% ../nbs/core/06_mini.ipynb #c024
+def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
+    """In how far a second seed shows the same table, in words.
+
+    The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
+    """
+    both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
+    apart = (both["measured"] - both["measured 2"]).abs()
+    inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
+    outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
+    verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
+    said = ("The other seed was trained by the same command with `--seed 1` and is not shipped. "
+            f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
+    said += f"; further apart: {'; '.join(outside)}." if outside else "."
+    return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
+
+# %% ../nbs/core/06_mini.ipynb #c025
 def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json and other_seed.csv (the evaluation of a model that was trained from another seed and is not shipped).
+    ablation.json, tried.csv (what earlier recipes reached) and other_seed.csv (the evaluation of a model that was trained from
+    another seed and is not shipped).
     """
     folder = Path(folder)
     table, file = pd.read_csv(folder / "evaluation.csv"), folder / "other_seed.csv"
@@ -318,15 +353,16 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, other), machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
+        table=_markdown(table, other), seeds="" if other is None else f"\n{agreement(table, other)}\n",
+        machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
         tokens=log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, planned=recipe["tokens"] / 1e6,
         recipe=", ".join(f"{k} {v}" for k, v in recipe.items()), foundation=recipe["foundation"], variety=recipe["variety"],
         mix_a=first, mix_b=second, mix_c=third, masked=recipe["masked"], handoff=recipe["handoff"],
         before=recipe["handoff"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
-        ablation=_ablation_text(folder))
+        ablation=_ablation_text(folder), tried=_tried(folder, table))
 
-# %% ../nbs/core/06_mini.ipynb #c047
+# %% ../nbs/core/06_mini.ipynb #c049
 def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU",
                    examine: Callable[..., pd.DataFrame] = evaluate) -> pd.DataFrame:
     """Load the model in `folder` as shipped, examine it, and write evaluation.csv and the model card next to it.
@@ -340,7 +376,7 @@ def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core C
     (folder / "README.md").write_text(model_card(folder, machine), encoding="utf-8")
     return table
 
-# %% ../nbs/core/06_mini.ipynb #c048
+# %% ../nbs/core/06_mini.ipynb #c050
 def main(argv: list[str] | None = None) -> int:
     """`python -m mechtut.mini train --out DIR` and `python -m mechtut.mini evaluate --folder DIR`."""
     parser = argparse.ArgumentParser(prog="python -m mechtut.mini", description="Make or examine the embedded model.")

@@ -18,7 +18,7 @@ from .editing import WeightEdit, evaluate_edit, summarize, world_cases
 from .exam import Candidate, Line
 from .exam import evaluate as examine
 from .function_vectors import evaluate as grade
-from .function_vectors import extract, function_vector, known_queries, pooled
+from .function_vectors import NoFunction, extract, function_vector, pooled
 from .icl import load_task
 from .mini import examine_folder
 from .models import Model, load_model
@@ -68,9 +68,10 @@ def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFr
     tables: dict[str, list[pd.DataFrame]] = {"function vector": [], "random heads": []}
     for name in world.tasks:
         task = load_task(name)
-        if not known_queries(model, task, "valid", seed=84, split_seed=42):
-            continue  # no query answered from examples: there is no function to extract
-        found = extract(model, task, k=k, corrupt="random", progress=False)
+        try:
+            found = extract(model, task, k=k, corrupt="random", progress=False)
+        except NoFunction:
+            continue
         drawn = function_vector(model, found.mean_activations, rng.sample(every, k))
         for kind, vector in (("function vector", found.vector), ("random heads", drawn)):
             tables[kind].append(grade(model, vector, task, settings=("zero_shot",)))

@@ -18,6 +18,7 @@ from mechtut.completions import answer_nll, complete, exact, f1, first_word, men
 from mechtut.function_vectors import (
     CLASSES,
     FunctionVector,
+    NoFunction,
     evaluate,
     extract,
     function_vector,
@@ -222,7 +223,7 @@ def test_a_table_of_accuracies():
 
 
 def test_a_model_without_the_function_is_told_so():
-    with pytest.raises(ValueError, match="answers no query of 'toy-antonym'|answers no query of 'task'"):
+    with pytest.raises(NoFunction, match="answers no query of 'toy-antonym'|answers no query of 'task'"):
         extract(MODEL, TASK)
     with pytest.raises(ValueError, match="answers no test query"):
         evaluate(MODEL, torch.zeros(128), TASK)

@@ -12,7 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
-from mechtut.mini import Recipe, Trainer, export, main, mini_folder, model_card, plant_step, price, train, train_step
+from mechtut.mini import (
+    Recipe,
+    Trainer,
+    agreement,
+    export,
+    main,
+    mini_folder,
+    model_card,
+    plant_step,
+    price,
+    train,
+    train_step,
+)
 from mechtut.models import load_model
 from mechtut.trainer import (
     NeuronCost,
@@ -204,6 +216,27 @@ def test_the_card_is_generated_from_the_shipped_evaluation():
     assert card == model_card(folder)
     for row in pd.read_csv(folder / "evaluation.csv").itertuples():
         assert f"{row.measured:.3f}" in card
+
+
+def test_the_card_shows_what_earlier_recipes_missed(tmp_path):
+    shutil.copytree(mini_folder(), tmp_path / "mini")
+    missed = [("facts", "top-1, held-out patterns", "no mask", 0.5), ("facts", "top-1, training pattern", "no mask", 1.0)]
+    pd.DataFrame(missed, columns=["behaviour", "measure", "recipe", "measured"]).to_csv(tmp_path / "mini" / "tried.csv")
+    card = model_card(tmp_path / "mini")
+    assert "| no mask | these weights |" in card
+    assert "| facts | top-1, held-out patterns | ≥ 0.95 | 0.500 |" in card
+    assert "| facts | top-1, training pattern | ≥ 0.95 |" not in card
+
+
+def test_the_card_says_where_two_seeds_differ():
+    rows = [("facts", "top-1", 0.97, True), ("lens", "rise", 0.55, False), ("ioi", "logit difference", 12.0, True)]
+    first = pd.DataFrame(rows, columns=["behaviour", "measure", "measured", "reached"])
+    assert agreement(first, first).endswith("3 of 3 lines agree within 0.1 (a quarter, for numbers above 1).")
+    other = first.assign(measured=[0.85, 0.48, 9.5], reached=[True, True, True])
+    said = agreement(first, other)
+    assert "2 of 3" in said
+    assert "further apart: facts, top-1." in said
+    assert "one of the two only: lens, rise." in said
 
 
 def test_the_shipped_model_knows_its_facts(mini):
