@@ -1,0 +1,33 @@
+"""Borrowed products: the same numbers however often they are asked for, and everything given back."""
+
+import pytest
+import torch
+
+from mechtut.kernels import OFTEN, fast_matmul, onednn_available
+from mechtut.models import load_model
+
+MINI = load_model("mini", device="cpu")
+TOKENS = torch.arange(40).view(2, 20)
+
+
+@pytest.mark.skipif(not onednn_available(), reason="this PyTorch cannot run linear layers through oneDNN")
+def test_arranging_the_weights_changes_no_bit():
+    with fast_matmul(MINI):
+        first = MINI.logits(TOKENS)
+        arranged = [vars(m)["forward"] for m in MINI.hf.modules() if "forward" in vars(m)]
+        for _ in range(OFTEN):
+            assert torch.equal(MINI.logits(TOKENS), first)
+    assert len(arranged) > 4 * MINI.n_layers
+    assert not any("forward" in vars(m) for m in MINI.hf.modules())
+
+
+@pytest.mark.parametrize("calls", [1, OFTEN + 1])
+def test_gradients_reach_the_input(calls):
+    """Whether or not the weights are arranged by then."""
+    layer = MINI.hf.transformer.h[0].mlp.c_fc
+    x = torch.randn(3, MINI.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    with fast_matmul(MINI):
+        for _ in range(calls):
+            (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert (found - plain).abs().max() < 1e-5 * plain.abs().max()  # float32 rounding in sums of 768 terms
