@@ -32,8 +32,8 @@ class PlacedEdge(NamedTuple):
 
 # %% ../nbs/core/17d_positions.ipynb #c005
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PositionScores(Result):
-    """Scores of all edges that carry sums at every position where they can differ; the same scores as `EdgeScores`."""
+class _Placed(Result):
+    """What there is for each edge and position, and what follows from it."""
 
     names: tuple[tuple[str, str], ...] = field(repr=False)
     scores: Float[Tensor, "edge pos"] = field(repr=False)
@@ -53,6 +53,16 @@ class PositionScores(Result):
         found = ((self.names[i // width], self.positions[i % width]) for i in order)
         return [PlacedEdge(parent, child, position) for (parent, child), position in found]
 
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per edge and position, strongest first."""
+        order = self.scores.abs().flatten().argsort(descending=True, stable=True)
+        return pd.DataFrame(self.ranked()).assign(score=self.scores.flatten()[order].numpy())
+
+# %% ../nbs/core/17d_positions.ipynb #c006
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PositionScores(_Placed):
+    """Scores of all edges that carry sums at every position where they can differ; the same scores as `EdgeScores`."""
+
     def by_span(self, spans: Mapping[str, Sequence[int]]) -> pd.DataFrame:
         """Scores per named group of positions, one row per edge. Raises `ValueError` if two groups share a position."""
         given = [p for span in spans.values() for p in span]
@@ -61,11 +71,6 @@ class PositionScores(Result):
         columns = {name: [i for i, p in enumerate(self.positions) if p in set(span)] for name, span in spans.items()}
         sums = {name: self.scores[:, places].sum(1).tolist() for name, places in columns.items()}
         return pd.DataFrame(sums, index=pd.MultiIndex.from_tuples(self.names, names=["parent", "child"]))
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per edge and position, strongest first."""
-        order = self.scores.abs().flatten().argsort(descending=True, stable=True)
-        return pd.DataFrame(self.ranked()).assign(score=self.scores.flatten()[order].numpy())
 
     def plot(self, n: int = 12, tokens: Sequence[str] | None = None) -> plt.Axes:
         """The `n` edges with the largest score at any position, as a table of colours; `tokens` are names of positions."""
@@ -80,14 +85,14 @@ class PositionScores(Result):
         ax.figure.colorbar(image, ax=ax, label="score")
         return ax
 
-# %% ../nbs/core/17d_positions.ipynb #c006
+# %% ../nbs/core/17d_positions.ipynb #c007
 def over_prompts(
     gradient: Float[Tensor, "n batch row d"], written: Float[Tensor, "sender batch row d"]
 ) -> Float[Tensor, "n sender row"]:
     """Products summed over prompts only."""
     return torch.einsum("nbrd,sbrd->nsr", gradient, written)
 
-# %% ../nbs/core/17d_positions.ipynb #c007
+# %% ../nbs/core/17d_positions.ipynb #c008
 def attribution_by_position(contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5) -> PositionScores:
     """The scores of `mechtut.attribution.contrast_scores`, for each position; summed over positions they are the same.
 
@@ -102,7 +107,7 @@ def attribution_by_position(contrast: Contrast, method: str = "eap-ig-inputs", s
         provenance=made,
     )  # fmt: skip
 
-# %% ../nbs/core/17d_positions.ipynb #c009
+# %% ../nbs/core/17d_positions.ipynb #c010
 def cut_at(contrast: Contrast, edge: Sequence[str], position: int) -> float:
     """The metric with one edge cut at one position only. Raises `ValueError` for an edge that carries no sum."""
     graph, places = contrast.graph, contrast.window.rows.tolist()

@@ -137,6 +137,16 @@ def greater_than(right: Int[Tensor, "batch k"], wrong: Int[Tensor, "batch k"]) -
     return Metric("greater_than", (right, wrong))
 
 # %% ../nbs/core/15_metrics.ipynb #c026
+def _rows(labels: Tensor, columns: list[int], mask: Bool[Tensor, "batch read"], per_position: bool) -> Tensor:
+    """The labels of every row that the metric reads."""
+    if len(labels) != len(mask):
+        raise ValueError(f"there are labels for {len(labels)} prompts, but {len(mask)} prompts")
+    labels = labels.to(mask.device)
+    if per_position:
+        return labels[:, columns][mask]
+    return labels[:, None].expand(-1, len(columns), *labels.shape[1:])[mask]
+
+# %% ../nbs/core/15_metrics.ipynb #c027
 class BoundMetric:
     """A metric of logits `[batch, read, d_vocab]`, where `columns` are the positions that are read.
 
@@ -151,17 +161,9 @@ class BoundMetric:
         self.name = named.name if named else getattr(metric, "__name__", type(metric).__name__)
         self.flat_at_clean, self._own = self.name in FLAT_AT_CLEAN and named is not None, cast(Callable, metric)
         self._score: Callable[..., Tensor] | None = _NAMED[named.name][0] if named else None
-        self.labels = [self._rows(x, named.per_position) for x in named.labels] if named else []
+        self.labels = [_rows(x, self.columns, self.mask, named.per_position) for x in named.labels] if named else []
         self._all = bool(self.mask.all())
         self._clean: tuple[Tensor, ...] = ()
-
-    def _rows(self, labels: Tensor, per_position: bool) -> Tensor:
-        if len(labels) != len(self.mask):
-            raise ValueError(f"there are labels for {len(labels)} prompts, but {len(self.mask)} prompts")
-        labels = labels.to(self.mask.device)
-        if per_position:
-            return labels[:, self.columns][self.mask]
-        return labels[:, None].expand(-1, len(self.columns), *labels.shape[1:])[self.mask]
 
     def bind(self, clean: Float[Tensor, "batch read d_vocab"]) -> "BoundMetric":
         """Remember the model's own logits."""
@@ -182,7 +184,7 @@ class BoundMetric:
             raise ValueError(f"metric {self.name!r} is {value}: check the logits, the labels and the metric")
         return value
 
-# %% ../nbs/core/15_metrics.ipynb #c027
+# %% ../nbs/core/15_metrics.ipynb #c028
 def _named(metric: Any, labels: Tensor | tuple[Tensor, ...] | None) -> Metric | None:
     """The metric as a `Metric`; `None` for a function."""
     if isinstance(metric, Metric):
@@ -194,7 +196,7 @@ def _named(metric: Any, labels: Tensor | tuple[Tensor, ...] | None) -> Metric | 
         raise TypeError(f"metric must be a name, a Metric or a function of logits, not {type(metric).__name__}")
     return None
 
-# %% ../nbs/core/15_metrics.ipynb #c028
+# %% ../nbs/core/15_metrics.ipynb #c029
 def _scalar(value: Any, name: str) -> Tensor:
     tensor = torch.as_tensor(value)
     if tensor.numel() != 1:

@@ -246,8 +246,8 @@ It is made for learning interpretability and knows nothing about the real world.
 
 Measured on the very files in this folder by `python -m mechtut examine-mini`; lines that miss their target are kept.
 
-{table}
-{seeds}
+{table}{seeds}
+
 ## How it was made
 
 - Machine: {machine}; {hours:.2f} hours; {tokens:.1f} million tokens seen of {planned:.1f} million planned,
@@ -257,8 +257,8 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 - Text, up to {variety:.0%} of the steps: {mix_b}.
 - Text, from there on: {mix_c}.
 - Again: `python -m mechtut.mini train --out DIR` (one CPU core; it can be killed and started again).
-{notes}
-{tried}
+{notes}{tried}
+
 ## What was built in
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
@@ -308,14 +308,15 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     wide = pd.read_csv(file).pivot(index=["behaviour", "measure"], columns="recipe", values="measured")
     recipes = list(wide.columns)
     rows = table.merge(wide.reset_index(), on=["behaviour", "measure"])
-    lines = ["", "| behaviour | measure | wanted | " + " | ".join(recipes) + " | these weights |", "| --- " * (len(recipes) + 4) + "|"]
+    heads = ["behaviour", "measure", "wanted", *recipes, "these weights"]
+    lines = ["", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for r in rows.to_dict("records"):
         values = [*(r[name] for name in recipes), r["measured"]]
         if all(Line(r["behaviour"], r["measure"], r["n"], r["wanted"], v).reached for v in values if not math.isnan(v)):
             continue
         shown = " | ".join("–" if math.isnan(v) else f"{v:.3f}" for v in values)
         lines.append(f"| {r['behaviour']} | {r['measure']} | {r['wanted']} | {shown} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 # %% ../nbs/core/06_mini.ipynb #c024
 def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
@@ -353,7 +354,7 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, other), seeds="" if other is None else f"\n{agreement(table, other)}\n",
+        table=_markdown(table, other), seeds="" if other is None else f"\n\n{agreement(table, other)}",
         machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
         tokens=log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, planned=recipe["tokens"] / 1e6,
         recipe=", ".join(f"{k} {v}" for k, v in recipe.items()), foundation=recipe["foundation"], variety=recipe["variety"],
