@@ -301,7 +301,7 @@ def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
 
 # %% ../nbs/core/06_mini.ipynb #c023
 def _tried(folder: Path, table: pd.DataFrame) -> str:
-    """What earlier recipes reached, on the lines that they or this one missed, if that was kept (tried.csv)."""
+    """What other recipes reached, on the lines that they or this one missed, if that was kept (tried.csv)."""
     file = folder / "tried.csv"
     if not file.exists():
         return ""
@@ -337,8 +337,8 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
 # %% ../nbs/core/06_mini.ipynb #c025
 def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what earlier recipes reached) and other_seed.csv (the evaluation of a model that was trained from
-    another seed and is not shipped).
+    ablation.json, tried.csv (what other recipes reached) and other_seed.csv (the evaluation of a model that was trained
+    from another seed and is not shipped).
     """
     folder = Path(folder)
     table, file = pd.read_csv(folder / "evaluation.csv"), folder / "other_seed.csv"
