@@ -1,27 +1,24 @@
 """ACDC: one full forward per tested edge against the library's search, on the same graph and with the same log.
 
-    python benchmarks/acdc.py [--threshold 0.01] [--rounds 3] [--first-difference 0] [--threads 1] [--gpt2 PROMPTS]
+    python benchmarks/acdc.py [--threshold 0.01] [--rounds 3] [--first-difference 0] [--threads 1]
 
 A seeded model of 4 layers x 8 heads x 256 (1,615 edges), 24 pairs of prompts of 12 random tokens, KL at the last token.
 The plain search runs the whole graph for every edge, to the end, in three ways: reader by reader, as the paper's rules
 and the authors' hooks do it, with stock kernels; all heads of a layer at once; and that with oneDNN too (the search itself
 always has it). `--first-difference` is the position from which on the two prompts of a pair differ (0: everywhere). Prints
-CPU seconds, their ratio, whether the logs are identical. `--gpt2 10` runs a search on a model of GPT-2 small's shape
-(32,923 edges) with that many pairs of 15 tokens that differ from the tenth on, as IOI prompts do: time and memory.
+CPU seconds, their ratio, whether the logs are identical.
 """
 
 import argparse
 import os
-import resource
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from common import gpt2_small, measure
+from common import measure
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.acdc import Rules, acdc, search
+from mechtut.acdc import acdc
 from mechtut.circuits import Circuit
 from mechtut.contrast import Contrast, Cuts, circuit_metric, heads_write
 from mechtut.graph import Edge, visits
@@ -101,10 +98,6 @@ def pairs(n: int, length: int, first_difference: int, vocab: int) -> tuple[torch
     return clean, torch.where(torch.arange(length) >= first_difference, other, clean)
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def readers_one_by_one(contrast: Contrast) -> Callable[[Cuts], float]:
     """The plain forward pass of the benchmark's headline."""
     with torch.no_grad():
@@ -147,27 +140,15 @@ def compare(args: argparse.Namespace) -> None:
               f"identical logs: {same}, largest difference of a change {worst:.1e}")  # fmt: skip
 
 
-def gpt2(args: argparse.Namespace) -> None:
-    model = gpt2_small(initializer_range=0.05)
-    clean, corrupted = pairs(args.gpt2, 15, 10, 50257)
-    start, wall = peak_mb(), time.perf_counter()
-    seconds, circuit = measure(lambda: search(Contrast(model, clean, corrupted), Rules(args.threshold), progress=True))
-    wall = time.perf_counter() - wall
-    print(f"GPT-2 small's shape, {args.gpt2} x 15 tokens, threshold {args.threshold:g}, {args.threads} thread(s): "
-          f"{circuit.n_edges_full} edges, {len(circuit.log)} tested, {len(circuit.edges)} kept")  # fmt: skip
-    print(f"{seconds:.0f} CPU s, {wall:.0f} s; peak memory {peak_mb():.0f} MB, of which {start:.0f} MB before")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threshold", type=float, default=0.01)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--first-difference", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--gpt2", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    gpt2(args) if args.gpt2 else compare(args)
+    compare(args)
 
 
 if __name__ == "__main__":

@@ -211,21 +211,20 @@ def raw_scores(
     with fast_matmul(contrast.model), torch.no_grad():
         scores = _METHODS[method](contrast, steps, contract)
     graph = contrast.graph
-    edges = tuple((s, r) for r in graph.receivers for s in graph.senders[: graph.n_parents(r)])
-    flat = torch.stack([scores[graph.receiver_index[r], graph.sender_index[s]] for s, r in edges])
+    flat = torch.stack([scores[graph.receiver_index[r], graph.sender_index[s]] for s, r in graph.sums])
     if not torch.isfinite(flat).all():
         raise ValueError(f"{method} gave scores that are not finite: check the metric {contrast.metric.name!r}")
     if not flat.any():
         raise ValueError(f"every gradient of metric {contrast.metric.name!r} is zero: {method} has nothing to rank by")
-    return edges, flat
+    return graph.sums, flat
 
 # %% ../nbs/core/17_attribution.ipynb #c020
 def random_scores(graph: Graph, seed: int = 0) -> EdgeScores:
     """Edges in random order: the baseline that any method must beat."""
-    edges = tuple((s, r) for r in graph.receivers for s in graph.senders[: graph.n_parents(r)])
     draw = random.Random(seed)
-    scores = torch.tensor([draw.random() for _ in edges], dtype=torch.float64)
-    return EdgeScores(names=edges, scores=scores, direct=tuple((e.parent, e.child) for e in graph.direct), method="random")
+    scores = torch.tensor([draw.random() for _ in graph.sums], dtype=torch.float64)
+    direct = tuple((e.parent, e.child) for e in graph.direct)
+    return EdgeScores(names=graph.sums, scores=scores, direct=direct, method="random")
 
 # %% ../nbs/core/17_attribution.ipynb #c027
 def select(

@@ -172,10 +172,9 @@ class NodeScores(Result):
 def edge_scores(graph: Graph, scores: NodeScores) -> EdgeScores:
     """Scores of edges that rank them as `node_circuit` adds them, best nodes first: the lower score of the two ends."""
     levels = _levels(graph, dict(scores.items()), float(scores.scores.max()))
-    names = tuple((s, r) for r in graph.receivers for s in graph.senders[: graph.n_parents(r)])
-    values = torch.tensor([min(levels[s], levels[r]) for s, r in names], dtype=torch.float64)
+    values = torch.tensor([min(levels[s], levels[r]) for s, r in graph.sums], dtype=torch.float64)
     direct = tuple((e.parent, e.child) for e in graph.direct)
-    return EdgeScores(names=names, scores=values, direct=direct, method=scores.method, provenance=scores.provenance)
+    return EdgeScores(names=graph.sums, scores=values, direct=direct, method=scores.method, provenance=scores.provenance)
 
 # %% ../nbs/core/17c_baselines.ipynb #c023
 def head_importance(contrast: Contrast, *, per_prompt: bool = True, normalise: bool = True) -> NodeScores:

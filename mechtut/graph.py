@@ -156,6 +156,11 @@ class Graph(Nodes):
         return self._counts[receiver]
 
     @cached_property
+    def sums(self) -> tuple[tuple[str, str], ...]:
+        """The edges that carry sums, those that the scores of gradients are about, as pairs of names."""
+        return tuple((s, r) for r in self.receivers for s in self.senders[: self.n_parents(r)])
+
+    @cached_property
     def _counts(self) -> dict[str, int]:
         counts, so_far = {"out": len(self.senders)}, len(self.embeddings)
         for layer in range(self.n_layers):
