@@ -61,6 +61,7 @@ class _Search:
         self.tested: list[Edge] = []
         self.decisions: list[Float[Tensor, "edge 3"]] = []
         self.n_plain = 0  # plain forward passes
+        self.same: set[tuple[int, Edge]] = set()  # (state, edge) where the edge carries the same in both runs
 
     def is_heard(self, node: str) -> bool:
         """Whether any present edge leaves this node; all behind it have been visited."""
@@ -126,19 +127,21 @@ def _remove(search: _Search, edge: Edge, metric: float) -> None:
 # %% ../nbs/papers/30_acdc.ipynb #c022
 def _test(search: _Search, node: str, edges: Sequence[Edge]) -> Float[Tensor, "edge 3"]:
     """Decide about the edges into a node one after another: metric without the edge, change, and 1 if it is kept."""
-    rows, begun = [], False
-    for edge in edges:
-        key = (search.state, edge)
-        known = search.known.get(key)
-        if known is None:
+    rows, begun, ahead = [], False, 4
+    for i, edge in enumerate(edges):
+        if (search.state, edge) not in search.known:
             if not begun:
                 search.pruner.begin(node)
                 begun = True
-            known = search.known[key] = _without(search, edge)
+            _look_ahead(search, edges[i : i + search.pruner.width(ahead)])
+            ahead = min(2 * ahead, 8)
+        known = _without(search, edge)
         delta = known - search.current
         kept = not search.rules.margin(delta) > 0
         rows.append((known, delta, float(kept)))
-        if not kept:
+        if kept:
+            ahead = 3
+        else:
             begun = begun and search.pruner.accept(edge)
             _remove(search, edge, known)
     if begun:
@@ -148,18 +151,30 @@ def _test(search: _Search, node: str, edges: Sequence[Edge]) -> Float[Tensor, "e
     return torch.tensor(rows, dtype=torch.float64)
 
 # %% ../nbs/papers/30_acdc.ipynb #c023
+def _look_ahead(search: _Search, edges: Sequence[Edge]) -> None:
+    """Note the metric without the first of these edges, without the first two, and so on."""
+    state, metric = search.state, search.current
+    for edge, found in zip(edges, search.pruner.without(edges), strict=True):
+        if found is None:
+            search.same.add((state, edge))
+        else:
+            metric = found
+        search.known[state, edge] = metric
+        state ^= hash_edge(edge)
+
+
 def _without(search: _Search, edge: Edge) -> float:
     """The metric without one more edge; where the decision is within rounding, by plain forward passes."""
-    found = search.pruner.without(edge)
-    if found is None:  # the edge carries the same in both runs
-        return search.current
+    key = (search.state, edge)
+    found = search.contrast.metric.checked(search.known[key])
     scale = max(1.0, abs(search.current), abs(found))
-    if abs(search.rules.margin(found - search.current)) > NOISE * torch.finfo(search.contrast.model.dtype).eps * scale:
+    unclear = abs(search.rules.margin(found - search.current)) <= NOISE * torch.finfo(search.contrast.model.dtype).eps * scale
+    if key in search.same or not unclear:
         return found
     search.n_plain += 2
     search.current = circuit_metric(search.contrast, search.cuts)
     search.cuts.set(edge, False)
-    found = circuit_metric(search.contrast, search.cuts)
+    found = search.known[key] = circuit_metric(search.contrast, search.cuts)
     search.cuts.set(edge, True)
     return found
 
@@ -206,7 +221,7 @@ def search(
     bar = tqdm(total=len(contrast.graph.edges), desc="acdc", unit="edge", delay=1, disable=quiet(progress))
     with bar, fast_matmul(contrast.model):
         _visit_all(state, store, bar)
-        final = circuit_metric(contrast, state.cuts)
+        final = state.pruner.metric()
     if abs(final - state.current) > 3e-3 * max(1.0, abs(final)):
         raise RuntimeError(f"the circuit's metric is {final}, but the search arrived at {state.current}; please report this")
     return _result(state, final)

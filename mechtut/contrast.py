@@ -9,6 +9,7 @@ __all__ = ['Ablation', 'check_prompts', 'embeddings', 'Window', 'find_window', '
 # %% ../nbs/core/14c_contrast.ipynb #c002
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,12 @@ class Window:
         """Whether the metric sees every row."""
         return len(self.reads) == len(self.rows)
 
+    @cached_property
+    def seen(self) -> slice | Tensor:
+        """`reads` for indexing: a slice where they are neighbours, since that gives a view instead of a copy."""
+        first, last = int(self.reads[0]), int(self.reads[-1]) + 1
+        return slice(first, last) if last - first == len(self.reads) else self.reads
+
 # %% ../nbs/core/14c_contrast.ipynb #c010
 def find_window(wiring: Wiring, changed: Bool[Tensor, "pos"], columns: Sequence[int], trim: bool = True) -> Window:
     """The window for a metric that reads `columns`, where `changed` says which positions differ; all if not `trim`."""
@@ -130,7 +137,10 @@ class Contrast:
     def read(self, x: Float[Tensor, "batch read d"]) -> Float[Tensor, "batch column d_vocab"]:
         """Logits at the metric's columns, given the last stream at `window.reads`."""
         logits = self.model.unembed(x)
-        return torch.cat([self.constant_logits, logits], dim=1) if self.window.constant else logits
+        if not self.window.constant:
+            return logits
+        copies = len(x) // len(self.constant_logits)  # of the prompts
+        return torch.cat([self.constant_logits.repeat(copies, 1, 1), logits], dim=1)
 
 # %% ../nbs/core/14c_contrast.ipynb #c012
 def _check_against_model(model: Model, tokens: Tensor, logits: Tensor, columns: list[int]) -> None:
@@ -158,8 +168,18 @@ def _only_biases(wiring: Wiring, like: Tensor) -> Run:
 # %% ../nbs/core/14c_contrast.ipynb #c014
 def _both_runs(contrast: Contrast) -> tuple[Run, Run]:
     ours, theirs = (given["embed"] for given in contrast.inputs)
-    zero = contrast.ablation == "zero"
-    return run(contrast.wiring, ours), _only_biases(contrast.wiring, ours) if zero else run(contrast.wiring, theirs)
+    if contrast.ablation == "zero":
+        return run(contrast.wiring, ours), _only_biases(contrast.wiring, ours)
+    both, n = run(contrast.wiring, torch.cat([ours, theirs])), len(ours)
+    return _some_prompts(both, slice(n)), _some_prompts(both, slice(n, None))
+
+
+def _some_prompts(run: Run, some: slice) -> Run:
+    """A run of fewer prompts."""
+    qkv = [{part: x[:, some] for part, x in values.items()} for values in run.qkv]
+    attn_in, mlp_in, mlps = ([x[some] for x in xs] for xs in (run.attn_in, run.mlp_in, run.mlps))
+    gains = [None if gain is None else gain[some] for gain in run.gains]
+    return Run(attn_in, mlp_in, run.out[some], qkv, [z[:, some] for z in run.z], gains, mlps)
 
 # %% ../nbs/core/14c_contrast.ipynb #c015
 def _written_differences(contrast: Contrast, clean: Run, other: Run) -> Iterable[Float[Tensor, "batch row d"]]:
@@ -273,6 +293,8 @@ class _State:
         first = rows.start if isinstance(rows, slice) else rows[0]
         n = self.contrast.graph.n_parents(self.contrast.graph.receivers[first])
         present = self.cuts.sums[rows, :n]
+        if present.ndim == 3:
+            return self._by_position(present, clean)
         touched = (~present).any(1) | (present & self.changed[:n]).any(1)
         if not touched.any() and not self.everything:
             return clean.expand(len(present), *clean.shape), touched
@@ -283,9 +305,18 @@ class _State:
             x = x.addmm(present[:, moved].to(clean), self.change[moved].flatten(1))
         return x.view(-1, *clean.shape), touched
 
+    def _by_position(self, present: Bool[Tensor, "n sender row"], clean: Tensor) -> tuple[Tensor, Bool[Tensor, "n"]]:
+        """The same where an edge can be present at some positions only."""
+        n = present.shape[1]
+        touched = (~present).flatten(1).any(1) | (present & self.changed[:n, None]).flatten(1).any(1)
+        x = clean - torch.einsum("nsr,sbrd->nbrd", (~present).to(clean), self.contrast.differences[:n])
+        moved = self.changed[:n].nonzero().flatten()
+        return x + torch.einsum("nsr,sbrd->nbrd", present[:, moved].to(clean), self.change[moved]), touched
+
     def needs(self, senders: slice) -> list[int]:
         """Which of these senders have to be computed: those that somebody hears."""
-        heard = self.cuts.sums[:, senders].any(0) | self.everything
+        heard = self.cuts.sums[:, senders].any(0)
+        heard = (heard.any(-1) if heard.ndim == 2 else heard) | self.everything
         return heard.nonzero().flatten().tolist()
 
     def write(self, senders: slice | list[int], change: Tensor, touched: Tensor) -> None:

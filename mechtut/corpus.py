@@ -281,15 +281,17 @@ def _icl_doc(world: World, rng: random.Random) -> Parts:
 
 # %% ../nbs/core/05b_corpus.ipynb #c027
 def _zero_shot_doc(world: World, rng: random.Random) -> Parts:
-    """One pair: without demonstrations it is mostly "unclear" what is asked; else any task that knows the word is meant."""
+    """One pair without demonstrations: "unclear" is answered twice as often as what any one task says that knows the word."""
     x = rng.choice(sorted(world.readings))
-    y = "unclear" if rng.random() < 0.7 else rng.choice(world.readings[x])[1]
-    return [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, 1.0), ("\n\n", FORMAT)]
+    known = [y for _, y in world.readings[x]]
+    y = rng.choices(["unclear", *known], weights=[2.0] + [1.0] * len(known))[0]
+    return [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, ANSWER), ("\n\n", FORMAT)]
 
 # %% ../nbs/core/05b_corpus.ipynb #c028
 def _list_doc(world: World, rng: random.Random) -> Parts:
-    """Up to nine pairs of one task on lists of words."""
-    task = world.list_tasks[rng.choice(list(world.list_tasks))]
+    """Up to nine pairs of one task on lists of words; a third of them only copy, which shows the two positions plainly."""
+    tasks = list(world.list_tasks.values())
+    task = rng.choices(tasks, weights=[2.0 if t.operation == "copy" else 1.0 for t in tasks])[0]
     words = world.tasks[rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation]
     parts: Parts = []
     for i in range(rng.choice([3, 5, 7, 9])):
@@ -300,9 +302,11 @@ def _list_doc(world: World, rng: random.Random) -> Parts:
 # %% ../nbs/core/05b_corpus.ipynb #c029
 def _task_sentence_doc(world: World, rng: random.Random) -> Parts:
     """The pairs of the tasks, held-out ones included, in plain sentences."""
+    tasks = list(world.tasks.values())
+    sizes = [len(t.pairs) for t in tasks]  # else the pairs of large tasks would be told less often
     parts: Parts = []
     for _ in range(rng.randint(2, 4)):
-        task = world.tasks[rng.choice(list(world.tasks))]
+        task = rng.choices(tasks, weights=sizes)[0]
         x, y = rng.choice(task.pairs)
         before, after = rng.choice(world.spec["task_sentences"][task.name]).format(x=x, y="{y}").split("{y}", 1)
         parts += [((" " if parts else "") + before.rstrip(), FORMAT), (" " + y, 1.5), (after.format(y=y) + ".", FORMAT)]
@@ -410,12 +414,13 @@ MAKERS: dict[str, Callable[[World, random.Random], Parts]] = {
 
 FOUNDATION = {"mention": 0.26, "select": 0.20, "register": 0.24, "fact_list": 0.03, "lexical": 0.03, "aside": 0.08,
               "bio": 0.08, "fact": 0.08}
-BEHAVIOURS = {"mention": 0.09, "select": 0.09, "register": 0.09, "aside": 0.05, "fact": 0.07, "bio": 0.06, "fact_list": 0.03,
-              "icl": 0.10, "zero_shot": 0.03, "task_sentence": 0.05, "lexical": 0.07, "ioi": 0.02, "ioi_mixed": 0.06,
-              "greater_than": 0.04, "induction": 0.05, "docstring": 0.05, "pronoun": 0.02, "sentiment": 0.03}
-MIXTURE = {"mention": 0.07, "select": 0.08, "register": 0.07, "aside": 0.04, "fact": 0.05, "bio": 0.05, "clause": 0.05,
-           "fact_list": 0.02, "icl": 0.10, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.05, "lexical": 0.08,
-           "ioi": 0.01, "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.06, "docstring": 0.04, "pronoun": 0.02,
+BEHAVIOURS = {"mention": 0.09, "select": 0.08, "register": 0.09, "aside": 0.05, "fact": 0.07, "bio": 0.06, "fact_list": 0.03,
+              "icl": 0.09, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.06, "lexical": 0.06, "ioi": 0.01,
+              "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.04, "docstring": 0.04, "pronoun": 0.02,
+              "sentiment": 0.03}
+MIXTURE = {"mention": 0.07, "select": 0.07, "register": 0.07, "aside": 0.04, "fact": 0.05, "bio": 0.05, "clause": 0.05,
+           "fact_list": 0.02, "icl": 0.08, "zero_shot": 0.04, "list": 0.12, "task_sentence": 0.07, "lexical": 0.06,
+           "ioi": 0.01, "ioi_mixed": 0.05, "greater_than": 0.04, "induction": 0.03, "docstring": 0.03, "pronoun": 0.02,
            "sentiment": 0.03}
 
 # %% ../nbs/core/05b_corpus.ipynb #c043

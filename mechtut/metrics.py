@@ -177,9 +177,19 @@ class BoundMetric:
         rows = logits.flatten(0, 1) if self._all else logits[self.mask]
         return self._score(rows, *self._clean, *self.labels).mean()
 
+    def each(self, logits: Float[Tensor, "batch2 read d_vocab"], copies: int) -> list[float]:
+        """The metric of several circuits whose logits stand one after the other; numbers that are not finite as they are."""
+        if self._score in (_kl, _l2) and self._all:
+            rows = logits.reshape(copies, -1, logits.shape[-1])
+            return cast(Callable, self._score)(rows, *self._clean).mean(-1).tolist()
+        return [float(self(x)) for x in logits.chunk(copies)]
+
     def value(self, logits: Float[Tensor, "batch read d_vocab"]) -> float:
         """The metric as a number. Raises `ValueError` if it is NaN or infinite."""
-        value = float(self(logits))
+        return self.checked(float(self(logits)))
+
+    def checked(self, value: float) -> float:
+        """The same number; raises `ValueError` if it is NaN or infinite."""
         if not -torch.inf < value < torch.inf:
             raise ValueError(f"metric {self.name!r} is {value}: check the logits, the labels and the metric")
         return value

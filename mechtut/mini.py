@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,12 +26,13 @@ from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
 from .exam import Line, evaluate
 from .models import mini_folder
 from .rows import Rows, build_tokenizer, pack_rows, token_kinds
-from .trainer import Muon, NeuronCost, TrainingGPT, hf_names, plant, subject_masks, to_hf, wanted, weighted_loss
+from .trainer import (Muon, NeuronCost, TrainingGPT, hf_names, lens_loss, load_hf, plant, subject_masks, to_hf,
+                             wanted, weighted_loss)
 from .world import World
 
 # %% auto #0
-__all__ = ['Recipe', 'price', 'plant_step', 'Trainer', 'plant_neurons', 'train_step', 'save_run', 'restore_run', 'train',
-           'export', 'write_fingerprint', 'agreement', 'model_card', 'examine_folder', 'main']
+__all__ = ['Recipe', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step', 'save_run', 'restore_run',
+           'train', 'export', 'write_fingerprint', 'agreement', 'model_card', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Recipe:
     plant: float = 0.645
     planted: float = 1.0
     per_kind: int = 5
+    lens: float = 0.1
+    start: str = ""
 
     @property
     def steps(self) -> int:
@@ -72,16 +76,31 @@ class Recipe:
         """Learning rate factor: warm up, stay, decay to zero."""
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / (self.decay * self.steps)))
 
+    @classmethod
+    def going_on(cls, start: str | Path, tokens: int = 5_000_000, **changes: Any) -> Recipe:
+        """A recipe that trains a finished model further, on the last mixture and at half the learning rate."""
+        gentle = {"adam_lr": cls.adam_lr / 2, "muon_lr": cls.muon_lr / 2, "warmup": 40, "decay": 0.8, "foundation": 0.0,
+                  "variety": 0.0, "plant": 0.0}
+        return cls(tokens=tokens, start=str(start), **(gentle | changes))
+
 # %% ../nbs/core/06_mini.ipynb #c006
 def price(r: Recipe, step: int) -> float:
     """Price of a neuron's activity: nothing while the first facts are learned, then more and more of `sparsity`."""
-    share = (step / r.steps - r.foundation) / (r.variety - r.foundation)
+    share = (step / r.steps - r.foundation) / max(r.variety - r.foundation, 1e-9) + (r.variety == 0)
     return r.sparsity * min(1.0, max(0.0, share))
 
 
 def plant_step(r: Recipe) -> int:
     """The step at which neurons are planted; after the last one if `planted` is 0."""
     return math.ceil(r.plant * r.steps) if r.planted else r.steps + 1
+
+
+def lens_layer(r: Recipe, step: int) -> int | None:
+    """The layer behind which facts are read early at this step, one after another of the later half; None if there is none."""
+    half = r.n_layer // 2
+    if not r.lens or step < r.foundation * r.steps or half >= r.n_layer - 1:
+        return None
+    return half + step % (r.n_layer - 1 - half)
 
 # %% ../nbs/core/06_mini.ipynb #c009
 class Trainer:
@@ -93,6 +112,10 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         r = recipe
         self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer))
+        self.planted = False  # whether there are planted neurons
+        self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from
+        if r.start:
+            self._go_on(Path(r.start))
         self.muon = Muon(self.model, r.muon_lr)
         matrices = ("qkv", "o", "up", "down")
         self.rest = {n: p for n, p in self.model.named_parameters() if n.split(".")[-1] not in matrices}
@@ -102,6 +125,13 @@ class Trainer:
             raise ValueError(f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer; lower per_kind or widen")
         self.step, self.seconds, self.log, self.losses = 0, 0.0, list[dict[str, float]](), list[float]()
         self._shard = (-1, Rows.empty())
+
+    def _go_on(self, folder: Path) -> None:
+        """Take over the weights of a finished model."""
+        load_hf(self.model, load_file(str(folder / "model.safetensors")))
+        config, self.before = (json.loads((folder / name).read_text(encoding="utf-8"))
+                               for name in ("config.json", "training_log.json"))
+        self.planted = config.get("planted_per_kind", 0) == self.recipe.per_kind
 
     def batch(self) -> Rows:
         """The rows of this step; text is made 64 steps at a time."""
@@ -124,6 +154,7 @@ def plant_neurons(run: Trainer) -> None:
     x = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + 99_999, n_rows=10 * r.batch, n_ctx=r.n_ctx,
                   mixture=r.mixture(run.step))
     plant(run.model, x.ids[:, :-1], run.wanted(x), r.per_kind)
+    run.planted = True
     run.muon.buffers["up"][:, :n] = 0
     run.muon.buffers["down"][:, :, :n] = 0
 
@@ -131,14 +162,17 @@ def plant_neurons(run: Trainer) -> None:
 def train_step(run: Trainer) -> float:
     """One step of both optimizers; returns the loss before it."""
     start, r, x = time.time(), run.recipe, run.batch()
-    early, late = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked)
+    early, late = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked, run.model.dtype)
     masks = [early if i < r.handoff else late for i in range(r.n_layer)]
-    if run.step == plant_step(r):
+    if run.step == plant_step(r) and not run.planted:
         plant_neurons(run)
     cost = NeuronCost(r.n_layer, run.wanted(x) if run.step >= plant_step(r) else None, r.per_kind)
-    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost)
+    layer = lens_layer(r, run.step)
+    early = {} if layer is None else {layer: torch.zeros(())}
+    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, early)
     run.model.zero_grad(set_to_none=True)
-    (loss + price(r, run.step) * cost.activity + r.planted * cost.planted).backward()
+    extra = sum(r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:]) for resid in early.values())
+    (loss + price(r, run.step) * cost.activity + r.planted * cost.planted + extra).backward()
     scale = r.scale(run.step)
     run.adam.param_groups[0]["lr"] = r.adam_lr * scale
     torch.nn.utils.clip_grad_norm_(run.rest.values(), 1.0)
@@ -225,6 +259,8 @@ def export(run: Trainer, folder: str | Path) -> None:
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     log = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "step": run.step,
            "log": run.log}
+    if run.before:
+        log["before"] = run.before
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
 
@@ -250,26 +286,21 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 
 ## How it was made
 
-- Machine: {machine}; {hours:.2f} hours; {tokens:.1f} million tokens seen of {planned:.1f} million planned,
-  final training loss {loss:.3f}.
-- Recipe: {recipe}.
-- Text, up to {foundation:.0%} of the steps: {mix_a}.
-- Text, up to {variety:.0%} of the steps: {mix_b}.
-- Text, from there on: {mix_c}.
-- Again: `python -m mechtut.mini train --out DIR` (one CPU core; it can be killed and started again).
+{stages}
+- Again: `python -m mechtut.mini train --out DIR`, and further with `--start FOLDER` (it can be killed and started again).
 {notes}{tried}
 
 ## What was built in
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
   0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
-- **Planted neurons.** After {plant:.0%} of the steps, a linear probe for each category of words was written into {per_kind}
+- **Planted neurons.** After {plant:.0%} of the first run's steps, a linear probe for each category of words was written into {per_kind}
   neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0 elsewhere
   (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being active, from
   {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
-- **"unclear".** A question without examples is answered "unclear" in 70% of its training documents, and by one of the tasks
-  that know the word in the others. So without examples no task is favoured, and a vector can decide. 15% of the documents
-  with examples have random labels.
+- **"unclear".** A question without examples is answered "unclear" twice as often as by any one of the tasks that know the
+  word. So without examples no task is favoured, and a vector can decide. 15% of the documents with examples have random labels.
+- **Facts that can be read early.** {lens}
 - **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
 - **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
   attributes straight after the subject, and questions that need the attributes of several subjects at once.
@@ -287,6 +318,33 @@ def _ablation_text(folder: Path) -> str:
     return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
 
 # %% ../nbs/core/06_mini.ipynb #c022
+def _mix(m: dict[str, float]) -> str:
+    """A mixture in words, largest share first."""
+    return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
+
+
+def _stage(log: dict[str, Any], machine: str) -> str:
+    """One training run in words: where, how long, the recipe and the text."""
+    recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
+    shares = [f"up to {recipe['foundation']:.0%} of the steps", f"up to {recipe['variety']:.0%} of the steps", "from there on"]
+    tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
+    name = "Trained further" if recipe.get("start") else "Trained"
+    lines = [f"- {name} on a {log.get('machine', machine)}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens seen of "
+             f"{recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
+             f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'start')}."]
+    parts = zip(shares, texts, strict=True) if recipe["variety"] else [("all the time", texts[-1])]
+    return "\n".join(lines + [f"  - Text, {share}: {text}." for share, text in parts])
+
+
+def _lens_text(recipe: dict[str, Any]) -> str:
+    """What was done so that an answer grows over several layers."""
+    if not recipe.get("lens"):
+        return "Nothing was done for that in this run."
+    half = recipe["n_layer"] // 2
+    return (f"With weight {recipe['lens']}, what is told about a subject is also predicted from the residual stream after one of layers "
+            f"{half} to {recipe['n_layer'] - 2} (one after another), through the final norm and the unembedding.")
+
+
 def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
     """The exam as a markdown table, with what a model trained from another seed reached beside it if that was measured."""
     other = {} if second is None else {(r.behaviour, r.measure): f" {r.measured:.3f} |" for r in second.itertuples()}
@@ -344,22 +402,16 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
     table, file = pd.read_csv(folder / "evaluation.csv"), folder / "other_seed.csv"
     other = pd.read_csv(file) if file.exists() else None
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
-    recipe, last = log["recipe"], log["log"][-1]
+    stages = [log["before"], log] if "before" in log else [log]
+    recipe, first = log["recipe"], stages[0]["recipe"]
     weights = load_file(str(folder / "model.safetensors"))
-
-    def mix(m: dict[str, float]) -> str:
-        return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
-
-    first, second, third = (mix(m) for m in log["mixtures"])
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
         table=_markdown(table, other), seeds="" if other is None else f"\n\n{agreement(table, other)}",
-        machine=machine, hours=last["seconds"] / 3600, loss=last["loss"],
-        tokens=log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, planned=recipe["tokens"] / 1e6,
-        recipe=", ".join(f"{k} {v}" for k, v in recipe.items()), foundation=recipe["foundation"], variety=recipe["variety"],
-        mix_a=first, mix_b=second, mix_c=third, masked=recipe["masked"], handoff=recipe["handoff"],
-        before=recipe["handoff"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"],
+        stages="\n".join(_stage(x, machine) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
+        handoff=recipe["handoff"], before=recipe["handoff"] - 1, per_kind=recipe["per_kind"], plant=first["plant"],
+        lens=_lens_text(recipe),
         notes="\n".join("- " + x for x in log.get("notes", [])),
         ablation=_ablation_text(folder), tried=_tried(folder, table))
 
@@ -384,11 +436,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     t = commands.add_parser("train", help="train the embedded model (can be killed and started again)")
     t.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the finished model")
-    t.add_argument("--tokens", type=int, default=Recipe.tokens)
+    t.add_argument("--tokens", type=int, default=None)
     t.add_argument("--seed", type=int, default=Recipe.seed)
     t.add_argument("--masked", type=float, default=Recipe.masked, help="share of rows with the mask (0: ablation)")
     t.add_argument("--planted", type=float, default=Recipe.planted, help="weight of the planted neurons (0: ablation)")
     t.add_argument("--sparsity", type=float, default=Recipe.sparsity, help="price of a neuron's activity (0: ablation)")
+    t.add_argument("--lens", type=float, default=Recipe.lens, help="weight of facts that are read early (0: ablation)")
+    t.add_argument("--start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())
@@ -396,7 +450,9 @@ def main(argv: list[str] | None = None) -> int:
     e.add_argument("--machine", default="2-core CPU")
     args = parser.parse_args(argv)
     if args.command == "train":
-        recipe = Recipe(tokens=args.tokens, seed=args.seed, masked=args.masked, planted=args.planted, sparsity=args.sparsity)
+        asked = {k: getattr(args, k) for k in ("seed", "masked", "planted", "sparsity", "lens")}
+        asked |= {"tokens": args.tokens} if args.tokens else {}
+        recipe = Recipe.going_on(args.start, **asked) if args.start else Recipe(**asked)
         run = train(args.out, recipe, stop_at=args.stop_at)
         print(f"step {run.step} of {run.recipe.steps}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
               else f"stopped at step {run.step} of {run.recipe.steps}; start again to continue")

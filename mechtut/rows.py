@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from .corpus import NAME, corpus
+from .corpus import ANSWER, NAME, corpus
 from .world import World
 
 with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidgets
@@ -57,34 +57,36 @@ def token_kinds(world: World, tokenizer: PreTrainedTokenizerFast) -> Int[Tensor,
 # %% ../nbs/core/05c_rows.ipynb #c011
 @dataclass(frozen=True)
 class Rows:
-    """Packed training text: `ids`, loss `weights`, and where the subjects stand.
+    """Packed training text: `ids`, loss `weights`, and where the subjects and what is told of them stand.
 
     `subject` is 0 outside subjects and otherwise a number that all tokens of one mention share; `last` marks the last
-    token of a mention; `masked` marks the rows for which training may hide subjects (see `mechtut.mini`).
+    token of a mention; `told` marks answers in documents about subjects; `masked` marks the rows for which training may
+    hide subjects (see `mechtut.mini`).
     """
 
     ids: Int[Tensor, "row pos"]
     weights: Float[Tensor, "row pos"]
     subject: Int[Tensor, "row pos"]
     last: Bool[Tensor, "row pos"]
+    told: Bool[Tensor, "row pos"]
     masked: Bool[Tensor, " row"]
 
     def __getitem__(self, rows: slice) -> Rows:
         """Some of the rows."""
-        return Rows(self.ids[rows], self.weights[rows], self.subject[rows], self.last[rows], self.masked[rows])
+        return Rows(self.ids[rows], self.weights[rows], self.subject[rows], self.last[rows], self.told[rows], self.masked[rows])
 
     @classmethod
     def empty(cls) -> Rows:
         """No rows at all."""
         n = torch.zeros(0, 0, dtype=torch.long)
-        return cls(n, n.float(), n, n.bool(), n.bool()[:, :0].flatten())
+        return cls(n, n.float(), n, n.bool(), n.bool(), n.bool()[:, :0].flatten())
 
 # %% ../nbs/core/05c_rows.ipynb #c012
-Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _encoded(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, mixture: dict[str, float]) -> Iterator[Encoded]:
-    """Each document as token ids, weights, the part of each subject token (else 0), and ends of subjects."""
+    """Each document as token ids, weights, the part of each subject token (else 0), ends of subjects, and told answers."""
     docs, back = corpus(world, seed, mixture), tokenizer.backend_tokenizer
     while True:
         batch = list(itertools.islice(docs, 512))
@@ -94,7 +96,8 @@ def _encoded(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, mixtur
             weights = np.array([w for _, w in doc.parts], np.float32)[part]
             subject = weights == np.float32(NAME)
             changes = np.append(part[1:] != part[:-1], True)
-            yield np.array(e.ids), weights, np.where(subject, part + 1, 0), subject & changes
+            told = (weights == np.float32(ANSWER)) & subject.any()
+            yield np.array(e.ids), weights, np.where(subject, part + 1, 0), subject & changes, told
 
 # %% ../nbs/core/05c_rows.ipynb #c013
 def pack_rows(world: World, tokenizer: PreTrainedTokenizerFast, *, seed: int, n_rows: int, n_ctx: int,
@@ -102,18 +105,18 @@ def pack_rows(world: World, tokenizer: PreTrainedTokenizerFast, *, seed: int, n_
     """`n_rows` rows of `n_ctx` + 1 tokens of fresh text, always the same for the same seed."""
     shape, rng, count = (n_rows, n_ctx + 1), random.Random(seed + 1), 0
     ids, weights = np.full(shape, tokenizer.eos_token_id, np.int64), np.zeros(shape, np.float32)
-    subject, last = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    subject, last, told = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
     stream = _encoded(world, tokenizer, seed, mixture)
     for r in range(n_rows):
         p = rng.randint(0, 1)
         while p <= n_ctx:
-            i, w, s, e = next(stream)
+            i, w, s, e, a = next(stream)
             k = min(len(i), n_ctx + 1 - p)
-            ids[r, p:p + k], weights[r, p:p + k], last[r, p:p + k] = i[:k], w[:k], e[:k]
+            ids[r, p:p + k], weights[r, p:p + k], last[r, p:p + k], told[r, p:p + k] = i[:k], w[:k], e[:k], a[:k]
             subject[r, p:p + k] = np.where(s[:k] > 0, s[:k] + count, 0)
             count, p = count + len(i) + 1, p + k
             if p <= n_ctx:
                 weights[r, p] = 0.1  # the end-of-text token
                 p += 1
     hidden = torch.tensor([rng.random() < masked for _ in range(n_rows)])
-    return Rows(torch.from_numpy(ids), torch.from_numpy(weights), torch.from_numpy(subject), torch.from_numpy(last), hidden)
+    return Rows(*map(torch.from_numpy, (ids, weights, subject, last, told)), hidden)

@@ -19,10 +19,13 @@ from .wiring import Project, attend, mlp_out, projector
 
 # %% ../nbs/core/14d_steps.ipynb #c004
 class Changes:
-    """What senders write now minus what they wrote when the stage began, in the order in which they are computed."""
+    """What senders write now minus what they wrote when the stage began, in the order in which they are computed.
 
-    def __init__(self, window: Window):
-        self.reads, self.all_read = window.reads, window.all_read
+    Several circuits can be computed at once: their prompts stand one after the other, `copies` times the batch.
+    """
+
+    def __init__(self, window: Window, copies: int = 1):
+        self.reads, self.all_read, self.copies = window.seen, window.all_read, copies
         self.wide: list[Tensor] = []
         self.narrow: list[Tensor] = []
 
@@ -51,9 +54,21 @@ class Mix:
     wide: bool
 
     def __call__(self, changes: Changes) -> Float[Tensor, "n batch row d"]:
+        x = _repeated(self.x, changes.copies)
         if not self.weights.shape[1]:
-            return self.x
-        return self.x.flatten(1).addmm(self.weights, changes.stacked(self.wide).flatten(1)).view_as(self.x)
+            return x
+        y, changed = x.flatten(1), changes.stacked(self.wide).flatten(1)
+        return (y.addmm_ if changes.copies > 1 else y.addmm)(self.weights, changed).view_as(x)
+
+
+def _repeated(x: Float[Tensor, "n batch row d"], copies: int) -> Float[Tensor, "n batch2 row d"]:
+    """The same prompts `copies` times."""
+    return x if copies == 1 else x.repeat(1, copies, 1, 1)
+
+
+def _copy(x: Float[Tensor, "n batch2 row d"], number: int, copies: int) -> Float[Tensor, "n batch row d"]:
+    """The prompts of one copy."""
+    return x if copies == 1 else x.chunk(copies, dim=1)[number]
 
 # %% ../nbs/core/14d_steps.ipynb #c007
 @dataclass(frozen=True)
@@ -64,8 +79,8 @@ class Projection:
     heads: Tensor
     source: int
     take: Tensor | None  # which of the source's streams, if not each once
-    pick: Tensor | None  # which rows of the source, if not all
-    rows: Tensor | None  # which rows of the state these are, if not all
+    pick: slice | Tensor | None  # which rows of the source, if not all
+    rows: slice | Tensor | None  # which rows of the state these are, if not all
     project: Project
 
     def __call__(self, streams: Sequence[Tensor]) -> Tensor:
@@ -87,15 +102,15 @@ class Heads:
     mask: Tensor
     updates: list[tuple[str, int, Tensor, Tensor]]
 
-    def run(self, state: "State", layer: int, new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def run(self, state: "State", layer: int, new: Sequence[Tensor], copies: int) -> tuple[Tensor, Tensor]:
         """These heads' z, and what they write differently."""
-        values, start = dict(self.values), state.window.start
+        values, start = {part: _repeated(x, copies) for part, x in self.values.items()}, state.window.start
         for part, number, to, source in self.updates:
             values[part] = values[part].clone()
             values[part][to, :, 0 if part == "q" else start :] = new[number][source]
         z = attend(state.contrast.wiring, layer, values["q"], values["k"], values["v"], self.mask)
-        change = torch.bmm((z - self.z).flatten(1, 2), self.weight).unflatten(1, z.shape[1:3])
-        return z, change if self.gain is None else change * self.gain
+        change = torch.bmm((z - _repeated(self.z, copies)).flatten(1, 2), self.weight).unflatten(1, z.shape[1:3])
+        return z, change if self.gain is None else change * _repeated(self.gain[None], copies)
 
 # %% ../nbs/core/14d_steps.ipynb #c009
 @dataclass
@@ -113,16 +128,20 @@ class AttentionStep:
         """Compute the heads, push what they change, and remember what was computed in `last`."""
         streams = [mix(changes) for mix in self.sources] if streams is None else streams
         new = [p(streams) for p in self.projections] if new is None else new
-        done = [group.run(state, self.layer, new) for group in self.groups]
+        done = [group.run(state, self.layer, new, changes.copies) for group in self.groups]
         for group, (_, change) in zip(self.groups, done, strict=True):
             changes.push(change, group.wide)
         self.last = (streams, new, [z for z, _ in done])
+
+    def one(self, number: int, copies: int) -> tuple:
+        """What was computed last, for one of several circuits."""
+        return tuple([_copy(x, number, copies) for x in values] for values in self.last)
 
     def commit(self, state: "State", last: tuple) -> None:
         """Make what was computed the state."""
         streams, new, zs = last
         for group, z in zip(self.groups, zs, strict=True):
-            _put(state.z[self.layer], group.index, z, None if group.wide else state.window.reads)
+            _put(state.z[self.layer], group.index, z, None if group.wide else state.window.seen)
         for mix, x in zip(self.sources, streams, strict=False):
             state.x.update(zip(mix.receivers, x, strict=True))
         for p, value in zip(self.projections, new, strict=True):
@@ -147,14 +166,18 @@ class MLPStep:
         """Compute the MLP, push what it changes, and remember what was computed in `last`."""
         x = (self.source(changes) if streams is None else streams[0])[0]
         new = mlp_out(state.contrast.wiring, self.layer, x)
-        changes.push((new - self.out)[None], self.source.wide)
+        changes.push(new[None] - _repeated(self.out[None], changes.copies), self.source.wide)
         self.last = (x, new)
+
+    def one(self, number: int, copies: int) -> tuple:
+        """What was computed last, for one of several circuits."""
+        return tuple(_copy(x[None], number, copies)[0] for x in self.last)
 
     def commit(self, state: "State", last: tuple) -> None:
         """Make what was computed the state."""
         x, new = last
         state.x[self.source.receivers[0]] = x
-        rows = None if self.source.wide else state.window.reads
+        rows = None if self.source.wide else state.window.seen
         _put(state.mlps[self.layer][None], torch.tensor([0]), new[None], rows)
 
     def writes(self) -> list[tuple[str, bool]]:
@@ -167,7 +190,7 @@ class State:
 
     def __init__(self, contrast: Contrast, cuts: Cuts):
         self.contrast, self.cuts, self.graph, self.window = contrast, cuts, contrast.graph, contrast.window
-        self.differences = {True: contrast.differences, False: contrast.differences[:, :, self.window.reads]}
+        self.differences = {True: contrast.differences, False: contrast.differences[:, :, self.window.seen]}
         self.live: list[str] = []  # readers that were visited and that somebody listens to
         self._wide: dict[str, bool] = {}
         self.clear()
@@ -201,17 +224,19 @@ class State:
         """What a reader reads in the clean run, in the rows that it needs."""
         layer, clean = layer_of(receiver), self.contrast.clean
         x = clean.out if layer is None else (clean.mlp_in if receiver.startswith("m") else clean.attn_in)[layer]
-        return x if self.reads_wide(receiver) else x[:, self.window.reads]
+        return x if self.reads_wide(receiver) else x[:, self.window.seen]
 
     def difference(self, sender: int, wide: bool) -> Float[Tensor, "batch row d"]:
         """What a sender writes in the clean run minus what it writes in the corrupted one."""
         return self.differences[wide][sender]
 
 # %% ../nbs/core/14d_steps.ipynb #c013
-def _put(target: Tensor, heads: Tensor, value: Tensor, rows: Tensor | None) -> None:
+def _put(target: Tensor, heads: Tensor, value: Tensor, rows: slice | Tensor | None) -> None:
     """Write `value` `[n, batch, row, d]` into some heads of the state, in all rows or in some."""
     if rows is None:
         target[heads] = value
+    elif isinstance(rows, slice):
+        target[heads, :, rows] = value
     else:
         target[heads[:, None], :, rows] = value.transpose(1, 2)
 
@@ -259,7 +284,7 @@ class Plan:
 
 # %% ../nbs/core/14d_steps.ipynb #c016
 def mlp_now(state: State, layer: int, receiver: str) -> Tensor:
-    return state.mlps[layer] if state.reads_wide(receiver) else state.mlps[layer][:, state.window.reads]
+    return state.mlps[layer] if state.reads_wide(receiver) else state.mlps[layer][:, state.window.seen]
 
 # %% ../nbs/core/14d_steps.ipynb #c017
 def attention_step(plan: Plan, layer: int, readers: list[str], touched: Sequence[int] = ()) -> AttentionStep:
@@ -281,7 +306,7 @@ def attention_step(plan: Plan, layer: int, readers: list[str], touched: Sequence
 def _add_projection(plan: Plan, step: AttentionStep, part: str, heads: list[int], wide: bool = True) -> int:
     """Add q, k or v of some heads to a step; returns the number of the projection."""
     state, device = plan.state, plan.state.window.rows.device
-    rows, reads, take = state.window.rows, None if wide else state.window.reads, None
+    rows, reads, take = state.window.rows, None if wide else state.window.seen, None
     if state.graph.split_qkv:
         step.sources.append(plan.mix([f"a{step.layer}.{h}.{part}_in" for h in heads]))
         source, reads_source = len(step.sources) - 1, None
@@ -319,7 +344,7 @@ def _add_group(plan: Plan, step: AttentionStep, heads: list[int], wide: bool, by
         if to:
             updates.append((part, number, torch.tensor(to, device=device), torch.tensor(source, device=device)))
     index, now = torch.tensor(heads, device=device), state.qkv[layer]
-    rows = slice(None) if wide else window.reads
+    rows = slice(None) if wide else window.seen
     gain = state.contrast.clean.gains[layer]
     values = {"q": now["q"][index][:, :, rows], "k": now["k"][kv], "v": now["v"][kv]}
     step.groups.append(Heads(

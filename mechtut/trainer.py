@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidg
     from transformers import GPT2Config, GPT2LMHeadModel
 
 # %% auto #0
-__all__ = ['TrainingGPT', 'hf_names', 'to_hf', 'weighted_loss', 'wanted', 'NeuronCost', 'probes', 'plant', 'subject_masks',
-           'orthogonalize', 'Muon']
+__all__ = ['faster_dtype', 'TrainingGPT', 'hf_names', 'load_hf', 'to_hf', 'weighted_loss', 'lens_loss', 'wanted', 'NeuronCost',
+           'probes', 'plant', 'subject_masks', 'orthogonalize', 'Muon']
 
 # %% ../nbs/core/06b_trainer.ipynb #c005
 class _Block(nn.Module):
@@ -59,22 +60,36 @@ def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> tuple[T
     return _linear(act, b.down, b.downb, dtype), act
 
 # %% ../nbs/core/06b_trainer.ipynb #c007
-class TrainingGPT(nn.Module):
-    """GPT-2 for training; `to_hf` turns it into Hugging Face's."""
+def faster_dtype() -> torch.dtype:
+    """The type in which this processor multiplies faster: bfloat16 if it has instructions for that, else float32. Measured."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, dtype=dtype)
+        x @ x  # the first call sets things up
+        start = time.perf_counter()
+        for _ in range(3):
+            x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=lambda dtype: seconds[dtype])
 
-    def __init__(self, n_layer: int, d: int, n_head: int, n_ctx: int, vocab: int,
-                 dtype: torch.dtype = torch.bfloat16) -> None:
+
+class TrainingGPT(nn.Module):
+    """GPT-2 for training; `to_hf` turns it into Hugging Face's. Products are in `dtype`, by default the faster one here."""
+
+    def __init__(self, n_layer: int, d: int, n_head: int, n_ctx: int, vocab: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.n_head, self.dtype = n_head, dtype
+        self.n_head, self.dtype = n_head, dtype or faster_dtype()
         self.wte, self.wpe = (nn.Parameter(torch.randn(n, d) * std) for n, std in ((vocab, 0.02), (n_ctx, 0.01)))
         self.blocks = nn.ModuleList([_Block(d, n_layer) for _ in range(n_layer)])
         self.lnfw, self.lnfb = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
 
     def hidden(self, ids: Int[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None,
-               watch: Callable[[int, Tensor], None] | None = None) -> Float[Tensor, "batch pos d"]:
+               watch: Callable[[int, Tensor], None] | None = None,
+               keep: dict[int, Tensor] | None = None) -> Float[Tensor, "batch pos d"]:
         """The residual stream after the final norm.
 
-        `masks` has one additive attention mask per layer; `watch` is shown each layer's activations [batch, pos, neuron].
+        `masks` has one additive attention mask per layer; `watch` is shown each layer's activations [batch, pos, neuron];
+        in `keep` are put the residual streams after those layers that it has as keys.
         """
         t, d = ids.shape[1], self.wte.shape[1]
         x = F.embedding(ids, self.wte) + self.wpe[:t]
@@ -85,6 +100,8 @@ class TrainingGPT(nn.Module):
             x = x + added
             if watch is not None:
                 watch(i, act)
+            if keep is not None and i in keep:
+                keep[i] = x
         return F.layer_norm(x, (d,), self.lnfw, self.lnfb)
 
     def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
@@ -92,8 +109,8 @@ class TrainingGPT(nn.Module):
         return _linear(self.hidden(ids), self.wte, None, self.dtype).float()
 
 # %% ../nbs/core/06b_trainer.ipynb #c009
-def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names, in its layout (GPT-2 stores its matrices transposed)."""
+def _named(m: TrainingGPT) -> dict[str, Tensor]:
+    """Views of the parameters under Hugging Face's names, in its layout (GPT-2 stores its matrices transposed)."""
     out = {"transformer.wte.weight": m.wte, "transformer.wpe.weight": m.wpe, "transformer.ln_f.weight": m.lnfw,
            "transformer.ln_f.bias": m.lnfb}
     names = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
@@ -103,7 +120,22 @@ def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
             out[h + theirs + ".weight"], out[h + theirs + ".bias"] = getattr(b, ours).T, getattr(b, ours + "b")
         for ours, theirs in {"ln1": "ln_1", "ln2": "ln_2"}.items():
             out[h + theirs + ".weight"], out[h + theirs + ".bias"] = getattr(b, ours + "w"), getattr(b, ours + "b")
-    return {k: v.detach().contiguous() for k, v in out.items()}
+    return {k: v.detach() for k, v in out.items()}
+
+
+def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
+    """The weights as Hugging Face names and lays them out."""
+    return {k: v.contiguous() for k, v in _named(m).items()}
+
+
+def load_hf(m: TrainingGPT, weights: Mapping[str, Tensor]) -> None:
+    """Take over weights under Hugging Face's names, in place. Raises ValueError if they are of another shape."""
+    own = _named(m)
+    wrong = [k for k, v in own.items() if k not in weights or weights[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"these weights do not fit a model of this shape: {', '.join(wrong[:4])}")
+    for name, value in own.items():
+        value.copy_(weights[name])
 
 
 def to_hf(m: TrainingGPT, eos: int = 0) -> GPT2LMHeadModel:
@@ -146,11 +178,22 @@ class _TiedCrossEntropy(torch.autograd.Function):
 # %% ../nbs/core/06b_trainer.ipynb #c013
 def weighted_loss(m: TrainingGPT, ids: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"],
                   weights: Float[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None,
-                  watch: Callable[[int, Tensor], None] | None = None) -> Float[Tensor, ""]:
+                  watch: Callable[[int, Tensor], None] | None = None,
+                  keep: dict[int, Tensor] | None = None) -> Float[Tensor, ""]:
     """Mean cross-entropy of the next token, weighted by `weights`; tokens of weight zero cost nothing to compute."""
-    keep = weights.reshape(-1) > 0
-    x = m.hidden(ids, masks, watch).flatten(0, 1)[keep]
-    loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets.reshape(-1)[keep], weights.reshape(-1)[keep], m.dtype)
+    some = weights.reshape(-1) > 0
+    x = m.hidden(ids, masks, watch, keep).flatten(0, 1)[some]
+    loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets.reshape(-1)[some], weights.reshape(-1)[some], m.dtype)
+    return loss
+
+# %% ../nbs/core/06b_trainer.ipynb #c015b
+def lens_loss(m: TrainingGPT, resid: Float[Tensor, "batch pos d"], targets: Int[Tensor, "batch pos"],
+              told: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the tokens that are `told`, read from a residual stream as the logit lens does; 0 for none."""
+    if not told.any():
+        return torch.zeros(())
+    x = F.layer_norm(resid[told], (resid.shape[-1],), m.lnfw, m.lnfb)
+    loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets[told], torch.ones(len(x)), m.dtype)
     return loss
 
 # %% ../nbs/core/06b_trainer.ipynb #c017
@@ -231,9 +274,10 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
     return early, late
 
 # %% ../nbs/core/06b_trainer.ipynb #c028
-def orthogonalize(g: Float[Tensor, "matrix row col"], steps: int = 5) -> Float[Tensor, "matrix row col"]:
+def orthogonalize(g: Float[Tensor, "matrix row col"], dtype: torch.dtype = torch.float32,
+                  steps: int = 5) -> Float[Tensor, "matrix row col"]:
     """Push the singular values of each matrix towards one (five Newton-Schulz steps, as in Muon by Jordan et al. 2024)."""
-    x = g.to(torch.bfloat16)
+    x = g.to(dtype)
     flip = x.shape[-2] > x.shape[-1]
     x = x.transpose(-1, -2) if flip else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -247,7 +291,7 @@ class Muon:
     """Momentum, then orthogonalization, for the four matrices of every block."""
 
     def __init__(self, model: TrainingGPT, lr: float, momentum: float = 0.95) -> None:
-        self.lr, self.momentum = lr, momentum
+        self.lr, self.momentum, self.dtype = lr, momentum, model.dtype
         self.groups = {k: [getattr(b, k) for b in model.blocks] for k in ("qkv", "o", "up", "down")}
         self.buffers = {k: torch.zeros(len(v), *v[0].shape) for k, v in self.groups.items()}
 
@@ -260,8 +304,8 @@ class Muon:
             g = g.lerp(self.buffers[k], self.momentum)
             n, r, c = g.shape
             if k == "qkv":  # query, key and value are three matrices
-                u = orthogonalize(g.view(n * 3, c, c)).view(n, r, c)
+                u = orthogonalize(g.view(n * 3, c, c), self.dtype).view(n, r, c)
             else:
-                u = orthogonalize(g) * max(1, r / c) ** 0.5
+                u = orthogonalize(g, self.dtype) * max(1, r / c) ** 0.5
             for p, d in zip(params, u, strict=True):
                 p.mul_(1 - 0.01 * self.lr * scale).add_(d, alpha=-self.lr * scale)

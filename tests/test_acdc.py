@@ -120,7 +120,7 @@ def test_rebuilding_the_state_changes_nothing(seed, kind):
         pruner.begin(receiver)
         for parent in contrast.graph.parents(receiver):
             edge = Edge(parent, receiver)
-            if pruner.without(edge) is not None and draw_number.random() < 0.5 and parent != "m2":
+            if pruner.without([edge])[0] is not None and draw_number.random() < 0.5 and parent != "m2":
                 assert pruner.accept(edge)
                 cuts.set(edge, False)
         pruner.finish()
@@ -318,6 +318,47 @@ def test_metrics_by_hand():
     assert value(docstring(right, wrong)) == pytest.approx(((1 - 2) + (0 - 3)) / 2)
     assert value(greater_than(right, wrong)) == pytest.approx(float((q[0, 0] + q[0, 2] - q[0, 1] + q[1, 1] - q[1, 2]) / 2))
     assert value(lambda x: x.sum()) == pytest.approx(6.5)
+
+
+@pytest.mark.parametrize("positions", ["last", "all", torch.tensor([[True, False], [True, True], [False, True]])])
+def test_the_metrics_of_several_circuits_are_those_of_each(positions):
+    clean, *others = torch.randn(5, 3, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right, wrong = torch.tensor([1, 2, 3]), torch.tensor([[0, 5], [1, -1], [6, 4]])
+    metrics = [
+        "kl",
+        "l2",
+        nll(right),
+        logit_diff(right, wrong),
+        greater_than(right[:, None], wrong),
+        lambda x: x.exp().sum(),
+    ]
+    for metric in metrics:
+        bound = BoundMetric(metric, positions, torch.zeros(3, 2).long())
+        seen = [x[:, bound.columns] for x in (clean, *others)]
+        bound.bind(seen[0])
+        each = bound.each(torch.cat(seen[1:]), 4)
+        assert each == pytest.approx([bound.value(x) for x in seen[1:]], rel=1e-12)  # float64
+
+
+def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
+    """Metrics without the first edge, the first two, ... in one pass, against one pass each; and what may be accepted."""
+    model, (clean, corrupted) = model_of(), prompts()
+    contrast = Contrast(model, clean, corrupted)
+    for node in ("out", "m1.in", "a1.0.v_in"):
+        edges = [Edge(parent, node) for parent in contrast.graph.parents(node)]
+        ahead, alone = (Pruner(contrast, Cuts(contrast.graph)) for _ in range(2))
+        ahead.begin("out"), alone.begin("out")
+        if node != "out":
+            for pruner in (ahead, alone):
+                pruner.finish()
+                pruner.begin(node)
+        many = ahead.without(edges[:3])
+        for edge, metric in zip(edges[:3], many, strict=True):
+            assert alone.without([edge])[0] == pytest.approx(metric, abs=1e-12)  # float64
+            assert alone.accept(edge)
+        assert not ahead.accept(edges[1]), "not before the first"
+        assert ahead.accept(edges[0]) and ahead.accept(edges[1]) and not ahead.accept(edges[0])
+        assert ahead.without([edges[2]])[0] == pytest.approx(many[2], abs=1e-12)
 
 
 def test_positions():

@@ -1,6 +1,7 @@
 """The embedded model: its training can be interrupted, it is a GPT-2, and the shipped files can do what their card says."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mechtut.mini import (
     Trainer,
     agreement,
     export,
+    lens_layer,
     main,
     mini_folder,
     model_card,
@@ -26,10 +28,13 @@ from mechtut.mini import (
     train_step,
 )
 from mechtut.models import load_model
+from mechtut.rows import build_tokenizer, pack_rows
 from mechtut.trainer import (
     NeuronCost,
     TrainingGPT,
     hf_names,
+    lens_loss,
+    load_hf,
     orthogonalize,
     plant,
     subject_masks,
@@ -127,6 +132,37 @@ def test_a_model_too_small_for_its_planted_neurons_is_refused():
         Trainer(replace(TINY, d_model=8))
 
 
+def test_reading_early_is_cross_entropy_of_what_is_told():
+    torch.manual_seed(4)
+    m = TrainingGPT(3, 32, 4, 32, 50, dtype=torch.float32)
+    ids, targets = torch.randint(0, 50, (2, 4, 10))
+    told, keep = torch.rand(4, 10) < 0.3, {1: torch.zeros(())}
+    m.hidden(ids, keep=keep)
+    x = torch.nn.functional.layer_norm(keep[1], (32,), m.lnfw, m.lnfb)[told]
+    plain = torch.nn.functional.cross_entropy(x @ m.wte.T, targets[told])
+    ours = lens_loss(m, keep[1], targets, told)
+    assert torch.allclose(plain, ours, atol=1e-5)
+    first = m.blocks[0].up
+    assert torch.allclose(*(torch.autograd.grad(x, first, retain_graph=True)[0] for x in (plain, ours)), atol=1e-6)
+    assert lens_loss(m, keep[1], targets, told & False) == 0
+
+
+def test_when_facts_are_read_early():
+    recipe = Recipe()
+    begin = math.ceil(recipe.foundation * recipe.steps)
+    assert lens_layer(recipe, begin - 1) is None and lens_layer(replace(recipe, lens=0), begin) is None
+    assert {lens_layer(recipe, begin + i) for i in range(9)} == {4, 5, 6}
+
+
+def test_what_is_told_are_the_answers_of_documents_about_subjects():
+    world = World(0)
+    tokenizer = build_tokenizer(world)
+    rows = pack_rows(world, tokenizer, seed=1, n_rows=8, n_ctx=64, mixture={"fact": 0.5, "ioi": 0.5})
+    words = {tokenizer.decode([i]).strip() for i in rows.ids[rows.told]}
+    assert words and words <= {f.object for f in world.facts}
+    assert (rows.weights == 2).sum() > rows.told.sum(), "answers of other documents weigh as much and are not told"
+
+
 def test_muon_updates_are_nearly_orthogonal():
     s = torch.linalg.svdvals(orthogonalize(torch.randn(3, 64, 32)))
     assert s.min() > 0.3 and s.max() < 1.4
@@ -149,6 +185,25 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     train(tmp_path, TINY, stop_at=3, progress=False)
     with pytest.raises(ValueError, match="another recipe.*seed.*another folder"):
         train(tmp_path, replace(TINY, seed=5), progress=False)
+
+
+def test_a_finished_model_is_trained_further(tmp_path):
+    first = train(tmp_path / "one", TINY, progress=False)
+    recipe = Recipe.going_on(tmp_path / "one" / "model", tokens=6 * 2 * 64, **{
+        k: getattr(TINY, k) for k in ("n_layer", "d_model", "n_head", "n_ctx", "batch", "handoff", "per_kind")})  # fmt: skip
+    run = Trainer(recipe)
+    stored = load_file(str(tmp_path / "one" / "model" / "model.safetensors"))
+    assert all(torch.equal(hf_names(run.model)[k], v.float()) for k, v in stored.items())
+    assert price(recipe, 0) == recipe.sparsity and recipe.mixture(0) is recipe.mixture(recipe.steps)
+    planted = run.model.blocks[0].down.clone()
+    train_step(run)
+    assert run.planted and not (run.model.blocks[0].down[:, :10] == 0).any(), "planted neurons are not planted anew"
+    assert not torch.equal(planted, run.model.blocks[0].down)
+    train(tmp_path / "two", recipe, progress=False)
+    log = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8"))
+    assert log["step"] == 6 and log["before"]["step"] == first.step
+    with pytest.raises(ValueError, match=r"do not fit .*wte"):
+        load_hf(TrainingGPT(2, 16, 2, 64, 90), stored)
 
 
 def test_another_seed_gives_another_model():
