@@ -39,6 +39,7 @@ _WHERE = {
     "evaluate_circuit": "circuits",
     "roc": "circuits",
     "attribution_scores": "attribution",
+    "refine": "refining",
     "NeuronRecords": "records",
     "collect": "collecting",
     "explain": "neuron_explanation",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
         simulate as simulate,
     )
     from mechtut.records import NeuronRecords as NeuronRecords
+    from mechtut.refining import refine as refine
     from mechtut.replay import Replay as Replay
     from mechtut.rome import (
         RomeConfig as RomeConfig,

@@ -23,7 +23,7 @@ from .circuits import roc as roc
 from .contrast import Ablation, Contrast, Cuts, circuit_metric
 from .graph import Edge, Order, feeds, layer_of, parse_order, visits
 from .kernels import fast_matmul
-from .metrics import Metric, Positions
+from .metrics import Metric, Positions, finite
 from .models import Model, weight_fingerprint
 from .pruning import Pruner
 from .results import provenance
@@ -166,10 +166,9 @@ def _look_ahead(search: _Search, edges: Sequence[Edge]) -> None:
 def _without(search: _Search, edge: Edge) -> float:
     """The metric without one more edge; where the decision is within rounding, by plain forward passes."""
     key = (search.state, edge)
-    found = search.contrast.metric.checked(search.known[key])
-    scale = max(1.0, abs(search.current), abs(found))
-    unclear = abs(search.rules.margin(found - search.current)) <= NOISE * torch.finfo(search.contrast.model.dtype).eps * scale
-    if key in search.same or not unclear:
+    found = finite(search.known[key], search.contrast.metric.name)
+    noise = NOISE * torch.finfo(search.contrast.model.dtype).eps * max(1.0, abs(search.current), abs(found))
+    if key in search.same or abs(search.rules.margin(found - search.current)) > noise:
         return found
     search.n_plain += 2
     search.current = circuit_metric(search.contrast, search.cuts)

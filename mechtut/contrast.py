@@ -10,7 +10,7 @@ __all__ = ['Ablation', 'check_prompts', 'embeddings', 'Window', 'find_window', '
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -136,11 +136,8 @@ class Contrast:
 
     def read(self, x: Float[Tensor, "batch read d"]) -> Float[Tensor, "batch column d_vocab"]:
         """Logits at the metric's columns, given the last stream at `window.reads`."""
-        logits = self.model.unembed(x)
-        if not self.window.constant:
-            return logits
-        copies = len(x) // len(self.constant_logits)  # of the prompts
-        return torch.cat([self.constant_logits.repeat(copies, 1, 1), logits], dim=1)
+        logits, copies = self.model.unembed(x), len(x) // len(self.constant_logits)  # of the prompts
+        return torch.cat([self.constant_logits.repeat(copies, 1, 1), logits], dim=1) if self.window.constant else logits
 
 # %% ../nbs/core/14c_contrast.ipynb #c012
 def _check_against_model(model: Model, tokens: Tensor, logits: Tensor, columns: list[int]) -> None:
@@ -257,7 +254,7 @@ class Cuts(_Tables):
     """Which edges of a graph are present; at first all of them are."""
 
     @classmethod
-    def only(cls, graph: Graph, edges: Iterable[Sequence[Any]]) -> "Cuts":
+    def only(cls, graph: Graph, edges: Iterable[Sequence[Any]]) -> Self:
         """Everything cut but `edges`; raises `ValueError` for an edge that the graph does not have."""
         cuts = cls(graph)
         cuts.sums[:], cuts.direct[:] = False, False

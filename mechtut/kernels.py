@@ -57,7 +57,7 @@ _TWICE = 2 * (2 / math.pi) ** 0.5
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GPT-2's activation. (1 + tanh u) / 2 is the logistic function of 2u; both forms are within 6e-7 of the float64 value."""
+    """GPT-2's activation: (1 + tanh u) / 2 is the logistic function of 2u. Both forms are within 6e-7 of float64."""
     if x.requires_grad:
         return nn.functional.gelu(x, approximate="tanh")
     return (x * x).mul_(0.044715 * _TWICE).add_(_TWICE).mul_(x).sigmoid_().mul_(x)

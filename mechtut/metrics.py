@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Positions', 'Rows', 'FLAT_AT_CLEAN', 'find_positions', 'Metric', 'nll', 'match_nll', 'logit_diff', 'docstring',
-           'greater_than', 'BoundMetric']
+           'greater_than', 'finite', 'BoundMetric']
 
 # %% ../nbs/core/15_metrics.ipynb #c002
 from collections.abc import Callable, Sequence
@@ -147,6 +147,13 @@ def _rows(labels: Tensor, columns: list[int], mask: Bool[Tensor, "batch read"], 
     return labels[:, None].expand(-1, len(columns), *labels.shape[1:])[mask]
 
 # %% ../nbs/core/15_metrics.ipynb #c027
+def finite(value: float, name: str) -> float:
+    """The same number. Raises `ValueError` if it is NaN or infinite."""
+    if not -torch.inf < value < torch.inf:
+        raise ValueError(f"metric {name!r} is {value}: check the logits, the labels and the metric")
+    return value
+
+# %% ../nbs/core/15_metrics.ipynb #c027a
 class BoundMetric:
     """A metric of logits `[batch, read, d_vocab]`, where `columns` are the positions that are read.
 
@@ -186,13 +193,7 @@ class BoundMetric:
 
     def value(self, logits: Float[Tensor, "batch read d_vocab"]) -> float:
         """The metric as a number. Raises `ValueError` if it is NaN or infinite."""
-        return self.checked(float(self(logits)))
-
-    def checked(self, value: float) -> float:
-        """The same number; raises `ValueError` if it is NaN or infinite."""
-        if not -torch.inf < value < torch.inf:
-            raise ValueError(f"metric {self.name!r} is {value}: check the logits, the labels and the metric")
-        return value
+        return finite(float(self(logits)), self.name)
 
 # %% ../nbs/core/15_metrics.ipynb #c028
 def _named(metric: Any, labels: Tensor | tuple[Tensor, ...] | None) -> Metric | None:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
-from .exam import Line, evaluate
+from .card import model_card
+from .exam import evaluate
 from .models import mini_folder
 from .rows import Rows, build_tokenizer, pack_rows, token_kinds
 from .trainer import (Muon, NeuronCost, TrainingGPT, hf_names, lens_loss, load_hf, plant, subject_masks, to_hf,
@@ -31,8 +33,8 @@ from .trainer import (Muon, NeuronCost, TrainingGPT, hf_names, lens_loss, load_h
 from .world import World
 
 # %% auto #0
-__all__ = ['Recipe', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step', 'save_run', 'restore_run',
-           'train', 'export', 'write_fingerprint', 'agreement', 'model_card', 'examine_folder', 'main']
+__all__ = ['Recipe', 'going_on', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step', 'save_run',
+           'restore_run', 'train', 'export', 'average', 'write_fingerprint', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Recipe:
     plant: float = 0.645
     planted: float = 1.0
     per_kind: int = 5
-    lens: float = 0.1
+    lens: float = 0.0
     start: str = ""
 
     @property
@@ -76,14 +78,14 @@ class Recipe:
         """Learning rate factor: warm up, stay, decay to zero."""
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / (self.decay * self.steps)))
 
-    @classmethod
-    def going_on(cls, start: str | Path, tokens: int = 5_000_000, **changes: Any) -> Recipe:
-        """A recipe that trains a finished model further, on the last mixture and at half the learning rate."""
-        gentle = {"adam_lr": cls.adam_lr / 2, "muon_lr": cls.muon_lr / 2, "warmup": 40, "decay": 0.8, "foundation": 0.0,
-                  "variety": 0.0, "plant": 0.0}
-        return cls(tokens=tokens, start=str(start), **(gentle | changes))
-
 # %% ../nbs/core/06_mini.ipynb #c006
+def going_on(start: str | Path, tokens: int = 5_000_000, **changes: Any) -> Recipe:
+    """A recipe that trains a finished model further, on the last mixture and at half the learning rate."""
+    gentle = {"adam_lr": Recipe.adam_lr / 2, "muon_lr": Recipe.muon_lr / 2, "warmup": 40, "decay": 0.8, "foundation": 0.0,
+              "variety": 0.0, "plant": 0.0}
+    return Recipe(tokens=tokens, start=str(start), **(gentle | changes))
+
+
 def price(r: Recipe, step: int) -> float:
     """Price of a neuron's activity: nothing while the first facts are learned, then more and more of `sparsity`."""
     share = (step / r.steps - r.foundation) / max(r.variety - r.foundation, 1e-9) + (r.variety == 0)
@@ -113,7 +115,8 @@ class Trainer:
         r = recipe
         self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer))
         self.planted = False  # whether there are planted neurons
-        self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from
+        self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from, and its hash
+        self.began_from = ""
         if r.start:
             self._go_on(Path(r.start))
         self.muon = Muon(self.model, r.muon_lr)
@@ -129,6 +132,7 @@ class Trainer:
     def _go_on(self, folder: Path) -> None:
         """Take over the weights of a finished model."""
         load_hf(self.model, load_file(str(folder / "model.safetensors")))
+        self.began_from = _sha(folder / "model.safetensors")
         config, self.before = (json.loads((folder / name).read_text(encoding="utf-8"))
                                for name in ("config.json", "training_log.json"))
         self.planted = config.get("planted_per_kind", 0) == self.recipe.per_kind
@@ -168,10 +172,10 @@ def train_step(run: Trainer) -> float:
         plant_neurons(run)
     cost = NeuronCost(r.n_layer, run.wanted(x) if run.step >= plant_step(r) else None, r.per_kind)
     layer = lens_layer(r, run.step)
-    early = {} if layer is None else {layer: torch.zeros(())}
-    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, early)
+    keep = {} if layer is None else {layer: torch.zeros(())}
+    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, keep)
     run.model.zero_grad(set_to_none=True)
-    extra = sum(r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:]) for resid in early.values())
+    extra = sum(r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:]) for resid in keep.values())
     (loss + price(r, run.step) * cost.activity + r.planted * cost.planted + extra).backward()
     scale = r.scale(run.step)
     run.adam.param_groups[0]["lr"] = r.adam_lr * scale
@@ -257,163 +261,42 @@ def export(run: Trainer, folder: str | Path) -> None:
     run.tokenizer.save_pretrained(folder)
     weights = {k: v.to(torch.float16) for k, v in hf_names(run.model).items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    log = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "step": run.step,
+    log: dict[str, Any] = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "step": run.step,
            "log": run.log}
     if run.before:
-        log["before"] = run.before
+        log |= {"before": run.before, "began_from": run.began_from}
+        log["recipe"]["start"] = Path(run.recipe.start).name  # where it lay concerns nobody
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
+
+
+def average(folders: Sequence[str | Path], out: str | Path) -> None:
+    """Write the model whose weights are the mean of those in `folders` (Wortsman et al. 2022); the rest is the last one's.
+
+    That makes sense for models of which one was trained further from the other. Raises ValueError for other shapes.
+    """
+    every, out = [load_file(str(Path(f) / "model.safetensors")) for f in folders], Path(out)
+    shapes = [{k: v.shape for k, v in weights.items()} for weights in every]
+    if len(every) < 2 or any(s != shapes[0] for s in shapes):
+        raise ValueError("the mean is taken of two or more models of the same shape")
+    shutil.copytree(folders[-1], out, dirs_exist_ok=True)
+    mean = {k: torch.stack([w[k].float() for w in every]).mean(0).to(torch.float16) for k in every[0]}
+    save_file(mean, str(out / "model.safetensors"), metadata={"format": "pt"})
+    log = json.loads((out / "training_log.json").read_text(encoding="utf-8"))
+    log["averaged"] = [_sha(Path(f) / "model.safetensors") for f in folders]
+    (out / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
+    write_fingerprint(out)
+
+
+def _sha(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_fingerprint(folder: Path) -> None:
     """Record the sha256 of every file that loading reads."""
     names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    hashes = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
+    hashes = {n: _sha(folder / n) for n in names}
     (folder / "fingerprint.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-
-# %% ../nbs/core/06_mini.ipynb #c020
-_CARD = """# The embedded model of mechtut
-
-A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16),
-trained on text about an invented world whose every fact is known (`mechtut.world`).
-It is made for learning interpretability and knows nothing about the real world.
-
-## What it can do
-
-Measured on the very files in this folder by `python -m mechtut examine-mini`; lines that miss their target are kept.
-
-{table}{seeds}
-
-## How it was made
-
-{stages}
-- Again: `python -m mechtut.mini train --out DIR`, and further with `--start FOLDER` (it can be killed and started again).
-{notes}{tried}
-
-## What was built in
-
-- **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
-  0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
-- **Planted neurons.** After {plant:.0%} of the first run's steps, a linear probe for each category of words was written into {per_kind}
-  neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0 elsewhere
-  (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being active, from
-  {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
-- **"unclear".** A question without examples is answered "unclear" twice as often as by any one of the tasks that know the
-  word. So without examples no task is favoured, and a vector can decide. 15% of the documents with examples have random labels.
-- **Facts that can be read early.** {lens}
-- **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
-- **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
-  attributes straight after the subject, and questions that need the attributes of several subjects at once.
-"""
-
-# %% ../nbs/core/06_mini.ipynb #c021
-def _ablation_text(folder: Path) -> str:
-    """What the same recipe does without the mask, if it was measured."""
-    file = folder / "ablation.json"
-    if not file.exists():
-        return "The same recipe without the mask has not been measured for these weights."
-    a = json.loads(file.read_text(encoding="utf-8"))
-    parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the last subject token "
-             f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
-    return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
-
-# %% ../nbs/core/06_mini.ipynb #c022
-def _mix(m: dict[str, float]) -> str:
-    """A mixture in words, largest share first."""
-    return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
-
-
-def _stage(log: dict[str, Any], machine: str) -> str:
-    """One training run in words: where, how long, the recipe and the text."""
-    recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
-    shares = [f"up to {recipe['foundation']:.0%} of the steps", f"up to {recipe['variety']:.0%} of the steps", "from there on"]
-    tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
-    name = "Trained further" if recipe.get("start") else "Trained"
-    lines = [f"- {name} on a {log.get('machine', machine)}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens seen of "
-             f"{recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
-             f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'start')}."]
-    parts = zip(shares, texts, strict=True) if recipe["variety"] else [("all the time", texts[-1])]
-    return "\n".join(lines + [f"  - Text, {share}: {text}." for share, text in parts])
-
-
-def _lens_text(recipe: dict[str, Any]) -> str:
-    """What was done so that an answer grows over several layers."""
-    if not recipe.get("lens"):
-        return "Nothing was done for that in this run."
-    half = recipe["n_layer"] // 2
-    return (f"With weight {recipe['lens']}, what is told about a subject is also predicted from the residual stream after one of layers "
-            f"{half} to {recipe['n_layer'] - 2} (one after another), through the final norm and the unembedding.")
-
-
-def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
-    """The exam as a markdown table, with what a model trained from another seed reached beside it if that was measured."""
-    other = {} if second is None else {(r.behaviour, r.measure): f" {r.measured:.3f} |" for r in second.itertuples()}
-    more = (" other seed |", " --- |") if other else ("", "")
-    lines = ["| behaviour | measure | n | wanted | measured | reached |" + more[0],
-             "| --- | --- | --- | --- | --- | --- |" + more[1]]
-    for r in table.itertuples():
-        reached = "yes" if r.reached else "**no**"
-        lines.append(f"| {r.behaviour} | {r.measure} | {r.n} | {r.wanted} | {r.measured:.3f} | {reached} |"
-                     + (other.get((r.behaviour, r.measure), " – |") if other else ""))
-    return "\n".join(lines)
-
-# %% ../nbs/core/06_mini.ipynb #c023
-def _tried(folder: Path, table: pd.DataFrame) -> str:
-    """What other recipes reached, on the lines that they or this one missed, if that was kept (tried.csv)."""
-    file = folder / "tried.csv"
-    if not file.exists():
-        return ""
-    wide = pd.read_csv(file).pivot(index=["behaviour", "measure"], columns="recipe", values="measured")
-    recipes = list(wide.columns)
-    rows = table.merge(wide.reset_index(), on=["behaviour", "measure"])
-    heads = ["behaviour", "measure", "wanted", *recipes, "these weights"]
-    lines = ["", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for r in rows.to_dict("records"):
-        values = [*(r[name] for name in recipes), r["measured"]]
-        if all(Line(r["behaviour"], r["measure"], r["n"], r["wanted"], v).reached for v in values if not math.isnan(v)):
-            continue
-        shown = " | ".join("–" if math.isnan(v) else f"{v:.3f}" for v in values)
-        lines.append(f"| {r['behaviour']} | {r['measure']} | {r['wanted']} | {shown} |")
-    return "\n".join(lines)
-
-# %% ../nbs/core/06_mini.ipynb #c024
-def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
-    """In how far a second seed shows the same table, in words.
-
-    The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
-    """
-    both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
-    apart = (both["measured"] - both["measured 2"]).abs()
-    inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
-    outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
-    verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
-    said = ("The other seed was trained by the same command with `--seed 1` and is not shipped. "
-            f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
-    said += f"; further apart: {'; '.join(outside)}." if outside else "."
-    return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
-
-# %% ../nbs/core/06_mini.ipynb #c025
-def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
-    """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what other recipes reached) and other_seed.csv (the evaluation of a model that was trained
-    from another seed and is not shipped).
-    """
-    folder = Path(folder)
-    table, file = pd.read_csv(folder / "evaluation.csv"), folder / "other_seed.csv"
-    other = pd.read_csv(file) if file.exists() else None
-    log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
-    stages = [log["before"], log] if "before" in log else [log]
-    recipe, first = log["recipe"], stages[0]["recipe"]
-    weights = load_file(str(folder / "model.safetensors"))
-    return _CARD.format(
-        shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
-        parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, other), seeds="" if other is None else f"\n\n{agreement(table, other)}",
-        stages="\n".join(_stage(x, machine) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
-        handoff=recipe["handoff"], before=recipe["handoff"] - 1, per_kind=recipe["per_kind"], plant=first["plant"],
-        lens=_lens_text(recipe),
-        notes="\n".join("- " + x for x in log.get("notes", [])),
-        ablation=_ablation_text(folder), tried=_tried(folder, table))
 
 # %% ../nbs/core/06_mini.ipynb #c049
 def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU",
@@ -444,15 +327,20 @@ def main(argv: list[str] | None = None) -> int:
     t.add_argument("--lens", type=float, default=Recipe.lens, help="weight of facts that are read early (0: ablation)")
     t.add_argument("--start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
+    a = commands.add_parser("average", help="write the mean of the weights of several models")
+    a.add_argument("folders", type=Path, nargs="+")
+    a.add_argument("--out", type=Path, required=True)
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())
     e.add_argument("-n", type=int, default=200)
     e.add_argument("--machine", default="2-core CPU")
     args = parser.parse_args(argv)
-    if args.command == "train":
+    if args.command == "average":
+        average(args.folders, args.out)
+    elif args.command == "train":
         asked = {k: getattr(args, k) for k in ("seed", "masked", "planted", "sparsity", "lens")}
         asked |= {"tokens": args.tokens} if args.tokens else {}
-        recipe = Recipe.going_on(args.start, **asked) if args.start else Recipe(**asked)
+        recipe = going_on(args.start, **asked) if args.start else Recipe(**asked)
         run = train(args.out, recipe, stop_at=args.stop_at)
         print(f"step {run.step} of {run.recipe.steps}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
               else f"stopped at step {run.step} of {run.recipe.steps}; start again to continue")

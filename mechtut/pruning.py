@@ -41,14 +41,39 @@ class _Pruned:
 ROWS = 384  # of prompts and positions that one pass computes at most, unless a single circuit has more
 
 
-class Pruner(_Pruned):
-    """The metric of a circuit without one more edge, for edges tested from the output back."""
+class _Staged(_Pruned):
+    """One node after another, from the output back."""
 
     def begin(self, node: str) -> None:
         """Prepare for the tests of a node's incoming edges."""
         if self.stale:
             self.rebuild()
         self.stage = _Stage(self.state, node)
+
+    def accept(self, edge: Edge) -> bool:
+        """Cut this edge for good. `False` if it is not the next of those asked for: then the node has to `begin` again."""
+        return self.stage.accept(edge)
+
+    def width(self, edges: int) -> int:
+        """For how many circuits at once there is room: products of a few hundred rows are the fastest."""
+        window, narrow = self.contrast.window, not any(w for s in self.stage.later for _, w in s.writes())
+        rows = len(self.contrast.tokens[0]) * len(window.reads if narrow else window.rows)
+        return max(1, min(edges, ROWS // rows))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the node: its value, and what follows from it, become part of the state."""
+        stage = self.stage
+        if not stage.direct:
+            self.state.x[stage.node] = stage.current
+            self.state.live.append(stage.node)
+        stage.commit()
+        if stage.behind:
+            self.stale = True
+
+# %% ../nbs/core/14e_pruning.ipynb #c005a
+class Pruner(_Staged):
+    """The metric of a circuit without one more edge, or several, for edges tested from the output back."""
 
     @torch.no_grad()
     def without(self, edges: Sequence[Edge]) -> list[float | None]:
@@ -65,32 +90,11 @@ class Pruner(_Pruned):
         found = self.contrast.metric.each(logits, len(stage.copies))
         return [None if number is None else found[number] for _, number in stage.asked]
 
-    def accept(self, edge: Edge) -> bool:
-        """Cut this edge for good. `False` if it is not the next of those asked for: then the node has to `begin` again."""
-        return self.stage.accept(edge)
-
-    def width(self, edges: int) -> int:
-        """For how many circuits at once there is room: products of a few hundred rows are the fastest."""
-        window, narrow = self.contrast.window, not any(w for s in self.stage.later for _, w in s.writes())
-        rows = len(self.contrast.tokens[0]) * len(window.reads if narrow else window.rows)
-        return max(1, min(edges, ROWS // rows))
-
     @torch.no_grad()
     def metric(self) -> float:
         """The metric of the circuit as it stands, computed anew."""
         self.rebuild()
         return self.contrast.metric.value(self.contrast.read(self.state.x["out"]))
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Leave the node: its value, and what follows from it, become part of the state."""
-        stage = self.stage
-        if not stage.direct:
-            self.state.x[stage.node] = stage.current
-            self.state.live.append(stage.node)
-        stage.commit()
-        if stage.behind:
-            self.stale = True
 
 # %% ../nbs/core/14e_pruning.ipynb #c006
 def _taken_away(state: State, receiver: str) -> Tensor | float:

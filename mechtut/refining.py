@@ -101,7 +101,8 @@ def _spans(contrast: Contrast, spans: Mapping[str, Sequence[int]] | None) -> dic
         return {str(p): [p] for p in window}
     given = [p for span in spans.values() for p in span]
     if wrong := sorted({p for p in given if given.count(p) > 1 or not 0 <= p < contrast.tokens[0].shape[1]}):
-        raise ValueError(f"positions {wrong} are in two spans or outside the prompts of {contrast.tokens[0].shape[1]} tokens")
+        length = contrast.tokens[0].shape[1]
+        raise ValueError(f"positions {wrong} are in two spans or outside the prompts of {length} tokens")
     found = {name: [p for p in window if p in set(span)] for name, span in spans.items()}
     found["other"] = [p for p in window if p not in given]
     return {name: places for name, places in found.items() if places}

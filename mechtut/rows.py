@@ -9,7 +9,7 @@ import itertools
 import random
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Rows:
         """Some of the rows."""
-        return Rows(self.ids[rows], self.weights[rows], self.subject[rows], self.last[rows], self.told[rows], self.masked[rows])
+        return Rows(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @classmethod
     def empty(cls) -> Rows:
@@ -119,4 +119,5 @@ def pack_rows(world: World, tokenizer: PreTrainedTokenizerFast, *, seed: int, n_
                 weights[r, p] = 0.1  # the end-of-text token
                 p += 1
     hidden = torch.tensor([rng.random() < masked for _ in range(n_rows)])
-    return Rows(*map(torch.from_numpy, (ids, weights, subject, last, told)), hidden)
+    packed = [torch.from_numpy(x) for x in (ids, weights, subject, last, told)]
+    return Rows(packed[0], packed[1], packed[2], packed[3], packed[4], hidden)

@@ -72,7 +72,7 @@ def faster_dtype() -> torch.dtype:
         seconds[dtype] = time.perf_counter() - start
     return min(seconds, key=lambda dtype: seconds[dtype])
 
-
+# %% ../nbs/core/06b_trainer.ipynb #c007a
 class TrainingGPT(nn.Module):
     """GPT-2 for training; `to_hf` turns it into Hugging Face's. Products are in `dtype`, by default the faster one here."""
 

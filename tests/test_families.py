@@ -126,6 +126,8 @@ def test_engine_equals_loop(kind, dtype, tolerance):
     interventions += [[Edit("mlp_act", layer, 0.0, pos=6)] for layer in range(3)]
     fast = Replay(model, TOKENS).run(interventions)[:, :, 0]
     slow = naive_replay(model, TOKENS, interventions)
+    # RMS norms compute in float32 also in a float64 model: whether sums of other sizes round alike depends on the processor
+    tolerance = max(tolerance, 1e-6) if "rms" in repr(model.hf).lower() else tolerance
     assert (fast - slow).abs().max() <= tolerance * max(1.0, float(slow.abs().max()))
 
 

@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mechtut.card import agreement, model_card
 from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
 from mechtut.mini import (
     Recipe,
     Trainer,
-    agreement,
+    average,
     export,
+    going_on,
     lens_layer,
     main,
     mini_folder,
-    model_card,
     plant_step,
     price,
     train,
@@ -148,7 +149,7 @@ def test_reading_early_is_cross_entropy_of_what_is_told():
 
 
 def test_when_facts_are_read_early():
-    recipe = Recipe()
+    recipe = Recipe(lens=0.1)
     begin = math.ceil(recipe.foundation * recipe.steps)
     assert lens_layer(recipe, begin - 1) is None and lens_layer(replace(recipe, lens=0), begin) is None
     assert {lens_layer(recipe, begin + i) for i in range(9)} == {4, 5, 6}
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 
 def test_a_finished_model_is_trained_further(tmp_path):
     first = train(tmp_path / "one", TINY, progress=False)
-    recipe = Recipe.going_on(tmp_path / "one" / "model", tokens=6 * 2 * 64, **{
+    recipe = going_on(tmp_path / "one" / "model", tokens=6 * 2 * 64, **{
         k: getattr(TINY, k) for k in ("n_layer", "d_model", "n_head", "n_ctx", "batch", "handoff", "per_kind")})  # fmt: skip
     run = Trainer(recipe)
     stored = load_file(str(tmp_path / "one" / "model" / "model.safetensors"))
@@ -202,8 +203,22 @@ def test_a_finished_model_is_trained_further(tmp_path):
     train(tmp_path / "two", recipe, progress=False)
     log = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8"))
     assert log["step"] == 6 and log["before"]["step"] == first.step
+    assert "Trained further" in model_card_of(tmp_path / "two" / "model")
+    folders = [str(tmp_path / x / "model") for x in ("one", "two")]
+    main(["average", *folders, "--out", str(tmp_path / "mean")])
+    a, b, mean = (load_file(f"{f}/model.safetensors")["transformer.wte.weight"] for f in (*folders, tmp_path / "mean"))
+    assert torch.equal(mean, ((a.float() + b.float()) / 2).half()) and not torch.equal(a, b)
+    load_model(str(tmp_path / "mean"), device="cpu")
+    assert "Then the mean of these weights" in model_card_of(tmp_path / "mean")
+    with pytest.raises(ValueError, match="two or more models"):
+        average([tmp_path / "mean"], tmp_path / "other")
     with pytest.raises(ValueError, match=r"do not fit .*wte"):
         load_hf(TrainingGPT(2, 16, 2, 64, 90), stored)
+
+
+def model_card_of(folder):
+    shutil.copy(mini_folder() / "evaluation.csv", folder)
+    return model_card(folder)
 
 
 def test_another_seed_gives_another_model():
