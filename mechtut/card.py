@@ -41,12 +41,12 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
   0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
-- **Planted neurons.** After {plant:.0%} of the first run's steps, a linear probe for each category of words was written into {per_kind}
-  neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0 elsewhere
-  (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being active, from
+- **Planted neurons.** After {plant:.0%} of the first run's steps, a linear probe for each category of words was written into
+  {per_kind} neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0
+  elsewhere (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being active, from
   {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
-- **"unclear".** A question without examples is mostly answered "unclear", otherwise by one of the tasks that know the word (in
-  the corpus as it is now: by each half as often as "unclear"). So without examples no task is favoured, and a vector can
+- **"unclear".** A question without examples is mostly answered "unclear", otherwise by one of the tasks that know the word
+  (in the corpus as it is now: by each half as often as "unclear"). So without examples no task is favoured, and a vector can
   decide. 15% of the documents with examples have random labels.
 - **Facts that can be read early.** {lens}
 - **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
@@ -63,16 +63,16 @@ def _mix(m: dict[str, float]) -> str:
 def _stage(log: dict[str, Any], machine: str) -> str:
     """One training run in words: where, how long, the recipe and the text."""
     recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
-    shares = [f"up to {recipe['foundation']:.0%} of the steps", f"up to {recipe['variety']:.0%} of the steps", "from there on"]
+    shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
     tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
     name = "Trained further" if "before" in log else "Trained"
-    lines = [f"- {name} on a {log.get('machine', machine)}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens seen of "
-             f"{recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
+    lines = [f"- {name} on a {log.get('machine', machine)}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens "
+             f"seen of {recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
              f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'start')}."]
     parts = zip(shares, texts, strict=True) if recipe["variety"] else [("all the time", texts[-1])]
     lines += [f"  - Text, {share}: {text}." for share, text in parts]
     if "averaged" in log:
-        lines.append("- Then the mean of these weights and of those before was taken, weight by weight (Wortsman et al. 2022).")
+        lines.append("- Then the mean of these weights and of those before was taken, one by one (Wortsman et al. 2022).")
     return "\n".join(lines)
 
 
@@ -85,9 +85,10 @@ def _lens_text(stages: list[dict[str, Any]]) -> str:
     """What was done so that an answer grows over several layers."""
     for recipe in (log["recipe"] for log in stages):
         if recipe.get("lens"):
-            return (f"With weight {recipe['lens']} in one of the runs above, what is told about a subject is also predicted from the "
-                    f"residual stream after one of layers {recipe['n_layer'] // 2} to {recipe['n_layer'] - 2} (one after another), "
-                    "through the final norm and the unembedding.")
+            n = recipe["n_layer"]
+            return (f"With weight {recipe['lens']} in one of the runs above, what is told about a subject is also predicted "
+                    f"from the residual stream after one of layers {n // 2} to {n - 2} (one after another), through the final "
+                    "norm and the unembedding.")
     return "Nothing was done for that."
 
 # %% ../nbs/core/06c_card.ipynb #c010

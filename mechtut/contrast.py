@@ -291,7 +291,7 @@ class _State:
         n = self.contrast.graph.n_parents(self.contrast.graph.receivers[first])
         present = self.cuts.sums[rows, :n]
         if present.ndim == 3:
-            return self._by_position(present, clean)
+            return _by_position(self, present, clean)
         touched = (~present).any(1) | (present & self.changed[:n]).any(1)
         if not touched.any() and not self.everything:
             return clean.expand(len(present), *clean.shape), touched
@@ -302,14 +302,6 @@ class _State:
             x = x.addmm(present[:, moved].to(clean), self.change[moved].flatten(1))
         return x.view(-1, *clean.shape), touched
 
-    def _by_position(self, present: Bool[Tensor, "n sender row"], clean: Tensor) -> tuple[Tensor, Bool[Tensor, "n"]]:
-        """The same where an edge can be present at some positions only."""
-        n = present.shape[1]
-        touched = (~present).flatten(1).any(1) | (present & self.changed[:n, None]).flatten(1).any(1)
-        x = clean - torch.einsum("nsr,sbrd->nbrd", (~present).to(clean), self.contrast.differences[:n])
-        moved = self.changed[:n].nonzero().flatten()
-        return x + torch.einsum("nsr,sbrd->nbrd", present[:, moved].to(clean), self.change[moved]), touched
-
     def needs(self, senders: slice) -> list[int]:
         """Which of these senders have to be computed: those that somebody hears."""
         heard = self.cuts.sums[:, senders].any(0)
@@ -319,6 +311,15 @@ class _State:
     def write(self, senders: slice | list[int], change: Tensor, touched: Tensor) -> None:
         """Note what some senders write differently now."""
         self.change[senders], self.changed[senders] = change, touched
+
+# %% ../nbs/core/14c_contrast.ipynb #c022a
+def _by_position(state: _State, present: Bool[Tensor, "n sender row"], clean: Tensor) -> tuple[Tensor, Bool[Tensor, "n"]]:
+    """What readers get where an edge can be present at some positions only, and which get something else."""
+    n = present.shape[1]
+    touched = (~present).flatten(1).any(1) | (present & state.changed[:n, None]).flatten(1).any(1)
+    x = clean - torch.einsum("nsr,sbrd->nbrd", (~present).to(clean), state.contrast.differences[:n])
+    moved = state.changed[:n].nonzero().flatten()
+    return x + torch.einsum("nsr,sbrd->nbrd", present[:, moved].to(clean), state.change[moved]), touched
 
 # %% ../nbs/core/14c_contrast.ipynb #c023
 @torch.no_grad()

@@ -281,7 +281,7 @@ def _icl_doc(world: World, rng: random.Random) -> Parts:
 
 # %% ../nbs/core/05b_corpus.ipynb #c027
 def _zero_shot_doc(world: World, rng: random.Random) -> Parts:
-    """One pair without demonstrations: "unclear" is answered twice as often as what any one task says that knows the word."""
+    """One pair without demonstrations; "unclear" is twice as likely as the answer of any one task that knows the word."""
     x = rng.choice(sorted(world.readings))
     known = [y for _, y in world.readings[x]]
     y = rng.choices(["unclear", *known], weights=[2.0] + [1.0] * len(known))[0]

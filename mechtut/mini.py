@@ -33,21 +33,27 @@ from .trainer import (Muon, NeuronCost, TrainingGPT, hf_names, lens_loss, load_h
 from .world import World
 
 # %% auto #0
-__all__ = ['Recipe', 'going_on', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step', 'save_run',
-           'restore_run', 'train', 'export', 'average', 'write_fingerprint', 'examine_folder', 'main']
+__all__ = ['Shape', 'Recipe', 'going_on', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step',
+           'save_run', 'restore_run', 'train', 'export', 'average', 'write_fingerprint', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides which weights come out of a training run."""
+class Shape:
+    """The size of a model, and of the batches that it is trained on."""
 
-    tokens: int = 20_000_000
-    seed: int = 0
     n_layer: int = 8
     d_model: int = 192
     n_head: int = 6
     n_ctx: int = 128
     batch: int = 48
+
+# %% ../nbs/core/06_mini.ipynb #c005a
+@dataclass(frozen=True)
+class Recipe(Shape):
+    """Everything that decides which weights come out of a training run."""
+
+    tokens: int = 20_000_000
+    seed: int = 0
     adam_lr: float = 3e-3
     muon_lr: float = 0.02
     warmup: int = 100
@@ -98,7 +104,7 @@ def plant_step(r: Recipe) -> int:
 
 
 def lens_layer(r: Recipe, step: int) -> int | None:
-    """The layer behind which facts are read early at this step, one after another of the later half; None if there is none."""
+    """The layer behind which facts are read early at this step, one of the later half in turn; None for none."""
     half = r.n_layer // 2
     if not r.lens or step < r.foundation * r.steps or half >= r.n_layer - 1:
         return None
@@ -109,16 +115,15 @@ class Trainer:
     """A training run: model, optimizers, step and log, which can be saved and taken up again."""
 
     def __init__(self, recipe: Recipe, world: World | None = None) -> None:
-        self.recipe, self.world = recipe, world or World(0)
+        r = self.recipe = recipe
+        self.world = world or World(0)
         self.tokenizer = build_tokenizer(self.world)
         torch.manual_seed(recipe.seed)
-        r = recipe
         self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer))
-        self.planted = False  # whether there are planted neurons
-        self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from, and its hash
-        self.began_from = ""
+        self.planted, self.began_from = False, ""  # whether there are planted neurons; the hash of the weights at the start
+        self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from
         if r.start:
-            self._go_on(Path(r.start))
+            _go_on(self, Path(r.start))
         self.muon = Muon(self.model, r.muon_lr)
         matrices = ("qkv", "o", "up", "down")
         self.rest = {n: p for n, p in self.model.named_parameters() if n.split(".")[-1] not in matrices}
@@ -128,14 +133,6 @@ class Trainer:
             raise ValueError(f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer; lower per_kind or widen")
         self.step, self.seconds, self.log, self.losses = 0, 0.0, list[dict[str, float]](), list[float]()
         self._shard = (-1, Rows.empty())
-
-    def _go_on(self, folder: Path) -> None:
-        """Take over the weights of a finished model."""
-        load_hf(self.model, load_file(str(folder / "model.safetensors")))
-        self.began_from = _sha(folder / "model.safetensors")
-        config, self.before = (json.loads((folder / name).read_text(encoding="utf-8"))
-                               for name in ("config.json", "training_log.json"))
-        self.planted = config.get("planted_per_kind", 0) == self.recipe.per_kind
 
     def batch(self) -> Rows:
         """The rows of this step; text is made 64 steps at a time."""
@@ -152,6 +149,15 @@ class Trainer:
         return wanted(self.recipe.n_layer, kinds[:, :-1], kinds[:, 1:], len(self.world.kinds))
 
 # %% ../nbs/core/06_mini.ipynb #c010
+def _go_on(run: Trainer, folder: Path) -> None:
+    """Take over the weights of a finished model."""
+    load_hf(run.model, load_file(str(folder / "model.safetensors")))
+    run.began_from = _sha(folder / "model.safetensors")
+    config, run.before = (json.loads((folder / name).read_text(encoding="utf-8"))
+                          for name in ("config.json", "training_log.json"))
+    run.planted = config.get("planted_per_kind", 0) == run.recipe.per_kind
+
+
 def plant_neurons(run: Trainer) -> None:
     """Plant neurons, fitted on fresh rows, and forget the momentum of those that were there."""
     r, n = run.recipe, len(run.world.kinds) * run.recipe.per_kind
@@ -269,7 +275,7 @@ def export(run: Trainer, folder: str | Path) -> None:
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
 
-
+# %% ../nbs/core/06_mini.ipynb #c015a
 def average(folders: Sequence[str | Path], out: str | Path) -> None:
     """Write the model whose weights are the mean of those in `folders` (Wortsman et al. 2022); the rest is the last one's.
 
@@ -313,8 +319,8 @@ def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core C
     return table
 
 # %% ../nbs/core/06_mini.ipynb #c050
-def main(argv: list[str] | None = None) -> int:
-    """`python -m mechtut.mini train --out DIR` and `python -m mechtut.mini evaluate --folder DIR`."""
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mechtut.mini", description="Make or examine the embedded model.")
     commands = parser.add_subparsers(dest="command", required=True)
     t = commands.add_parser("train", help="train the embedded model (can be killed and started again)")
@@ -334,7 +340,12 @@ def main(argv: list[str] | None = None) -> int:
     e.add_argument("--folder", type=Path, default=mini_folder())
     e.add_argument("-n", type=int, default=200)
     e.add_argument("--machine", default="2-core CPU")
-    args = parser.parse_args(argv)
+    return parser
+
+# %% ../nbs/core/06_mini.ipynb #c051
+def main(argv: list[str] | None = None) -> int:
+    """`python -m mechtut.mini train --out DIR`, `average FOLDERS --out DIR` and `evaluate --folder DIR`."""
+    args = _parser().parse_args(argv)
     if args.command == "average":
         average(args.folders, args.out)
     elif args.command == "train":

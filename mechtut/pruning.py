@@ -194,8 +194,8 @@ class _StageValues:
             self.state.x["out"] = out
 
 # %% ../nbs/core/14e_pruning.ipynb #c013
-class _Stage(_StageValues):
-    """The tests of one node: its value without an edge, and what follows from that."""
+class _StageRuns(_StageValues):
+    """What follows from a node's value."""
 
     def run(self, value: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch read d"]:
         """The last stream if the node has this value; several values stand one after the other."""
@@ -211,6 +211,10 @@ class _Stage(_StageValues):
             step.run(self.state, changes)
         self.last_out = self.out(changes)[0]
         return self.last_out
+
+# %% ../nbs/core/14e_pruning.ipynb #c013a
+class _Stage(_StageRuns):
+    """The tests of one node: its value without some edges, and which of these cuts are accepted."""
 
     def propose(self, edges: Sequence[Edge], zero: list[bool]) -> None:
         """Set `copies` to the node's values without these edges, one after another; those that change nothing have none."""

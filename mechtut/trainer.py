@@ -61,7 +61,7 @@ def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> tuple[T
 
 # %% ../nbs/core/06b_trainer.ipynb #c007
 def faster_dtype() -> torch.dtype:
-    """The type in which this processor multiplies faster: bfloat16 if it has instructions for that, else float32. Measured."""
+    """The type in which this processor multiplies faster (measured): bfloat16 if it has instructions for it, or float32."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(256, 256, dtype=dtype)
