@@ -43,8 +43,8 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
   0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
 - **Planted neurons.** After {plant:.0%} of the first run's steps, a linear probe for each category of words was written into
   {per_kind} neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0
-  elsewhere (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being active, from
-  {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
+  elsewhere (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being
+  active, from {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
 - **"unclear".** A question without examples is mostly answered "unclear", otherwise by one of the tasks that know the word
   (in the corpus as it is now: by each half as often as "unclear"). So without examples no task is favoured, and a vector can
   decide. 15% of the documents with examples have random labels.
@@ -87,8 +87,8 @@ def _lens_text(stages: list[dict[str, Any]]) -> str:
         if recipe.get("lens"):
             n = recipe["n_layer"]
             return (f"With weight {recipe['lens']} in one of the runs above, what is told about a subject is also predicted "
-                    f"from the residual stream after one of layers {n // 2} to {n - 2} (one after another), through the final "
-                    "norm and the unembedding.")
+                    f"from the residual stream after one of layers {n // 2} to {n - 2} (one after another), through the "
+                    "final norm and the unembedding.")
     return "Nothing was done for that."
 
 # %% ../nbs/core/06c_card.ipynb #c010
