@@ -94,7 +94,9 @@ def going_on(start: str | Path, tokens: int = 5_000_000, **changes: Any) -> Reci
 
 def price(r: Recipe, step: int) -> float:
     """Price of a neuron's activity: nothing while the first facts are learned, then more and more of `sparsity`."""
-    share = (step / r.steps - r.foundation) / max(r.variety - r.foundation, 1e-9) + (r.variety == 0)
+    if step >= r.variety * r.steps:
+        return r.sparsity
+    share = (step / r.steps - r.foundation) / (r.variety - r.foundation)
     return r.sparsity * min(1.0, max(0.0, share))
 
 

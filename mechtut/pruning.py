@@ -56,7 +56,8 @@ class _Staged(_Pruned):
 
     def width(self, edges: int) -> int:
         """For how many circuits at once there is room: products of a few hundred rows are the fastest."""
-        window, narrow = self.contrast.window, not any(w for s in self.stage.later for _, w in s.writes())
+        window, later = self.contrast.window, self.stage.plan.steps[1:] if self.stage.plan else []
+        narrow = not any(wide for step in later for _, wide in step.writes())
         rows = len(self.contrast.tokens[0]) * len(window.reads if narrow else window.rows)
         return max(1, min(edges, ROWS // rows))
 
@@ -180,7 +181,6 @@ class _StageValues:
             self.out = self.plan.mix(["out"])
         if self.direct:
             self.current, self.corrupted = _direct_values(state, node, self.wide)
-        self.later = [] if self.plan is None else self.plan.steps[1:]
         self.asked: list[tuple[Edge, int | None]] = []  # with the number of the copy, if the edge makes a difference
         self.copies: list[Tensor] = []  # the node's value without the first of those edges, the first two, ...
         self.n_accepted = 0
