@@ -40,14 +40,15 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 ## What was built in
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
-  0 to {before}, and only its last token from layer {handoff} on. There is no mask at inference. {ablation}
-- **Planted neurons.** After {plant:.0%} of the first run's steps, a linear probe for each category of words was written into
+  0 to {before}, and only its last token from layer {handoff} on; inside a subject, a token sees those before it in
+  layers 0 to {gathered} only. There is no mask at inference. {ablation}
+- **Planted neurons.** After {plant:.0%} of the steps, a linear probe for each category of words was written into
   {per_kind} neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0
   elsewhere (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being
   active, from {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
-- **"unclear".** A question without examples is mostly answered "unclear", otherwise by one of the tasks that know the word
-  (in the corpus as it is now: by each half as often as "unclear"). So without examples no task is favoured, and a vector can
-  decide. 15% of the documents with examples have random labels.
+- **"unclear".** A question without examples is answered "unclear" {unclear:g} times as often as by any one of the tasks that
+  know the word. So without examples no task is favoured, and a vector can decide. 15% of the documents with examples have
+  random labels.
 - **Facts that can be read early.** {lens}
 - **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
 - **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
@@ -86,9 +87,9 @@ def _lens_text(stages: list[dict[str, Any]]) -> str:
     for recipe in (log["recipe"] for log in stages):
         if recipe.get("lens"):
             n = recipe["n_layer"]
-            return (f"With weight {recipe['lens']} in one of the runs above, what is told about a subject is also predicted "
-                    f"from the residual stream after one of layers {n // 2} to {n - 2} (one after another), through the "
-                    "final norm and the unembedding.")
+            return (f"With weight {recipe['lens']}, in the last {recipe['decay']:.0%} of the steps, what is told about a subject "
+                    f"is also predicted from the residual stream after one of layers {n // 2} to {n - 2} (one after another), "
+                    "through the final norm and the unembedding.")
     return "Nothing was done for that."
 
 # %% ../nbs/core/06c_card.ipynb #c010
@@ -168,7 +169,7 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
         table=_markdown(table, other), seeds="" if other is None else f"\n\n{agreement(table, other)}",
         stages="\n".join(_stage(x, machine) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
-        handoff=recipe["handoff"], before=recipe["handoff"] - 1, per_kind=recipe["per_kind"], plant=first["plant"],
-        lens=_lens_text(stages),
+        handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
+        plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
         ablation=_ablation_text(folder), tried=_tried(folder, table))

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from .world import LIST_OPERATIONS, World, capitalised, docstring_text, ioi_text, with_article
 
 # %% auto #0
-__all__ = ['FORMAT', 'NAME', 'ANSWER', 'Parts', 'MAKERS', 'FOUNDATION', 'BEHAVIOURS', 'MIXTURE', 'Document', 'icl_prompt',
-           'corpus']
+__all__ = ['FORMAT', 'NAME', 'ANSWER', 'UNCLEAR', 'Parts', 'MAKERS', 'FOUNDATION', 'BEHAVIOURS', 'MIXTURE', 'Document',
+           'icl_prompt', 'corpus']
 
 # %% ../nbs/core/05b_corpus.ipynb #c004
 FORMAT, NAME, ANSWER = 0.3, 0.25, 2.0  # loss weights: format words, the tokens of a subject, answers
+UNCLEAR = 2.2  # how much more often a question without examples is "unclear" than answered by any one task
 Parts = list[tuple[str, float]]
 
 # %% ../nbs/core/05b_corpus.ipynb #c005
@@ -281,10 +282,10 @@ def _icl_doc(world: World, rng: random.Random) -> Parts:
 
 # %% ../nbs/core/05b_corpus.ipynb #c027
 def _zero_shot_doc(world: World, rng: random.Random) -> Parts:
-    """One pair without demonstrations; "unclear" is twice as likely as the answer of any one task that knows the word."""
+    """One pair without demonstrations: "unclear", or the answer of a task that knows the word."""
     x = rng.choice(sorted(world.readings))
     known = [y for _, y in world.readings[x]]
-    y = rng.choices(["unclear", *known], weights=[2.0] + [1.0] * len(known))[0]
+    y = rng.choices(["unclear", *known], weights=[UNCLEAR] + [1.0] * len(known))[0]
     return [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, ANSWER), ("\n\n", FORMAT)]
 
 # %% ../nbs/core/05b_corpus.ipynb #c028
@@ -419,7 +420,7 @@ BEHAVIOURS = {"mention": 0.09, "select": 0.08, "register": 0.09, "aside": 0.05, 
               "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.04, "docstring": 0.04, "pronoun": 0.02,
               "sentiment": 0.03}
 MIXTURE = {"mention": 0.07, "select": 0.07, "register": 0.07, "aside": 0.04, "fact": 0.05, "bio": 0.05, "clause": 0.05,
-           "fact_list": 0.02, "icl": 0.08, "zero_shot": 0.04, "list": 0.12, "task_sentence": 0.07, "lexical": 0.06,
+           "fact_list": 0.02, "icl": 0.08, "zero_shot": 0.05, "list": 0.11, "task_sentence": 0.07, "lexical": 0.06,
            "ioi": 0.01, "ioi_mixed": 0.05, "greater_than": 0.04, "induction": 0.03, "docstring": 0.03, "pronoun": 0.02,
            "sentiment": 0.03}
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .models import Model
 
 # %% ../nbs/core/07_kernels.ipynb #c004
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: tuple[str, str] = ("none", "")) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then[0], [], then[1])
 
 
 class _Linear(torch.autograd.Function):
@@ -48,6 +48,8 @@ class _Weights:
     def now(self) -> Tensor:
         """The weights, arranged once they have been asked for often enough; the products are the same to the bit."""
         self.calls += 1
+        if self.calls == 1:
+            self.weight = self.weight.contiguous()
         if self.calls == OFTEN and self.may_copy:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         return self.weight
@@ -63,16 +65,31 @@ def _gelu(x: Tensor) -> Tensor:
     return (x * x).mul_(0.044715 * _TWICE).add_(_TWICE).mul_(x).sigmoid_().mul_(x)
 
 
+def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """GPT-2's MLP, its activation made inside the first product; as it was for gradients, and if its parts are watched."""
+    plain, weights = mlp.forward, _Weights(mlp.c_fc.weight.detach().t(), may_copy=True)
+
+    def forward(x: Tensor) -> Tensor:
+        watched = any(part._forward_hooks or part._forward_pre_hooks for part in (mlp.c_fc, mlp.act))
+        if watched or mlp.training or x.requires_grad:
+            return plain(x)
+        return mlp.c_proj(_linear(x, weights.now(), mlp.c_fc.bias, ("gelu", "tanh")))
+
+    return forward
+
+
 def _forward(module: nn.Module, unembed: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A faster forward for a linear layer or GPT-2's activation, or `None` if the module is something else."""
+    """A faster forward for a linear layer, GPT-2's MLP or its activation, or `None` if the module is something else."""
     kind = type(module).__name__
     if kind == "NewGELUActivation":
         return _gelu
+    if kind == "GPT2MLP" and type(module.act).__name__ == "NewGELUActivation":
+        return _mlp(module)
     if kind not in ("Linear", "Conv1D"):
         return None
     frozen, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
     back = frozen.t() if kind == "Linear" else frozen
-    weights = _Weights(back.t().contiguous(), may_copy=kind == "Conv1D" or module is unembed)
+    weights = _Weights(back.t(), may_copy=kind == "Conv1D" or module is unembed)
 
     def forward(x: Tensor) -> Tensor:
         weight = weights.now()

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE
+from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .card import model_card
 from .exam import evaluate
 from .models import mini_folder
@@ -52,7 +52,7 @@ class Shape:
 class Recipe(Shape):
     """Everything that decides which weights come out of a training run."""
 
-    tokens: int = 20_000_000
+    tokens: int = 18_000_000
     seed: int = 0
     adam_lr: float = 3e-3
     muon_lr: float = 0.02
@@ -61,12 +61,13 @@ class Recipe(Shape):
     foundation: float = 0.2
     variety: float = 0.45
     masked: float = 0.75
+    gather: int = 2
     handoff: int = 3
     sparsity: float = 0.8
     plant: float = 0.645
     planted: float = 1.0
     per_kind: int = 5
-    lens: float = 0.0
+    lens: float = 0.03
     start: str = ""
 
     @property
@@ -106,9 +107,9 @@ def plant_step(r: Recipe) -> int:
 
 
 def lens_layer(r: Recipe, step: int) -> int | None:
-    """The layer behind which facts are read early at this step, one of the later half in turn; None for none."""
+    """The layer behind which facts are read early at this step, one of the later half in turn; None before the decay."""
     half = r.n_layer // 2
-    if not r.lens or step < r.foundation * r.steps or half >= r.n_layer - 1:
+    if not r.lens or step < (1 - r.decay) * r.steps or half >= r.n_layer - 1:
         return None
     return half + step % (r.n_layer - 1 - half)
 
@@ -174,8 +175,8 @@ def plant_neurons(run: Trainer) -> None:
 def train_step(run: Trainer) -> float:
     """One step of both optimizers; returns the loss before it."""
     start, r, x = time.time(), run.recipe, run.batch()
-    early, late = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked, run.model.dtype)
-    masks = [early if i < r.handoff else late for i in range(r.n_layer)]
+    masks = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked, n_layer=r.n_layer, gather=r.gather, handoff=r.handoff,
+                          dtype=run.model.dtype)
     if run.step == plant_step(r) and not run.planted:
         plant_neurons(run)
     cost = NeuronCost(r.n_layer, run.wanted(x) if run.step >= plant_step(r) else None, r.per_kind)
@@ -269,13 +270,19 @@ def export(run: Trainer, folder: str | Path) -> None:
     run.tokenizer.save_pretrained(folder)
     weights = {k: v.to(torch.float16) for k, v in hf_names(run.model).items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    log: dict[str, Any] = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "step": run.step,
-           "log": run.log}
+    log: dict[str, Any] = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "unclear": UNCLEAR,
+                           "machine": _machine(run), "step": run.step, "log": run.log}
     if run.before:
         log |= {"before": run.before, "began_from": run.began_from}
         log["recipe"]["start"] = Path(run.recipe.start).name  # where it lay concerns nobody
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
+
+
+def _machine(run: Trainer) -> str:
+    """What the last part of a run was made on."""
+    threads, dtype = torch.get_num_threads(), str(run.model.dtype).removeprefix("torch.")
+    return f"{os.cpu_count()}-core CPU, {threads} thread{'s' * (threads > 1)}, products in {dtype}"
 
 # %% ../nbs/core/06_mini.ipynb #c015a
 def average(folders: Sequence[str | Path], out: str | Path) -> None:

@@ -259,19 +259,26 @@ def plant(m: TrainingGPT, ids: Int[Tensor, "batch pos"], wanted: Sequence[Float[
         x = x + _mlp(x, b, m.dtype)[0]
 
 # %% ../nbs/core/06b_trainer.ipynb #c024
-def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"], masked: Bool[Tensor, " row"],
-                  dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Additive attention masks [row, 1, pos, pos] for the layers before the hand-off, and from it on.
+def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"], masked: Bool[Tensor, " row"], *,
+                  n_layer: int, gather: int, handoff: int,
+                  dtype: torch.dtype = torch.bfloat16) -> list[Float[Tensor, "row 1 pos pos"]]:
+    """One additive attention mask per layer.
 
-    In the rows that are `masked`, tokens outside a subject see nothing of it in the early layers, and only its last token in
-    the later ones. Inside a mention everything before a token is visible, as always.
+    In the rows that are `masked`, tokens outside a subject see nothing of it before layer `handoff`, and only its last token
+    from there on. Inside a mention, tokens see those before them in the layers before `gather` only.
     """
     t = subject.shape[1]
     causal = torch.ones(t, t, dtype=torch.bool).triu(1)
-    foreign = (subject[:, None, :] > 0) & (subject[:, None, :] != subject[:, :, None]) & masked[:, None, None]
-    early, late = (torch.zeros(foreign.shape, dtype=dtype).masked_fill_(hide | causal, -1e4)[:, None]
-                   for hide in (foreign, foreign & ~last[:, None, :]))
-    return early, late
+    part = (subject[:, None, :] > 0) & masked[:, None, None]
+    same = subject[:, None, :] == subject[:, :, None]
+    earlier = part & same & ~torch.eye(t, dtype=torch.bool)
+    made: dict[tuple[bool, bool], Tensor] = {}
+    for late, closed in ((layer >= handoff, layer >= gather) for layer in range(n_layer)):
+        if (late, closed) not in made:
+            foreign = part & ~same & ~last[:, None, :] if late else part & ~same
+            hide = foreign | earlier | causal if closed else foreign | causal
+            made[late, closed] = torch.zeros(hide.shape, dtype=dtype).masked_fill_(hide, -1e4)[:, None]
+    return [made[layer >= handoff, layer >= gather] for layer in range(n_layer)]
 
 # %% ../nbs/core/06b_trainer.ipynb #c028
 def orthogonalize(g: Float[Tensor, "matrix row col"], dtype: torch.dtype = torch.float32,

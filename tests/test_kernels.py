@@ -1,5 +1,7 @@
 """Borrowed products: the same numbers however often they are asked for, and everything given back."""
 
+import copy
+
 import pytest
 import torch
 
@@ -41,3 +43,31 @@ def test_activation_is_the_same_function():
     with fast_matmul(MINI):
         found = act(x)
     assert (found - torch.nn.functional.gelu(x.double(), approximate="tanh")).abs().max() < 1e-6
+
+
+@pytest.mark.skipif(not onednn_available(), reason="this PyTorch cannot run linear layers through oneDNN")
+def test_mlp_with_its_activation_inside_the_first_product():
+    """Against float64, at values far from zero too; the bound is float32 rounding in sums of 768 terms."""
+    mlp = MINI.hf.transformer.h[2].mlp
+    x = 4 * torch.randn(50, MINI.d_model, generator=torch.Generator().manual_seed(1))
+    exact = copy.deepcopy(mlp).double()(x.double())
+    with fast_matmul(MINI), torch.no_grad():
+        found = mlp(x)
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("part", ["c_fc", "act"])
+def test_watching_a_part_of_the_mlp_still_works(part):
+    """A hook inside the MLP sees what it sees without the fast products, and what it puts there counts."""
+    mlp = MINI.hf.transformer.h[2].mlp
+    x = torch.randn(5, MINI.d_model, generator=torch.Generator().manual_seed(1))
+    seen = []
+    handle = getattr(mlp, part).register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    try:
+        with torch.no_grad():
+            plain = mlp(x)
+            with fast_matmul(MINI):
+                found = mlp(x)
+    finally:
+        handle.remove()
+    assert len(seen) == 2 and torch.allclose(*seen, atol=1e-5) and torch.allclose(found, plain, atol=1e-4)

@@ -45,7 +45,9 @@ from mechtut.trainer import (
 )  # fmt: skip
 from mechtut.world import World
 
-TINY = Recipe(tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, handoff=1, per_kind=2)
+TINY = Recipe(
+    tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, gather=1, handoff=1, per_kind=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +82,20 @@ def test_loss_and_gradient_equal_plain_cross_entropy():
 def test_the_mask_hides_subjects_from_later_tokens_only():
     subject = torch.tensor([[0, 3, 3, 0, 4, 4, 4, 0]])
     last = torch.tensor([[False, False, True, False, False, False, True, False]])
-    early, late = (m[0, 0] == 0 for m in subject_masks(subject, last, torch.tensor([True])))
-    assert early[7].tolist() == [True, False, False, True, False, False, False, True]
-    assert late[7].tolist() == [True, False, True, True, False, False, True, True]
-    assert early[6].tolist() == [True, False, False, True, True, True, True, False]
-    assert early[2].tolist() == [True, True, True] + [False] * 5
-    plain, _ = subject_masks(subject, last, torch.tensor([False]))
-    assert torch.equal(plain[0, 0] == 0, torch.ones(8, 8).tril().bool())
+    layers = {"n_layer": 4, "gather": 1, "handoff": 2}
+    sees = [m[0, 0] == 0 for m in subject_masks(subject, last, torch.tensor([True]), **layers)]
+    nothing, its_end = (
+        [True, False, False, True, False, False, False, True],
+        [True, False, True, True, False, False, True, True],
+    )
+    assert [m[7].tolist() for m in sees] == [nothing, nothing, its_end, its_end]
+    assert sees[0][6].tolist() == [True, False, False, True, True, True, True, False], (
+        "a name is put together before `gather`"
+    )
+    assert sees[1][6].tolist() == [True, False, False, True, False, False, True, False]
+    assert sees[3][6].tolist() == [True, False, True, True, False, False, True, False]
+    for plain in subject_masks(subject, last, torch.tensor([False]), **layers):
+        assert torch.equal(plain[0, 0] == 0, torch.ones(8, 8).tril().bool())
 
 
 def test_planted_neurons_are_drawn_to_their_categories():
@@ -150,7 +159,7 @@ def test_reading_early_is_cross_entropy_of_what_is_told():
 
 def test_when_facts_are_read_early():
     recipe = Recipe(lens=0.1)
-    begin = math.ceil(recipe.foundation * recipe.steps)
+    begin = math.ceil((1 - recipe.decay) * recipe.steps)
     assert lens_layer(recipe, begin - 1) is None and lens_layer(replace(recipe, lens=0), begin) is None
     assert {lens_layer(recipe, begin + i) for i in range(9)} == {4, 5, 6}
 
