@@ -61,19 +61,17 @@ def _mix(m: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
 
 
-def _stage(log: dict[str, Any], machine: str) -> str:
+def _stage(log: dict[str, Any]) -> str:
     """One training run in words: where, how long, the recipe and the text."""
     recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
     shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
     tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
     name = "Trained further" if "before" in log else "Trained"
-    lines = [f"- {name} on a {log.get('machine', machine)}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens "
+    lines = [f"- {name} on a {log['machine']}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens "
              f"seen of {recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
              f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'start')}."]
     parts = zip(shares, texts, strict=True) if recipe["variety"] else [("all the time", texts[-1])]
     lines += [f"  - Text, {share}: {text}." for share, text in parts]
-    if "averaged" in log:
-        lines.append("- Then the mean of these weights and of those before was taken, one by one (Wortsman et al. 2022).")
     return "\n".join(lines)
 
 
@@ -152,7 +150,7 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
     return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
 
 # %% ../nbs/core/06c_card.ipynb #c018
-def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
+def model_card(folder: str | Path) -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
     ablation.json, tried.csv (what other recipes reached) and other_seed.csv (the evaluation of a model that was trained
     from another seed and is not shipped).
@@ -168,7 +166,7 @@ def model_card(folder: str | Path, machine: str = "2-core CPU") -> str:
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
         table=_markdown(table, other), seeds="" if other is None else f"\n\n{agreement(table, other)}",
-        stages="\n".join(_stage(x, machine) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
+        stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
         handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
         plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"],
         notes="\n".join("- " + x for x in log.get("notes", [])),

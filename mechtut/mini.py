@@ -10,9 +10,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from .world import World
 
 # %% auto #0
 __all__ = ['Shape', 'Recipe', 'going_on', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step',
-           'save_run', 'restore_run', 'train', 'export', 'average', 'write_fingerprint', 'examine_folder', 'main']
+           'save_run', 'restore_run', 'train', 'export', 'write_fingerprint', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
@@ -285,24 +284,6 @@ def _machine(run: Trainer) -> str:
     return f"{os.cpu_count()}-core CPU, {threads} thread{'s' * (threads > 1)}, products in {dtype}"
 
 # %% ../nbs/core/06_mini.ipynb #c015a
-def average(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Write the model whose weights are the mean of those in `folders` (Wortsman et al. 2022); the rest is the last one's.
-
-    That makes sense for models of which one was trained further from the other. Raises ValueError for other shapes.
-    """
-    every, out = [load_file(str(Path(f) / "model.safetensors")) for f in folders], Path(out)
-    shapes = [{k: v.shape for k, v in weights.items()} for weights in every]
-    if len(every) < 2 or any(s != shapes[0] for s in shapes):
-        raise ValueError("the mean is taken of two or more models of the same shape")
-    shutil.copytree(folders[-1], out, dirs_exist_ok=True)
-    mean = {k: torch.stack([w[k].float() for w in every]).mean(0).to(torch.float16) for k in every[0]}
-    save_file(mean, str(out / "model.safetensors"), metadata={"format": "pt"})
-    log = json.loads((out / "training_log.json").read_text(encoding="utf-8"))
-    log["averaged"] = [_sha(Path(f) / "model.safetensors") for f in folders]
-    (out / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
-    write_fingerprint(out)
-
-
 def _sha(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -314,7 +295,7 @@ def write_fingerprint(folder: Path) -> None:
     (folder / "fingerprint.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/core/06_mini.ipynb #c049
-def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU",
+def examine_folder(folder: str | Path, *, n: int = 200,
                    examine: Callable[..., pd.DataFrame] = evaluate) -> pd.DataFrame:
     """Load the model in `folder` as shipped, examine it, and write evaluation.csv and the model card next to it.
 
@@ -324,7 +305,7 @@ def examine_folder(folder: str | Path, *, n: int = 200, machine: str = "2-core C
     folder = Path(folder)
     table = examine(load_model(str(folder), dtype=torch.float32, device="cpu"), World(0), n=n)
     table.to_csv(folder / "evaluation.csv", index=False)
-    (folder / "README.md").write_text(model_card(folder, machine), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
     return table
 
 # %% ../nbs/core/06_mini.ipynb #c050
@@ -342,22 +323,16 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--lens", type=float, default=Recipe.lens, help="weight of facts that are read early (0: ablation)")
     t.add_argument("--start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
-    a = commands.add_parser("average", help="write the mean of the weights of several models")
-    a.add_argument("folders", type=Path, nargs="+")
-    a.add_argument("--out", type=Path, required=True)
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())
     e.add_argument("-n", type=int, default=200)
-    e.add_argument("--machine", default="2-core CPU")
     return parser
 
 # %% ../nbs/core/06_mini.ipynb #c051
 def main(argv: list[str] | None = None) -> int:
-    """`python -m mechtut.mini train --out DIR`, `average FOLDERS --out DIR` and `evaluate --folder DIR`."""
+    """`python -m mechtut.mini train --out DIR` and `evaluate --folder DIR`."""
     args = _parser().parse_args(argv)
-    if args.command == "average":
-        average(args.folders, args.out)
-    elif args.command == "train":
+    if args.command == "train":
         asked = {k: getattr(args, k) for k in ("seed", "masked", "planted", "sparsity", "lens")}
         asked |= {"tokens": args.tokens} if args.tokens else {}
         recipe = going_on(args.start, **asked) if args.start else Recipe(**asked)
@@ -365,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step {run.step} of {run.recipe.steps}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
               else f"stopped at step {run.step} of {run.recipe.steps}; start again to continue")
     else:
-        print(examine_folder(args.folder, n=args.n, machine=args.machine).to_string(index=False))
+        print(examine_folder(args.folder, n=args.n).to_string(index=False))
     return 0
 
 

@@ -94,6 +94,6 @@ def evaluate(model: Any, world: World | None = None, *, n: int = 200, tokenizer:
     return examine(model, world, n=n, tokenizer=tokenizer, more=(rome_lines, function_vector_lines))
 
 
-def examine_mini(folder: str | Path, *, n: int = 200, machine: str = "2-core CPU") -> pd.DataFrame:
+def examine_mini(folder: str | Path, *, n: int = 200) -> pd.DataFrame:
     """Examine the model in `folder` and write its evaluation.csv and README.md."""
-    return examine_folder(folder, n=n, machine=machine, examine=evaluate)
+    return examine_folder(folder, n=n, examine=evaluate)

@@ -267,8 +267,8 @@ class Plan:
     def mix(self, readers: list[str]) -> Mix:
         """The readers' streams as a function of what has changed so far."""
         wide = self.state.reads_wide(readers[0])
-        x = torch.stack([self.state.x[r] for r in readers])
-        rows = [self.state.graph.receiver_index[r] for r in readers]
+        found, rows = [self.state.x[r] for r in readers], [self.state.graph.receiver_index[r] for r in readers]
+        x = torch.stack(found) if len(found) > 1 else found[0][None]
         weights = self.state.cuts.sums[rows][:, self.dirty[wide or self.state.window.all_read]]
         return Mix(readers, x, weights.to(x), wide)
 

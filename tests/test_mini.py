@@ -17,7 +17,6 @@ from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
 from mechtut.mini import (
     Recipe,
     Trainer,
-    average,
     export,
     going_on,
     lens_layer,
@@ -213,14 +212,6 @@ def test_a_finished_model_is_trained_further(tmp_path):
     log = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8"))
     assert log["step"] == 6 and log["before"]["step"] == first.step
     assert "Trained further" in model_card_of(tmp_path / "two" / "model")
-    folders = [str(tmp_path / x / "model") for x in ("one", "two")]
-    main(["average", *folders, "--out", str(tmp_path / "mean")])
-    a, b, mean = (load_file(f"{f}/model.safetensors")["transformer.wte.weight"] for f in (*folders, tmp_path / "mean"))
-    assert torch.equal(mean, ((a.float() + b.float()) / 2).half()) and not torch.equal(a, b)
-    load_model(str(tmp_path / "mean"), device="cpu")
-    assert "Then the mean of these weights" in model_card_of(tmp_path / "mean")
-    with pytest.raises(ValueError, match="two or more models"):
-        average([tmp_path / "mean"], tmp_path / "other")
     with pytest.raises(ValueError, match=r"do not fit .*wte"):
         load_hf(TrainingGPT(2, 16, 2, 64, 90), stored)
 
