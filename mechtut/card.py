@@ -85,9 +85,9 @@ def _lens_text(stages: list[dict[str, Any]]) -> str:
     for recipe in (log["recipe"] for log in stages):
         if recipe.get("lens"):
             n = recipe["n_layer"]
-            return (f"With weight {recipe['lens']}, in the last {recipe['decay']:.0%} of the steps, what is told about a subject "
-                    f"is also predicted from the residual stream after one of layers {n // 2} to {n - 2} (one after another), "
-                    "through the final norm and the unembedding.")
+            return (f"With weight {recipe['lens']}, in the last {recipe['decay']:.0%} of the steps, what is told about a "
+                    "subject is also predicted from the residual stream after one of "
+                    f"layers {n // 2} to {n - 2} (one after another), through the final norm and the unembedding.")
     return "Nothing was done for that."
 
 # %% ../nbs/core/06c_card.ipynb #c010
@@ -134,8 +134,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/core/06c_card.ipynb #c015
-def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
-    """In how far a second seed shows the same table, in words.
+def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
+    """In how far another `seed` shows the same table, in words.
 
     The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
     """
@@ -144,7 +144,7 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
     inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
     verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
-    said = ("The other seed was trained by the same command with `--seed 1` and is not shipped. "
+    said = (f"The other seed was trained by the same command with `--seed {seed}` and is not shipped. "
             f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
@@ -152,12 +152,12 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame) -> str:
 # %% ../nbs/core/06c_card.ipynb #c018
 def model_card(folder: str | Path) -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what other recipes reached) and other_seed.csv (the evaluation of a model that was trained
-    from another seed and is not shipped).
+    ablation.json, tried.csv (what other recipes reached) and seed_1.csv, or another number (the evaluation of a model that
+    was trained from that seed and is not shipped).
     """
     folder = Path(folder)
-    table, file = pd.read_csv(folder / "evaluation.csv"), folder / "other_seed.csv"
-    other = pd.read_csv(file) if file.exists() else None
+    table, seeds = pd.read_csv(folder / "evaluation.csv"), sorted(folder.glob("seed_*.csv"))[:1]
+    others = [(pd.read_csv(file), int(file.stem.removeprefix("seed_"))) for file in seeds]
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     stages = _stages(log)
     recipe, first = log["recipe"], stages[0]["recipe"]
@@ -165,7 +165,8 @@ def model_card(folder: str | Path) -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, other), seeds="" if other is None else f"\n\n{agreement(table, other)}",
+        table=_markdown(table, *(other for other, _ in others)),
+        seeds="".join(f"\n\n{agreement(table, other, seed)}" for other, seed in others),
         stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
         handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
         plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"],

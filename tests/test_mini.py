@@ -301,9 +301,10 @@ def test_the_card_shows_what_earlier_recipes_missed(tmp_path):
 def test_the_card_says_where_two_seeds_differ():
     rows = [("facts", "top-1", 0.97, True), ("lens", "rise", 0.55, False), ("ioi", "logit difference", 12.0, True)]
     first = pd.DataFrame(rows, columns=["behaviour", "measure", "measured", "reached"])
-    assert agreement(first, first).endswith("3 of 3 lines agree within 0.1 (a quarter, for numbers above 1).")
+    assert agreement(first, first, 1).endswith("3 of 3 lines agree within 0.1 (a quarter, for numbers above 1).")
     other = first.assign(measured=[0.85, 0.48, 9.5], reached=[True, True, True])
-    said = agreement(first, other)
+    said = agreement(first, other, 3)
+    assert "`--seed 3`" in said
     assert "2 of 3" in said
     assert "further apart: facts, top-1." in said
     assert "one of the two only: lens, rise." in said
