@@ -34,7 +34,8 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 ## How it was made
 
 {stages}
-- Again: `python -m mechtut.mini train --out DIR`, and further with `--start FOLDER` (it can be killed and started again).
+- Again: `python -m mechtut.mini train --out DIR --seed {seed}`, and further with `--start FOLDER` (it can be killed and
+  started again).
 {notes}{tried}
 
 ## What was built in
@@ -169,6 +170,6 @@ def model_card(folder: str | Path) -> str:
         seeds="".join(f"\n\n{agreement(table, other, seed)}" for other, seed in others),
         stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
         handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
-        plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"],
+        plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"], seed=first["seed"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
         ablation=_ablation_text(folder), tried=_tried(folder, table))

@@ -381,12 +381,17 @@ def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
 
 # %% ../nbs/core/06a_exam.ipynb #c041
 @torch.no_grad()
-def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, -1, 0, 1, 2)) -> pd.DataFrame:
+def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, -1, 0, 1, 2),
+             layer: int | None = None) -> pd.DataFrame:
     """Probability of a positive and of a negative adjective, by coefficient of "love minus hate".
 
-    The vector is read and added at the last token, after three quarters of the layers.
+    The vector is read and added at the last token, after `layer`: by default the one, the last excepted, where most comes
+    of it. The attributes of the table name the layer.
     """
-    part, block = world.spec["sentiment"], who.hf.transformer.h[3 * who.hf.config.n_layer // 4 - 1]
+    if layer is None:
+        tables = [steering(who, world, coefficients, i) for i in range(who.hf.config.n_layer - 1)]
+        return max(tables, key=lambda t: float(t["positive"].iloc[-1] - t["positive"].iloc[0]))
+    part, block = world.spec["sentiment"], who.hf.transformer.h[layer]
     seen: list[Tensor] = []
     with _hooks([(block, lambda module, args, out: seen.append(_hidden(out)[:, -1].clone()))]):
         for mood in ("positive_verbs", "negative_verbs"):  # all these prompts are equally long
@@ -402,7 +407,9 @@ def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, 
             p = who.next_logits([f"The {x} was" for x in part["parts"]]).softmax(-1).mean(0)
         masses = {mood: float(p[[who.token(w) for w in part[mood]]].sum()) for mood in ("positive", "negative")}
         rows.append({"coefficient": c, **masses})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["layer"] = layer
+    return table
 
 # %% ../nbs/core/06a_exam.ipynb #c042
 def _steering(who: Candidate, world: World, n: int) -> list[Line]:
