@@ -140,7 +140,8 @@ def test_cutting_everything_gives_the_corrupted_run():
     bias_only = Contrast(model_of(), clean, corrupted, "kl", "all", ablation="zero")
     x = circuit_logits(bias_only, Cuts.only(bias_only.graph, []))
     biases = sum(bias_only.model.part(i, "attn.c_proj").bias for i in range(3))
-    assert torch.allclose(x, bias_only.model.unembed(biases.expand(3, 7, -1)), atol=1e-12)
+    # what cancels leaves rounding behind, which the final norm makes 1 / sqrt(1e-5) = 300 times larger
+    assert torch.allclose(x, bias_only.model.unembed(biases.expand(3, 7, -1)), atol=1e-11)
 
 
 def test_grouped_query_attention_shares_key_and_value_nodes():
