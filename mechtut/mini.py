@@ -207,7 +207,7 @@ def save_run(run: Trainer, file: Path) -> None:
         s = run.adam.state[p]
         state |= {"a1." + n: s["exp_avg"], "a2." + n: s["exp_avg_sq"]}
     meta = {"step": str(run.step), "log": json.dumps(run.log), "losses": json.dumps(run.losses),
-            "seconds": str(run.seconds), "recipe": json.dumps(asdict(run.recipe))}
+            "seconds": str(run.seconds), "recipe": json.dumps(asdict(run.recipe)), "dtype": str(run.model.dtype)}
     part = file.with_suffix(".part")
     save_file(state, str(part), metadata=meta)
     os.replace(part, file)
@@ -226,6 +226,7 @@ def restore_run(run: Trainer, file: Path) -> None:
     run.model.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("m.")})
     run.muon.buffers = {k: state["mu." + k] for k in run.muon.buffers}
     run.step, run.seconds = int(meta["step"]), float(meta["seconds"])
+    run.model.dtype = run.muon.dtype = getattr(torch, meta["dtype"].removeprefix("torch."))  # else another result
     run.log, run.losses = json.loads(meta["log"]), json.loads(meta["losses"])
     for n, p in run.rest.items():
         step = torch.tensor(float(run.step))

@@ -5,6 +5,7 @@
 # %% ../nbs/core/06b_trainer.ipynb #c003
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import time
@@ -60,6 +61,7 @@ def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> tuple[T
     return _linear(act, b.down, b.downb, dtype), act
 
 # %% ../nbs/core/06b_trainer.ipynb #c007
+@functools.cache
 def faster_dtype() -> torch.dtype:
     """The type in which this processor multiplies faster (measured): bfloat16 if it has instructions for it, or float32."""
     seconds = {}

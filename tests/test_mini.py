@@ -24,6 +24,8 @@ from mechtut.mini import (
     mini_folder,
     plant_step,
     price,
+    restore_run,
+    save_run,
     train,
     train_step,
 )
@@ -324,3 +326,15 @@ def test_the_shipped_model_shows_the_tracing_picture(mini):
     others = resid.loc[["first subject", "middle subject"]].iloc[:, early].max().max()
     assert last > 0.25 and last > 3 * others
     assert resid.loc["final"].iloc[-2] > 0.5 > resid.loc["final"].iloc[1]
+
+
+def test_a_resumed_run_goes_on_in_its_own_precision(tmp_path):
+    """Whatever this processor would choose now; the choice is a measurement and may come out differently."""
+    first = Trainer(TINY)
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[first.model.dtype]
+    first.model.dtype = first.muon.dtype = other
+    train_step(first)
+    save_run(first, tmp_path / "run.safetensors")
+    second = Trainer(TINY)
+    restore_run(second, tmp_path / "run.safetensors")
+    assert second.model.dtype == second.muon.dtype == other
