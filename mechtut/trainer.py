@@ -274,13 +274,12 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
     part = (subject[:, None, :] > 0) & masked[:, None, None]
     same = subject[:, None, :] == subject[:, :, None]
     earlier = part & same & ~torch.eye(t, dtype=torch.bool)
-    made: dict[tuple[bool, bool], Tensor] = {}
-    for late, closed in ((layer >= handoff, layer >= gather) for layer in range(n_layer)):
-        if (late, closed) not in made:
-            foreign = part & ~same & ~last[:, None, :] if late else part & ~same
-            hide = foreign | earlier | causal if closed else foreign | causal
-            made[late, closed] = torch.zeros(hide.shape, dtype=dtype).masked_fill_(hide, -1e4)[:, None]
-    return [made[layer >= handoff, layer >= gather] for layer in range(n_layer)]
+    outside = {False: part & ~same, True: part & ~same & ~last[:, None, :]}
+    inside = {False: causal, True: earlier | causal}
+    kinds = [(layer >= handoff, layer >= gather) for layer in range(n_layer)]
+    made = {(late, closed): torch.zeros(part.shape[0], t, t, dtype=dtype)
+            .masked_fill_(outside[late] | inside[closed], -1e4)[:, None] for late, closed in set(kinds)}
+    return [made[kind] for kind in kinds]
 
 # %% ../nbs/core/06b_trainer.ipynb #c028
 def orthogonalize(g: Float[Tensor, "matrix row col"], dtype: torch.dtype = torch.float32,
