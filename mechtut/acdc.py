@@ -6,7 +6,7 @@
 __all__ = ['NOISE', 'Rules', 'hash_edge', 'acdc', 'search', 'sweep']
 
 # %% ../nbs/papers/30_acdc.ipynb #c013
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,37 @@ class Rules:
         """How far a change is below the threshold; positive means that the edge goes."""
         return self.threshold - (abs(delta) if self.abs_value else delta)
 
+# %% ../nbs/papers/30_acdc.ipynb #c014b
+class _Guess:
+    """What the next decisions will be: that edges go; after two that stayed, that edges stay."""
+
+    def __init__(self) -> None:
+        self.ahead, self.in_a_row = 4, 0  # how many edges to look at in one pass, and how many stayed just now
+
+    @property
+    def stays(self) -> bool:
+        """Whether the next edges are expected to stay."""
+        return self.in_a_row >= 2
+
+    @property
+    def width(self) -> int:
+        """For how many edges the guess is good."""
+        return min(2 * self.in_a_row, 8) if self.stays else self.ahead
+
+    def begin(self) -> None:
+        """Other edges are coming."""
+        self.ahead = 4
+
+    def pass_done(self) -> None:
+        """Go further each time."""
+        self.ahead = min(2 * self.ahead, 8)
+
+    def see(self, kept: bool) -> None:
+        """Learn from a decision."""
+        self.in_a_row = self.in_a_row + 1 if kept else 0
+        if kept:
+            self.ahead = 3
+
 # %% ../nbs/papers/30_acdc.ipynb #c017
 class _Search:
     """Where a search stands. `known` shares metrics between searches: (state, edge) → metric without the edge."""
@@ -54,7 +85,7 @@ class _Search:
     def __init__(self, contrast: Contrast, rules: Rules, known: dict[tuple[int, Edge], float] | None = None):
         self.contrast, self.rules, self.graph = contrast, rules, contrast.graph
         self.cuts, self.current = Cuts(contrast.graph), contrast.metric_full
-        self.pruner = Pruner(contrast, self.cuts)
+        self.pruner, self.guess, self.nodes = Pruner(contrast, self.cuts), _Guess(), tuple(visits(contrast.graph))
         self.known = {} if known is None else known
         self.state = 0  # stands for the set of edges removed so far
         self.alive: dict[str, bool] = {}
@@ -80,19 +111,28 @@ class _Search:
             return [Edge(parent, node) for parent in self.graph.parents(node, self.rules.order)]
         return [Edge(f"{node}_in", node)] if node.endswith((".q", ".k", ".v")) else []
 
+# %% ../nbs/papers/30_acdc.ipynb #c017a
+def _alike(search: _Search, node: str) -> Iterator[str]:
+    """If this node has a single edge: the next nodes that are of its kind in its layer, are heard, and have one edge."""
+    kind = node.split(".")[-1]
+    if len(search.incoming(node)) != 1 or kind not in ("q", "k", "v", "q_in", "k_in", "v_in"):
+        return
+    for other in search.nodes[search.nodes.index(node) + 1 :]:
+        if layer_of(other) != layer_of(node) or other.split(".")[-1] != kind:
+            return
+        if search.is_heard(other):
+            yield other
+
 # %% ../nbs/papers/30_acdc.ipynb #c019
 def _visit_all(search: _Search, store: Store | None, bar: Any) -> None:
     """The algorithm: every node from the output back; nodes that nobody hears lose their edges untested."""
-    layer = None
-    for number, node in enumerate(visits(search.graph)):
+    for number, node in enumerate(search.nodes):
         if node in search.graph.embeddings:
             continue
         search.alive[node] = search.is_heard(node)
         if not search.alive[node]:
             bar.update(search.cuts.cut_into(node))
         elif edges := search.incoming(node):
-            search.pruner.stale |= layer_of(node) != layer  # compute the state anew, so that rounding cannot pile up
-            layer = layer_of(node)
             _visit(search, f"node-{number:05d}", node, edges, store)
             bar.update(len(edges))
         if not bar.disable:
@@ -109,7 +149,7 @@ def _visit(search: _Search, name: str, node: str, edges: Sequence[Edge], store: 
 
     rows = store.once(name, test) if store else test()
     if not made:
-        search.pruner.skip(node)
+        search.pruner.finish(node)
         for edge, (without, _, kept) in zip(edges, rows.tolist(), strict=True):
             if not kept:
                 _remove(search, edge, without)
@@ -127,40 +167,37 @@ def _remove(search: _Search, edge: Edge, metric: float) -> None:
 # %% ../nbs/papers/30_acdc.ipynb #c022
 def _test(search: _Search, node: str, edges: Sequence[Edge]) -> Float[Tensor, "edge 3"]:
     """Decide about the edges into a node one after another: metric without the edge, change, and 1 if it is kept."""
-    rows, begun, ahead = [], False, 4
+    rows = []
     for i, edge in enumerate(edges):
         if (search.state, edge) not in search.known:
-            if not begun:
-                search.pruner.begin(node)
-                begun = True
-            _look_ahead(search, edges[i : i + search.pruner.width(ahead)])
-            ahead = min(2 * ahead, 8)
+            if search.pruner.begin(node, _alike(search, node)):
+                search.guess.begin()
+            _look_ahead(search, edges[i:])
         known = _without(search, edge)
         delta = known - search.current
         kept = not search.rules.margin(delta) > 0
         rows.append((known, delta, float(kept)))
-        if kept:
-            ahead = 3
-        else:
-            begun = begun and search.pruner.accept(edge)
+        search.guess.see(kept)
+        if not kept:
+            search.pruner.accept(edge)
             _remove(search, edge, known)
-    if begun:
-        search.pruner.finish()
-    else:
-        search.pruner.skip(node)
+    search.pruner.finish(node)
     return torch.tensor(rows, dtype=torch.float64)
 
 # %% ../nbs/papers/30_acdc.ipynb #c023
 def _look_ahead(search: _Search, edges: Sequence[Edge]) -> None:
-    """Note the metric without the first of these edges, without the first two, and so on."""
+    """Note the metric without the first of these edges, and what will be asked next if the guess is right."""
+    guess, pruner = search.guess, search.pruner
+    edges = [*edges, *(e for node in _alike(search, edges[0].child) if pruner.has(node) for e in search.incoming(node))]
+    edges = edges[: pruner.width(guess.width)]
     state, metric = search.state, search.current
-    for edge, found in zip(edges, search.pruner.without(edges), strict=True):
+    for edge, found in zip(edges, pruner.without(edges, alone=guess.stays), strict=True):
         if found is None:
             search.same.add((state, edge))
-        else:
-            metric = found
-        search.known[state, edge] = metric
-        state ^= hash_edge(edge)
+        search.known[state, edge] = known = metric if found is None else found
+        if not guess.stays:
+            state, metric = state ^ hash_edge(edge), known
+    guess.pass_done()
 
 
 def _without(search: _Search, edge: Edge) -> float:

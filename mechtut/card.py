@@ -34,8 +34,7 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 ## How it was made
 
 {stages}
-- Again: `python -m mechtut.mini train --out DIR --seed {seed}`, and further with `--start FOLDER` (it can be killed and
-  started again).
+- Again: {again} (it can be killed and started again).
 {notes}{tried}
 
 ## What was built in
@@ -91,6 +90,20 @@ def _lens_text(stages: list[dict[str, Any]]) -> str:
                     f"layers {n // 2} to {n - 2} (one after another), through the final norm and the unembedding.")
     return "Nothing was done for that."
 
+# %% ../nbs/core/06c_card.ipynb #c009a
+def _again(stages: list[dict[str, Any]]) -> str:
+    """The commands that made a model."""
+    commands = []
+    for i, recipe in enumerate(log["recipe"] for log in stages):
+        more = f" --start DIR{i}/model --tokens {recipe['tokens']}" if i else ""
+        commands.append(f"`python -m mechtut.mini train --out DIR{i + 1} --seed {recipe['seed']}{more}`")
+    return ", then ".join(commands)
+
+
+def _command(stages: list[dict[str, Any]]) -> str:
+    """What made the other seed: there is one command for each run, and only the first has a seed that matters."""
+    return "the same command" if len(stages) == 1 else "the first of these commands only"
+
 # %% ../nbs/core/06c_card.ipynb #c010
 def _ablation_text(folder: Path) -> str:
     """What the same recipe does without the mask, if it was measured."""
@@ -135,8 +148,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/core/06c_card.ipynb #c015
-def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
-    """In how far another `seed` shows the same table, in words.
+def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, command: str = "the same command") -> str:
+    """In how far another `seed`, trained by `command`, shows the same table, in words.
 
     The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
     """
@@ -145,7 +158,7 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
     verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
-    said = (f"The other seed was trained by the same command with `--seed {seed}` and is not shipped. "
+    said = (f"The other seed was trained by {command} with `--seed {seed}` and is not shipped. "
             f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
@@ -167,7 +180,7 @@ def model_card(folder: str | Path) -> str:
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
         table=_markdown(table, *(other for other, _ in others)),
-        seeds="".join(f"\n\n{agreement(table, other, seed)}" for other, seed in others),
+        seeds="".join(f"\n\n{agreement(table, other, seed, _command(stages))}" for other, seed in others), again=_again(stages),
         stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
         handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
         plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"], seed=first["seed"],

@@ -419,9 +419,9 @@ BEHAVIOURS = {"mention": 0.09, "select": 0.08, "register": 0.09, "aside": 0.05, 
               "icl": 0.09, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.06, "lexical": 0.06, "ioi": 0.01,
               "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.04, "docstring": 0.04, "pronoun": 0.02,
               "sentiment": 0.03}
-MIXTURE = {"mention": 0.07, "select": 0.07, "register": 0.07, "aside": 0.04, "fact": 0.05, "bio": 0.05, "clause": 0.05,
-           "fact_list": 0.02, "icl": 0.08, "zero_shot": 0.05, "list": 0.11, "task_sentence": 0.07, "lexical": 0.06,
-           "ioi": 0.01, "ioi_mixed": 0.05, "greater_than": 0.04, "induction": 0.03, "docstring": 0.03, "pronoun": 0.02,
+MIXTURE = {"mention": 0.07, "select": 0.06, "register": 0.06, "aside": 0.04, "fact": 0.04, "bio": 0.05, "clause": 0.07,
+           "fact_list": 0.02, "icl": 0.08, "zero_shot": 0.05, "list": 0.13, "task_sentence": 0.07, "lexical": 0.06,
+           "ioi": 0.01, "ioi_mixed": 0.04, "greater_than": 0.04, "induction": 0.03, "docstring": 0.03, "pronoun": 0.02,
            "sentiment": 0.03}
 
 # %% ../nbs/core/05b_corpus.ipynb #c043

@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _linear(grads[0], ctx.back.contiguous(), None), None, None, None
+        return _linear(grads[0], ctx.back, None), None, None, None
 
 # %% ../nbs/core/07_kernels.ipynb #c006
 OFTEN = 16  # calls after which arranging the weights once has surely paid
@@ -48,36 +48,47 @@ class _Weights:
     def now(self) -> Tensor:
         """The weights, arranged once they have been asked for often enough; the products are the same to the bit."""
         self.calls += 1
-        if self.calls == 1:
-            self.weight = self.weight.contiguous()
         if self.calls == OFTEN and self.may_copy:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
         return self.weight
 
 # %% ../nbs/core/07_kernels.ipynb #c007
 _TWICE = 2 * (2 / math.pi) ** 0.5
+_INSIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere oneDNN's activation is slow
 
 
 def _gelu(x: Tensor) -> Tensor:
     """GPT-2's activation: (1 + tanh u) / 2 is the logistic function of 2u. Both forms are within 6e-7 of float64."""
     if x.requires_grad:
         return nn.functional.gelu(x, approximate="tanh")
-    return (x * x).mul_(0.044715 * _TWICE).add_(_TWICE).mul_(x).sigmoid_().mul_(x)
+    return x * _logistic(x)
 
 
+def _logistic(x: Tensor) -> Tensor:
+    return torch.addcmul(x.new_tensor(_TWICE), x, x, value=0.044715 * _TWICE).mul_(x).sigmoid_()
+
+
+def _up(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The first product of GPT-2's MLP and its activation."""
+    if _INSIDE:
+        return _linear(x, weight, bias, ("gelu", "tanh"))
+    h = _linear(x, weight, bias)
+    return h.mul_(_logistic(h))
+
+# %% ../nbs/core/07_kernels.ipynb #c007a
 def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
-    """GPT-2's MLP, its activation made inside the first product; as it was for gradients, and if its parts are watched."""
+    """GPT-2's MLP, product and activation in one; as it was for gradients, and if its parts are watched."""
     plain, weights = mlp.forward, _Weights(mlp.c_fc.weight.detach().t(), may_copy=True)
 
     def forward(x: Tensor) -> Tensor:
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in (mlp.c_fc, mlp.act))
         if watched or mlp.training or x.requires_grad:
             return plain(x)
-        return mlp.c_proj(_linear(x, weights.now(), mlp.c_fc.bias, ("gelu", "tanh")))
+        return mlp.c_proj(_up(x, weights.now(), mlp.c_fc.bias))
 
     return forward
 
-
+# %% ../nbs/core/07_kernels.ipynb #c007b
 def _forward(module: nn.Module, unembed: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A faster forward for a linear layer, GPT-2's MLP or its activation, or `None` if the module is something else."""
     kind = type(module).__name__

@@ -86,9 +86,9 @@ class Recipe(Shape):
 
 # %% ../nbs/core/06_mini.ipynb #c006
 def going_on(start: str | Path, tokens: int = 5_000_000, **changes: Any) -> Recipe:
-    """A recipe that trains a finished model further, on the last mixture and at half the learning rate."""
+    """A recipe that trains a finished model further: the last mixture, half the learning rate, no early reading of facts."""
     gentle = {"adam_lr": Recipe.adam_lr / 2, "muon_lr": Recipe.muon_lr / 2, "warmup": 40, "decay": 0.8, "foundation": 0.0,
-              "variety": 0.0, "plant": 0.0}
+              "variety": 0.0, "plant": 0.0, "lens": 0.0}
     return Recipe(tokens=tokens, start=str(start), **(gentle | changes))
 
 
@@ -321,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--masked", type=float, default=Recipe.masked, help="share of rows with the mask (0: ablation)")
     t.add_argument("--planted", type=float, default=Recipe.planted, help="weight of the planted neurons (0: ablation)")
     t.add_argument("--sparsity", type=float, default=Recipe.sparsity, help="price of a neuron's activity (0: ablation)")
-    t.add_argument("--lens", type=float, default=Recipe.lens, help="weight of facts that are read early (0: ablation)")
+    t.add_argument("--lens", type=float, default=None, help="weight of facts that are read early (0: ablation)")
     t.add_argument("--start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
@@ -334,8 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m mechtut.mini train --out DIR` and `evaluate --folder DIR`."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        asked = {k: getattr(args, k) for k in ("seed", "masked", "planted", "sparsity", "lens")}
-        asked |= {"tokens": args.tokens} if args.tokens else {}
+        names = ("seed", "masked", "planted", "sparsity", "lens", "tokens")
+        asked = {k: value for k in names if (value := getattr(args, k)) is not None}
         recipe = going_on(args.start, **asked) if args.start else Recipe(**asked)
         run = train(args.out, recipe, stop_at=args.stop_at)
         print(f"step {run.step} of {run.recipe.steps}; model in {args.out / 'model'}" if run.step >= run.recipe.steps

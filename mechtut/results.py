@@ -11,6 +11,7 @@ import platform
 import subprocess
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -29,13 +30,18 @@ def provenance(model: Model, **arguments: Any) -> dict[str, Any]:
         "weights": weight_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "versions": {p: version(p) for p in ("mechtut", "torch", "transformers")} | {"python": platform.python_version()},
+        "versions": _versions() | {"python": platform.python_version()},
         "commit": _commit(),
         "arguments": {k: _plain(v) for k, v in arguments.items()},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 # %% ../nbs/core/03_results.ipynb #c005
+@cache  # a search of half a second would notice
+def _versions() -> dict[str, str]:
+    return {p: version(p) for p in ("mechtut", "torch", "transformers")}
+
+
 def _commit() -> str | None:
     try:
         out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)

@@ -91,7 +91,10 @@ class Projection:
 # %% ../nbs/core/14d_steps.ipynb #c008
 @dataclass(frozen=True)
 class Heads:
-    """Heads computed together, with their q, k, v and z as the stage began. `updates`: (part, projection, to, from)."""
+    """Heads computed together, with their q, k, v and z as the stage began.
+
+    `updates` are (part, number of the projection, which of these heads, which of the projection's); `None`: all in order.
+    """
 
     index: Tensor
     wide: bool
@@ -100,14 +103,20 @@ class Heads:
     weight: Tensor
     gain: Tensor | None
     mask: Tensor
-    updates: list[tuple[str, int, Tensor, Tensor]]
+    updates: list[tuple[str, int, Tensor | None, Tensor | None]]
 
     def run(self, state: "State", layer: int, new: Sequence[Tensor], copies: int) -> tuple[Tensor, Tensor]:
         """These heads' z, and what they write differently."""
-        values, start = {part: _repeated(x, copies) for part, x in self.values.items()}, state.window.start
+        values = dict(self.values)
         for part, number, to, source in self.updates:
-            values[part] = values[part].clone()
-            values[part][to, :, 0 if part == "q" else start :] = new[number][source]
+            fresh, start = new[number] if source is None else new[number][source], 0 if part == "q" else state.window.start
+            if to is not None or start:
+                all_of_it = values[part].repeat(1, copies, 1, 1)
+                all_of_it[slice(None) if to is None else to, :, start:] = fresh
+                fresh = all_of_it
+            values[part] = fresh
+        updated = {part for part, *_ in self.updates}
+        values |= {part: _repeated(x, copies) for part, x in self.values.items() if part not in updated}
         z = attend(state.contrast.wiring, layer, values["q"], values["k"], values["v"], self.mask)
         change = torch.bmm((z - _repeated(self.z, copies)).flatten(1, 2), self.weight).unflatten(1, z.shape[1:3])
         return z, change if self.gain is None else change * _repeated(self.gain[None], copies)
@@ -342,7 +351,7 @@ def _add_group(plan: Plan, step: AttentionStep, heads: list[int], wide: bool, by
         to = [i for i, h in enumerate(asked[part]) if h in fresh[part]]
         source = [fresh[part].index(asked[part][i]) for i in to]
         if to:
-            updates.append((part, number, torch.tensor(to, device=device), torch.tensor(source, device=device)))
+            updates.append((part, number, _some(to, len(heads), device), _some(source, len(fresh[part]), device)))
     index, now = torch.tensor(heads, device=device), state.qkv[layer]
     rows = slice(None) if wide else window.seen
     gain = state.contrast.clean.gains[layer]
@@ -351,3 +360,8 @@ def _add_group(plan: Plan, step: AttentionStep, heads: list[int], wide: bool, by
         index, wide, values, state.z[layer][index][:, :, rows], wiring.outputs[layer][index],
         None if gain is None else gain[:, window.rows][:, rows], wiring.masks[layer][window.rows][rows], updates,
     ))  # fmt: skip
+
+# %% ../nbs/core/14d_steps.ipynb #c019a
+def _some(numbers: list[int], n: int, device: torch.device) -> Tensor | None:
+    """These of `n` as an index; `None` for all of them in order."""
+    return None if numbers == [*range(n)] else torch.tensor(numbers, device=device)

@@ -121,9 +121,9 @@ def test_rebuilding_the_state_changes_nothing(seed, kind):
         for parent in contrast.graph.parents(receiver):
             edge = Edge(parent, receiver)
             if pruner.without([edge])[0] is not None and draw_number.random() < 0.5 and parent != "m2":
-                assert pruner.accept(edge)
+                pruner.accept(edge)
                 cuts.set(edge, False)
-        pruner.finish()
+        pruner.finish(receiver)
     before = {name: x.clone() for name, x in pruner.state.x.items()}
     pruner.rebuild()
     assert before.keys() == pruner.state.x.keys()
@@ -348,18 +348,61 @@ def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
     for node in ("out", "m1.in", "a1.0.v_in"):
         edges = [Edge(parent, node) for parent in contrast.graph.parents(node)]
         ahead, alone = (Pruner(contrast, Cuts(contrast.graph)) for _ in range(2))
-        ahead.begin("out"), alone.begin("out")
-        if node != "out":
-            for pruner in (ahead, alone):
-                pruner.finish()
+        for pruner in (ahead, alone):
+            pruner.begin("out")
+            if node != "out":
+                pruner.finish("out")
                 pruner.begin(node)
         many = ahead.without(edges[:3])
         for edge, metric in zip(edges[:3], many, strict=True):
             assert alone.without([edge])[0] == pytest.approx(metric, abs=1e-12)  # float64
-            assert alone.accept(edge)
-        assert not ahead.accept(edges[1]), "not before the first"
-        assert ahead.accept(edges[0]) and ahead.accept(edges[1]) and not ahead.accept(edges[0])
-        assert ahead.without([edges[2]])[0] == pytest.approx(many[2], abs=1e-12)
+            alone.accept(edge)
+        ahead.accept(edges[0]), ahead.accept(edges[1])
+        assert ahead.has(node) and ahead.without([edges[2]])[0] == pytest.approx(many[2], abs=1e-12)
+        ahead.without(edges[:3])
+        ahead.accept(edges[1])  # not before the first: nobody knows what follows
+        assert not ahead.has(node) and ahead.stale
+        with pytest.raises(ValueError, match=f"begin {node}"):
+            ahead.without(edges[:3])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("length", [5, 60])  # with room for several circuits in a pass, and (in all rows) without
+def test_heads_whose_only_edges_are_tested_in_one_pass(kind, length):
+    """Every group of nodes with one edge each, with random decisions: each number is that of a plain forward pass."""
+    clean, corrupted = prompts(length=length)
+    contrast = Contrast(model_of(kind), clean, corrupted, "kl", "last")
+    cuts, draw, shared = Cuts(contrast.graph), random.Random(0), 0
+    pruner, graph = Pruner(contrast, cuts), contrast.graph
+    for receiver in visits(graph):
+        if receiver in graph.receiver_index and not receiver.startswith("a0"):
+            pruner.begin(receiver)
+            pruner.finish(receiver)
+    for part in ("v", "k", "q", "v_in", "k_in", "q_in"):
+        nodes, stream = [f"a0.{h}.{part}" for h in reversed(range(graph.count(part)))], part.endswith("_in")
+        edges = [Edge(graph.parents(n)[0] if stream else f"{n}_in", n) for n in nodes]
+        edges = [e for e in edges if not stream or cuts.has(Edge(e.child, e.child.removesuffix("_in")))]  # heard
+        while edges:
+            pruner.begin(edges[0].child, [e.child for e in edges[1:]])
+            asked = [e for e in edges if pruner.has(e.child)]
+            shared += len(asked) > 1
+            alone = draw.random() < 0.5
+            for edge, found in zip(asked, pruner.without(asked, alone=alone), strict=True):
+                cuts.set(edge, False)
+                assert found == pytest.approx(circuit_metric(contrast, cuts), abs=2e-9)  # some norms are in float32
+                cuts.set(edge, alone)
+            goes = draw.choice(asked) if alone else asked[0]
+            for edge in asked:
+                cuts.set(edge, edge != goes)
+            pruner.accept(goes)
+            for edge in asked:
+                pruner.finish(edge.child)
+            edges = edges[len(asked) :]
+    before = {name: x.clone() for name, x in pruner.state.x.items()}
+    pruner.rebuild()
+    worst = {name: float((before[name] - x).abs().max()) for name, x in pruner.state.x.items()}
+    assert max(worst.values()) < 1e-6, worst
+    assert shared, "nothing was tested together"
 
 
 def test_positions():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from mechtut import kernels
 from mechtut.kernels import OFTEN, fast_matmul, onednn_available
 from mechtut.models import load_model
 
@@ -46,8 +47,13 @@ def test_activation_is_the_same_function():
 
 
 @pytest.mark.skipif(not onednn_available(), reason="this PyTorch cannot run linear layers through oneDNN")
-def test_mlp_with_its_activation_inside_the_first_product():
-    """Against float64, at values far from zero too; the bound is float32 rounding in sums of 768 terms."""
+@pytest.mark.parametrize("inside", [True, False])
+def test_mlp_and_its_activation(inside, monkeypatch):
+    """Inside the first product or behind it, against float64, at values far from zero too.
+
+    The bound is float32 rounding in sums of 768 terms.
+    """
+    monkeypatch.setattr(kernels, "_INSIDE", inside)
     mlp = MINI.hf.transformer.h[2].mlp
     x = 4 * torch.randn(50, MINI.d_model, generator=torch.Generator().manual_seed(1))
     exact = copy.deepcopy(mlp).double()(x.double())
