@@ -236,7 +236,7 @@ def _aside_doc(world: World, rng: random.Random) -> Parts:
 
 # %% ../nbs/core/05b_corpus.ipynb #c021
 def _clause_doc(world: World, rng: random.Random) -> Parts:
-    """Facts at the end of a relative clause."""
+    """Facts at the end of a relative clause, or behind a purpose ("To paint ... they travel to")."""
     parts: Parts = []
     for _ in range(rng.choice([1, 2, 2, 3])):
         s = rng.choice(list(world.by_subject))

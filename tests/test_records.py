@@ -202,7 +202,7 @@ def test_another_corpus_or_model_is_refused(model, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus():
-    """Python's and numpy's memory for the excerpts' tokens, and the tensors kept: the same for 1,000 and 9,000 excerpts."""
+    """Python's and numpy's memory for the excerpts' tokens, and the tensors kept: the same for 5,000 and 20,000 excerpts."""
     model = load_model(tiny("gpt2", n_layer=2))
 
     def stream(n):
@@ -210,7 +210,7 @@ def test_memory_does_not_grow_with_the_corpus():
             yield rows(50, 8, seed=i)
 
     sizes, kept = [], []
-    for n in (1000, 9000):
+    for n in (5000, 20_000):  # at 1,000 the first excerpts are still being collected
         tracemalloc.start()
         records = collect(model, stream(n), n_tokens=8, n_top=2, n_random=2, n_quantiles=2, progress=False, batch_size=50)
         sizes.append(tracemalloc.get_traced_memory()[1])
@@ -218,8 +218,8 @@ def test_memory_does_not_grow_with_the_corpus():
         kept.append({(i, name): v.nbytes for i, state in records.kept.states.items() for name, v in state.items()})
         # each of 128 neurons of two layers refers to at most 2 top excerpts, and all of them to the same random sample
         assert records.n_excerpts == n and len(records.kept.excerpts) <= 2 * 128 * 2 + records.plan.n_pool
-    assert kept[0] == kept[1], "9 times the corpus, and not a byte more in any tensor of any layer"
-    assert sizes[1] < 2.5 * sizes[0], "9 times the corpus; token rows are forgotten once nothing needs them"
+    assert kept[0] == kept[1], "4 times the corpus, and not a byte more in any tensor of any layer"
+    assert sizes[1] < 1.5 * sizes[0], "4 times the corpus; token rows are forgotten once nothing needs them"
 
 
 def test_texts_are_joined_and_cut():
