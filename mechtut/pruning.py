@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contrast import Contrast, Cuts
 from .graph import Edge, feeds, layer_of
-from .steps import Changes, MLPStep, Plan, State, attention_step, mlp_now
+from .steps import AttentionStep, Changes, MLPStep, Plan, State, attention_step, mlp_now
 from .wiring import projector
 
 # %% ../nbs/core/14e_pruning.ipynb #c004
@@ -109,7 +109,7 @@ class Pruner(_Staged):
         if not stage.copies:
             return [None] * len(edges)
         self.n_evaluations += len(stage.copies)
-        logits = self.contrast.read(stage.run(torch.cat(stage.copies, dim=1)))
+        logits = self.contrast.read(stage.run())
         found = self.contrast.metric.each(logits, len(stage.copies))
         return [None if number is None else found[number] for number in asked]
 
@@ -167,12 +167,10 @@ def _rebuild_layer(plan: Plan, layer: int, changes: Changes) -> None:
 
 # %% ../nbs/core/14e_pruning.ipynb #c010
 class _Stage:
-    """The tests of some nodes: their values without some edges, what follows from these, and which cuts are accepted.
-
-    Values are `[node, batch, row, d]`; those of several circuits stand one after the other in the batch.
-    """
+    """The tests of some nodes: their values without some edges, what follows from these, and which cuts are accepted."""
 
     behind = False  # whether edges are gone already that the state does not know of
+    n_own = 0  # of the first steps, those that a stage makes part of the state by itself
 
     def __init__(self, state: State, nodes: list[str], readers: list[str]):
         self.state, self.nodes = state, nodes
@@ -180,20 +178,20 @@ class _Stage:
         self.plan = _plan(state, readers)
         self.out = self.plan.mix(["out"]) if self.plan else None
         self.asked: list[tuple[Edge, int | None]] = []  # with the number of the copy, if the edge makes a difference
-        self.copies: list[Tensor] = []  # the nodes' values without some of those edges
+        self.copies: list[Tensor] = []  # what stands for the nodes' values without some of those edges
         self.alone = False  # whether each of them is without one edge only
         self.accepted: tuple[list, Tensor] | None = None
 
     def start(self, readers: list[str]) -> Tensor:
-        """The nodes' values as the stage begins."""
+        """What stands for the nodes' values as the stage begins."""
         raise NotImplementedError
 
     def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
-        """The nodes' values without one more edge; `None` if it carries the same in both runs."""
+        """The same without one more edge; `None` if it carries the same in both runs."""
         raise NotImplementedError
 
-    def give(self, first: Any, changes: Changes, value: Tensor) -> None:
-        """Run the first step with these values."""
+    def give(self, first: Any, changes: Changes) -> None:
+        """Run the first step on all copies."""
         raise NotImplementedError
 
 # %% ../nbs/core/14e_pruning.ipynb #c011
@@ -228,13 +226,13 @@ class _StageRuns(_Stage):
             self.asked.append((edge, None if without is None else len(self.copies) - 1))
         return [number for _, number in self.asked]
 
-    def run(self, value: Float[Tensor, "n batch row d"]) -> Float[Tensor, "batch read d"]:
-        """The last stream if the nodes have these values."""
+    def run(self) -> Float[Tensor, "batch read d"]:
+        """The last stream of every copy, one after the other in the batch."""
         if self.plan is None or self.out is None:
-            return value[0]
+            return torch.cat(self.copies)
         changes = Changes(self.state.window, len(self.copies))
         first, *rest = self.plan.steps
-        self.give(first, changes, value)
+        self.give(first, changes)
         for step in rest:
             step.run(self.state, changes)
         self.last_out = self.out(changes)[0]
@@ -255,7 +253,7 @@ class _StageCuts(_StageRuns):
             self.current = self.copies[number]
             if self.plan is not None:
                 out = self.last_out.chunk(n)[number]
-                self.accepted = [(step, step.one(number, n)) for step in self.plan.steps], out
+                self.accepted = [(step, step.one(number, n)) for step in self.plan.steps[self.n_own :]], out
         return True
 
     def commit(self) -> None:
@@ -278,55 +276,79 @@ class _Reader(_StageCuts):
         already = _taken_away(self.state, readers[0])
         self.behind = isinstance(already, Tensor)
         clean = self.state.clean_stream(readers[0])
-        return (clean - already if self.behind else clean)[None]
+        return clean - already if self.behind else clean
 
     def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
         difference = self.state.difference(self.state.graph.sender_index[edge.parent], self.wide)
         return value - difference if difference.any() else None
 
-    def give(self, first: Any, changes: Changes, value: Tensor) -> None:
-        first.run(self.state, changes, [value])
+    def give(self, first: Any, changes: Changes) -> None:
+        first.run(self.state, changes, [torch.cat(self.copies)[None]])
 
     def commit(self) -> None:
         super().commit()
-        self.state.x[self.nodes[0]] = self.current[0]
+        self.state.x[self.nodes[0]] = self.current
 
 # %% ../nbs/core/14e_pruning.ipynb #c013a
-class _Inputs(_StageCuts):
-    """Queries, keys or values of some heads of a layer, or the streams that they are made of, with one edge each."""
+class _OneEdgeEach(_StageCuts):
+    """Queries, keys or values of some heads of a layer, or the streams that they are made of, with one edge each.
+
+    The heads of a layer do not hear each other, so each is computed once without its edge; a copy says which of them are.
+    """
+
+    n_own = 1
 
     def __init__(self, state: State, nodes: list[str]):
         self.direct = nodes[0] not in state.graph.receiver_index
         self.by_head = sorted(nodes, key=lambda node: int(node.split(".")[1]))  # the order in which a step takes them
         super().__init__(state, nodes, [f"{n}_in" if self.direct else n for n in self.by_head])
+        if self.plan is None or not isinstance(first := self.plan.steps[0], AttentionStep):
+            raise TypeError(f"{nodes[0]} is not read by attention")
+        self.first = first
+        self.moved = [group.run(state, self.first.layer, [self.without], 1) for group in self.first.groups]
+        self.whose = [_nodes_of(state, group.index.tolist(), self.by_head) for group in self.first.groups]
 
     def start(self, readers: list[str]) -> Tensor:
         state, part = self.state, readers[0].split(".")[2][0]
         layer, heads = layer_of(readers[0]) or 0, [int(reader.split(".")[1]) for reader in readers]
         rows = _needed_rows(state, readers[0])
-        now = state.qkv[layer][part][heads][:, :, rows]
+        self.now = state.qkv[layer][part][heads][:, :, rows]
         if self.direct:
             self.without = state.contrast.corrupted_qkv[layer][part][heads][:, :, rows]
-            self.same = [torch.equal(x, y) for x, y in zip(now, self.without, strict=True)]
+            self.same = [torch.equal(x, y) for x, y in zip(self.now, self.without, strict=True)]
         else:
             self.without, self.same = _project_without(state, readers, part, layer, heads)
-        return now
+        return torch.zeros(len(readers), dtype=torch.bool, device=self.now.device)
 
     def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
         i = self.by_head.index(edge.child)
-        if self.same[i]:
-            return None
-        value = value.clone()
-        value[i] = self.without[i]
-        return value
+        return None if self.same[i] else value.index_fill(0, torch.tensor([i], device=value.device), True)
 
-    def give(self, first: Any, changes: Changes, value: Tensor) -> None:
-        first.run(self.state, changes, [], [value])
+# %% ../nbs/core/14e_pruning.ipynb #c013f
+class _Inputs(_OneEdgeEach):
+    """What follows from any number of these edges."""
+
+    def give(self, first: Any, changes: Changes) -> None:
+        gone = torch.stack(self.copies, dim=1)  # [node, copy]
+        for group, nodes, (_, change) in zip(first.groups, self.whose, self.moved, strict=True):
+            changes.push((change[:, None] * gone[nodes, :, None, None, None]).flatten(1, 2), group.wide)
 
     def commit(self) -> None:
         super().commit()
+        if self.accepted is not None:
+            gone = self.current[:, None, None, None]
+            zs = [torch.where(gone[nodes], z, group.z)
+                  for group, nodes, (z, _) in zip(self.first.groups, self.whose, self.moved, strict=True)]
+            self.first.commit(self.state, ([], [torch.where(gone, self.without, self.now)], zs))
         for node in [] if self.direct else self.nodes:
             self.state.x[node] = self.state.clean_stream(node) - _taken_away(self.state, node)
+
+# %% ../nbs/core/14e_pruning.ipynb #c013e
+def _nodes_of(state: State, heads: list[int], nodes: list[str]) -> list[int]:
+    """For each head, which of the nodes is its query, or the key or value that it reads."""
+    own = [int(node.split(".")[1]) for node in nodes]
+    kv = state.contrast.wiring.kv_of_head
+    return [own.index(h if nodes[0].split(".")[2][0] == "q" else int(kv[h])) for h in heads]
 
 # %% ../nbs/core/14e_pruning.ipynb #c013d
 def _needed_rows(state: State, reader: str) -> slice | Tensor:
