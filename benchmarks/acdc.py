@@ -5,9 +5,9 @@
 A seeded model of 4 layers x 8 heads x 256 (1,615 edges), 24 pairs of prompts of 12 random tokens, KL at the last token.
 The plain search runs the whole graph for every edge, to the end, in three ways: reader by reader, as the paper's rules
 and the authors' hooks do it, with stock kernels; all heads of a layer at once; and that with oneDNN too (the search itself
-always has it). `--first-difference` is the position from which on the two prompts of a pair differ (0: everywhere). Prints
-CPU seconds, whether the logs are identical, and two ratios: the searches alone, each given its two reference runs, and
-both with the making of these runs included.
+always has it). The search runs `--rounds` times before them and as often after them. `--first-difference` is the position
+from which on the two prompts of a pair differ (0: everywhere). Prints CPU seconds, whether the logs are identical, and two
+ratios: the searches alone, each given its two reference runs, and both with the making of these runs included.
 """
 
 import argparse
@@ -123,25 +123,31 @@ def compare(args: argparse.Namespace) -> None:
         "plain's runs": lambda: Contrast(model, clean, corrupted, trim=False),
     }
     circuit: Circuit = ours["whole"]()  # imports and buffers
-    rounds = [{name: measure(function)[0] for name, function in ours.items()} for _ in range(args.rounds)]
-    seconds = {name: statistics.median(r[name] for r in rounds) for name in ours}
-    print(f"{args.threads} thread(s), {len(whole.graph.edges)} edges, 24 x 12 tokens, pairs differ from "
-          f"{args.first_difference} on, threshold {args.threshold:g}: {len(circuit.log)} edges tested, "
-          f"{len(circuit.edges)} kept; load {os.getloadavg()[0]:.1f}")  # fmt: skip
-    print(f"search alone {seconds['alone']:.2f} CPU s, with its reference runs {seconds['whole']:.2f} CPU s")
     ways = {
         "plain, reader by reader, stock     ": (readers_one_by_one(whole), False),
         "plain, all heads at once, stock    ": (lambda cuts: circuit_metric(whole, cuts, everything=True), False),
         "plain, all heads at once, oneDNN   ": (lambda cuts: circuit_metric(whole, cuts, everything=True), True),
     }
+
+    def rounds() -> list[dict[str, float]]:
+        return [{name: measure(function)[0] for name, function in ours.items()} for _ in range(args.rounds)]
+
+    before, plain = rounds(), {}
     for name, (forward, kernels) in ways.items():
         with fast_matmul(model, kernels):
             forward(Cuts(whole.graph))
-            plain, log = measure(lambda forward=forward: plain_search(whole, args.threshold, forward))
+            plain[name] = measure(lambda forward=forward: plain_search(whole, args.threshold, forward))
+    every = [*before, *rounds()]  # a shared machine changes its pace
+    seconds = {name: statistics.median(r[name] for r in every) for name in ours}
+    print(f"{args.threads} thread(s), {len(whole.graph.edges)} edges, 24 x 12 tokens, pairs differ from "
+          f"{args.first_difference} on, threshold {args.threshold:g}: {len(circuit.log)} edges tested, "
+          f"{len(circuit.edges)} kept; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(f"search alone {seconds['alone']:.2f} CPU s, with its reference runs {seconds['whole']:.2f} CPU s")
+    for name, (took, log) in plain.items():
         same = [(s.parent, s.child, s.kept) for s in circuit.log] == [row[:3] for row in log]
         worst = max(abs(s.delta - d) for s, (*_, d) in zip(circuit.log, log, strict=False))
-        both = (plain + seconds["plain's runs"]) / seconds["whole"]
-        print(f"{name}{plain:8.2f} CPU s ({1000 * plain / len(log):.1f} ms per edge), {plain / seconds['alone']:.0f}x alone,"
+        both = (took + seconds["plain's runs"]) / seconds["whole"]
+        print(f"{name}{took:8.2f} CPU s ({1000 * took / len(log):.1f} ms per edge), {took / seconds['alone']:.0f}x alone,"
               f" {both:.0f}x with the runs; identical logs: {same}, largest difference of a change {worst:.1e}")  # fmt: skip
 
 

@@ -8,6 +8,7 @@ __all__ = ['NOISE', 'Rules', 'hash_edge', 'acdc', 'search', 'sweep']
 # %% ../nbs/papers/30_acdc.ipynb #c013
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class _Guess:
     """What the next decisions will be: that edges go; after two that stayed, that edges stay."""
 
     def __init__(self) -> None:
-        self.ahead, self.in_a_row = 4, 0  # how many edges to look at in one pass, and how many stayed just now
+        self.ahead, self.in_a_row = 3, 0  # how many edges to look at in one pass, and how many stayed just now
 
     @property
     def stays(self) -> bool:
@@ -66,7 +67,7 @@ class _Guess:
 
     def begin(self) -> None:
         """Other edges are coming."""
-        self.ahead = 4
+        self.ahead = 3
 
     def pass_done(self) -> None:
         """Go further each time."""
@@ -218,6 +219,7 @@ def _without(search: _Search, edge: Edge) -> float:
 NOISE = 8  # in units of the type's last digit: below this, a difference of two metrics may be rounding
 
 
+@cache
 def hash_edge(edge: Edge) -> int:
     """A number for an edge, the same in every process."""
     return int(fingerprint(edge.parent, edge.child), 16)
