@@ -13,7 +13,7 @@ import argparse
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from common import gpt2_small, measure
 
 from mechtut.acdc import Rules, search
 from mechtut.contrast import Contrast, Cuts, circuit_metric
+from mechtut.graph import Edge
 from mechtut.kernels import fast_matmul
 from mechtut.models import Model
 from mechtut.pruning import Pruner
@@ -41,16 +42,16 @@ def pairs(n: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def counted(minutes: float, limit: int) -> list[int]:
-    """From now on, count the tests that are run in the only entry of this list, and raise `Enough` in time."""
+    """From now on, count the edges that are asked about in the only entry of this list, and raise `Enough` in time."""
     count, until, without = [0], time.monotonic() + 60 * minutes, Pruner.without
 
-    def one_more(pruner: Pruner, edge) -> float | None:
+    def some_more(pruner: Pruner, edges: Sequence[Edge], alone: bool = False) -> list[float | None]:
         if count[0] >= limit or time.monotonic() > until:
             raise Enough
-        count[0] += 1
-        return without(pruner, edge)
+        count[0] += len(edges)
+        return without(pruner, edges, alone)
 
-    Pruner.without = one_more  # type: ignore[method-assign]
+    Pruner.without = some_more  # type: ignore[method-assign]
     return count
 
 

@@ -132,11 +132,10 @@ class AttentionStep:
     groups: list[Heads] = field(default_factory=list)
     last: tuple = ()
 
-    def run(self, state: "State", changes: Changes, streams: Sequence[Tensor] | None = None,
-            new: Sequence[Tensor] | None = None) -> None:  # fmt: skip
+    def run(self, state: "State", changes: Changes, streams: Sequence[Tensor] | None = None) -> None:
         """Compute the heads, push what they change, and remember what was computed in `last`."""
         streams = [mix(changes) for mix in self.sources] if streams is None else streams
-        new = [p(streams) for p in self.projections] if new is None else new
+        new = [p(streams) for p in self.projections]
         done = [group.run(state, self.layer, new, changes.copies) for group in self.groups]
         for group, (_, change) in zip(self.groups, done, strict=True):
             changes.push(change, group.wide)
