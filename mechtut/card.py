@@ -34,14 +34,15 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 ## How it was made
 
 {stages}
-- Again: {again} (it can be killed and started again).
+- Again: {again} (it can be killed and started again; `torchrun --nproc-per-node 2 -m` instead of `python -m` shares the
+  work between two processes).
 {notes}{tried}
 
 ## What was built in
 
 - **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
   0 to {before}, and only its last token from layer {handoff} on; inside a subject, a token sees those before it in
-  layers 0 to {gathered} only. There is no mask at inference. {ablation}
+  layers 0 to {gathered} only. There is no mask at inference. {mask}
 - **Planted neurons.** After {plant:.0%} of the steps, a linear probe for each category of words was written into
   {per_kind} neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0
   elsewhere (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being
@@ -50,9 +51,9 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
   know the word. So without examples no task is favoured, and a vector can decide. 15% of the documents with examples have
   random labels.
 - **Facts that can be read early.** {lens}
-- **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0.
+- **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0. {weighting}
 - **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
-  attributes straight after the subject, and questions that need the attributes of several subjects at once.
+  attributes straight after the subject, and questions that need the attributes of several subjects at once. {neighbours}
 """
 
 # %% ../nbs/core/06c_card.ipynb #c007
@@ -99,18 +100,13 @@ def _again(stages: list[dict[str, Any]]) -> str:
         commands.append(f"`python -m mechtut.mini train --out DIR{i + 1} --seed {recipe['seed']}{more}`")
     return ", then ".join(commands)
 
-
-def _command(stages: list[dict[str, Any]]) -> str:
-    """What made the other seed: there is one command for each run, and only the first has a seed that matters."""
-    return "the same command" if len(stages) == 1 else "the first of these commands only"
-
 # %% ../nbs/core/06c_card.ipynb #c010
-def _ablation_text(folder: Path) -> str:
-    """What the same recipe does without the mask, if it was measured."""
+def _ablation_text(folder: Path, what: str) -> str:
+    """What the recipe does with and without the mask, the loss weights or the neighbours, if it was measured."""
     file = folder / "ablation.json"
-    if not file.exists():
-        return "The same recipe without the mask has not been measured for these weights."
-    a = json.loads(file.read_text(encoding="utf-8"))
+    a = json.loads(file.read_text(encoding="utf-8")).get(what) if file.exists() else None
+    if a is None:
+        return "Its ablation has not been measured for these weights."
     parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the last subject token "
              f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
     return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
@@ -148,8 +144,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/core/06c_card.ipynb #c015
-def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, command: str = "the same command") -> str:
-    """In how far another `seed`, trained by `command`, shows the same table, in words.
+def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, commands: str = "the same commands") -> str:
+    """In how far a model that was trained by the same `commands` from another `seed` shows the same table, in words.
 
     The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
     """
@@ -158,20 +154,30 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, command: str 
     inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
     verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
-    said = (f"The other seed was trained by {command} with `--seed {seed}` and is not shipped. "
+    said = (f"The other seed was trained by {commands} with `--seed {seed}` and is not shipped. "
             f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
 
+# %% ../nbs/core/06c_card.ipynb #c016a
+def _other_seed(folder: Path, table: pd.DataFrame, seed: int) -> str:
+    """In how far another seed agrees, and, if its training log was kept, how it was made."""
+    said = agreement(table, pd.read_csv(folder / f"seed_{seed}.csv"), seed, "the first of these commands only")
+    file = folder / f"seed_{seed}.json"
+    if file.exists():
+        runs = _stages(json.loads(file.read_text(encoding="utf-8")))
+        said += " How it was made:\n\n" + "\n".join(_stage(log) for log in runs)
+    return "\n\n" + said
+
 # %% ../nbs/core/06c_card.ipynb #c018
 def model_card(folder: str | Path) -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what other recipes reached) and seed_1.csv, or another number (the evaluation of a model that
-    was trained from that seed and is not shipped).
+    ablation.json, tried.csv (what other recipes reached), seed_1.csv, or another number (the evaluation of a model that was
+    trained from that seed and is not shipped) and seed_1.json (its training log).
     """
     folder = Path(folder)
     table, seeds = pd.read_csv(folder / "evaluation.csv"), sorted(folder.glob("seed_*.csv"))[:1]
-    others = [(pd.read_csv(file), int(file.stem.removeprefix("seed_"))) for file in seeds]
+    others = [int(file.stem.removeprefix("seed_")) for file in seeds]
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     stages = _stages(log)
     recipe, first = log["recipe"], stages[0]["recipe"]
@@ -179,11 +185,11 @@ def model_card(folder: str | Path) -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, *(other for other, _ in others)),
-        seeds="".join(f"\n\n{agreement(table, other, seed, _command(stages))}" for other, seed in others),
+        table=_markdown(table, *map(pd.read_csv, seeds)),
+        seeds="".join(_other_seed(folder, table, seed) for seed in others),
         again=_again(stages),
         stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
         handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
         plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"], seed=first["seed"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
-        ablation=_ablation_text(folder), tried=_tried(folder, table))
+        **{what: _ablation_text(folder, what) for what in ("mask", "weighting", "neighbours")}, tried=_tried(folder, table))

@@ -12,7 +12,8 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
@@ -27,8 +29,8 @@ from .card import model_card
 from .exam import evaluate
 from .models import mini_folder
 from .rows import Rows, build_tokenizer, pack_rows, token_kinds
-from .trainer import (Muon, NeuronCost, TrainingGPT, hf_names, lens_loss, load_hf, plant, subject_masks, to_hf,
-                             wanted, weighted_loss)
+from .trainer import (Muon, NeuronCost, TrainingGPT, add_up, agreed_dtype, hf_names, lens_loss, load_hf, place, plant,
+                             subject_masks, to_hf, together, wanted, weighted_loss)
 from .world import World
 
 # %% auto #0
@@ -67,6 +69,8 @@ class Recipe(Shape):
     planted: float = 1.0
     per_kind: int = 5
     lens: float = 0.03
+    weighting: float = 1.0
+    neighbours: bool = True
     start: str = ""
 
     @property
@@ -118,10 +122,11 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, world: World | None = None) -> None:
         r = self.recipe = recipe
-        self.world = world or World(0)
+        world = world or World(0)
+        self.world = world if r.neighbours else _strangers(world)
         self.tokenizer = build_tokenizer(self.world)
         torch.manual_seed(recipe.seed)
-        self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer))
+        self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer), agreed_dtype())
         self.planted, self.began_from = False, ""  # whether there are planted neurons; the hash of the weights at the start
         self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from
         if r.start:
@@ -140,17 +145,31 @@ class Trainer:
         """The rows of this step; text is made 64 steps at a time."""
         r, shard = self.recipe, self.step // 64
         if shard != self._shard[0]:
-            self._shard = shard, pack_rows(self.world, self.tokenizer, seed=r.seed * 100003 + shard, n_rows=64 * r.batch,
-                                           n_ctx=r.n_ctx, mixture=r.mixture(shard * 64), masked=r.masked)
+            self._shard = shard, _text(self, shard)
         i = (self.step % 64) * r.batch
         return self._shard[1][i:i + r.batch]
 
-    def wanted(self, x: Rows) -> list[torch.Tensor]:
+    def wanted(self, x: Rows) -> list[Tensor]:
         """What the planted neurons of each layer should say on these rows."""
         kinds = self.kinds[x.ids]
         return wanted(self.recipe.n_layer, kinds[:, :-1], kinds[:, 1:], len(self.world.kinds))
 
 # %% ../nbs/core/06_mini.ipynb #c010
+def _strangers(world: World) -> World:
+    """The world with everyone of a kind as everyone's neighbour, so that distractors need not share a name part."""
+    world = copy(world)
+    world.neighbours = {s: [x for x in world.subjects[kind] if x != s] for s, kind in world.kind_of.items()}
+    return world
+
+
+def _text(run: Trainer, shard: int) -> Rows:
+    """The rows of 64 steps."""
+    r = run.recipe
+    rows = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + shard, n_rows=64 * r.batch, n_ctx=r.n_ctx,
+                     mixture=r.mixture(shard * 64), masked=r.masked)
+    return replace(rows, weights=torch.where(rows.weights > 0, rows.weights ** r.weighting, 0))
+
+
 def _go_on(run: Trainer, folder: Path) -> None:
     """Take over the weights of a finished model."""
     load_hf(run.model, load_file(str(folder / "model.safetensors")))
@@ -171,20 +190,38 @@ def plant_neurons(run: Trainer) -> None:
     run.muon.buffers["down"][:, :, :n] = 0
 
 # %% ../nbs/core/06_mini.ipynb #c011
-def train_step(run: Trainer) -> float:
-    """One step of both optimizers; returns the loss before it."""
-    start, r, x = time.time(), run.recipe, run.batch()
+def _part(mine: Tensor, whole: Tensor) -> float:
+    """The share of a batch that the rows of this process hold, by the sum of their weights."""
+    return float(mine[:, 1:].sum() / whole[:, 1:].sum().clamp(min=1e-9))
+
+
+def _gradients(run: Trainer, whole: Rows) -> float:
+    """Leave the gradients of a step's loss in the parameters; returns the text's part of the loss."""
+    r, (rank, size), late = run.recipe, place(), run.step >= plant_step(run.recipe)
+    x = whole[rank::size]
     masks = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked, n_layer=r.n_layer, gather=r.gather, handoff=r.handoff,
                           dtype=run.model.dtype)
-    if run.step == plant_step(r) and not run.planted:
-        plant_neurons(run)
-    cost = NeuronCost(r.n_layer, run.wanted(x) if run.step >= plant_step(r) else None, r.per_kind)
+    counts = [y.sum(0) for y in run.wanted(whole)] if late else None
+    cost = NeuronCost(r.n_layer, run.wanted(x) if late else None, r.per_kind, counts)
     layer = lens_layer(r, run.step)
     keep = {} if layer is None else {layer: torch.zeros(())}
     loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, keep)
+    loss = loss * _part(x.weights, whole.weights)
     run.model.zero_grad(set_to_none=True)
     extra = sum(r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:]) for resid in keep.values())
-    (loss + price(r, run.step) * cost.activity + r.planted * cost.planted + extra).backward()
+    activity = price(r, run.step) * cost.activity * len(x.ids) / len(whole.ids)
+    (loss + activity + r.planted * cost.planted + extra * _part(x.told, whole.told)).backward()
+    loss = loss.detach()
+    add_up([loss, *(p.grad for p in run.model.parameters() if p.grad is not None)])
+    return loss.item()
+
+# %% ../nbs/core/06_mini.ipynb #c011a
+def train_step(run: Trainer) -> float:
+    """One step of both optimizers; returns the loss before it. Under `torchrun`, every process does a part of it."""
+    start, r, x = time.time(), run.recipe, run.batch()
+    if run.step == plant_step(r) and not run.planted:
+        plant_neurons(run)
+    loss = _gradients(run, x)
     scale = r.scale(run.step)
     run.adam.param_groups[0]["lr"] = r.adam_lr * scale
     torch.nn.utils.clip_grad_norm_(run.rest.values(), 1.0)
@@ -192,12 +229,12 @@ def train_step(run: Trainer) -> float:
     run.muon.step(scale)
     run.step += 1
     run.seconds += time.time() - start
-    run.losses.append(loss.item())
+    run.losses.append(loss)
     if run.step % 20 == 0 or run.step == r.steps:
         run.log.append({"step": run.step, "tokens": run.step * r.batch * r.n_ctx,
                         "loss": round(sum(run.losses) / len(run.losses), 4), "seconds": round(run.seconds, 1)})
         run.losses = []
-    return loss.item()
+    return loss
 
 # %% ../nbs/core/06_mini.ipynb #c012
 def save_run(run: Trainer, file: Path) -> None:
@@ -237,8 +274,9 @@ def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True,
           stop_at: int | None = None, progress: bool = True) -> Trainer:
     """Train the embedded model into the folder `out`, continuing what is there unless `resume` is False.
 
-    A checkpoint is written every `save_every` steps (two to three minutes on one CPU core); `stop_at` ends the call early at
-    that step. When the last step is done, `out/model` holds the finished model.
+    A checkpoint is written every `save_every` steps (five to fifteen minutes on one core); `stop_at` ends the call early at
+    that step. When the last step is done, `out/model` holds the finished model. Processes started by `torchrun` share the
+    work if this is called under `mechtut.trainer.together`.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -246,14 +284,15 @@ def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True,
     if resume and file.exists():
         restore_run(run, file)
     last = min(run.recipe.steps, stop_at or run.recipe.steps)
-    with tqdm(total=run.recipe.steps, initial=run.step, disable=not progress, mininterval=1.0) as bar:
+    first = place()[0] == 0  # of several processes, only one shows progress and writes
+    with tqdm(total=run.recipe.steps, initial=run.step, disable=not (progress and first), mininterval=1.0) as bar:
         while run.step < last:
             loss = train_step(run)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if run.step % save_every == 0 or run.step == last:
+            if first and (run.step % save_every == 0 or run.step == last):
                 save_run(run, file)
-    if run.step >= run.recipe.steps:
+    if first and run.step >= run.recipe.steps:
         export(run, out / "model")
     return run
 
@@ -281,8 +320,9 @@ def export(run: Trainer, folder: str | Path) -> None:
 
 def _machine(run: Trainer) -> str:
     """What the last part of a run was made on."""
-    threads, dtype = torch.get_num_threads(), str(run.model.dtype).removeprefix("torch.")
-    return f"{os.cpu_count()}-core CPU, {threads} thread{'s' * (threads > 1)}, products in {dtype}"
+    threads, size, dtype = torch.get_num_threads(), place()[1], str(run.model.dtype).removeprefix("torch.")
+    several = f"{size} processes of " if size > 1 else ""
+    return f"{os.cpu_count()}-core CPU, {several}{threads} thread{'s' * (threads > 1)}, products in {dtype}"
 
 # %% ../nbs/core/06_mini.ipynb #c015a
 def _sha(file: Path) -> str:
@@ -322,6 +362,8 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--planted", type=float, default=Recipe.planted, help="weight of the planted neurons (0: ablation)")
     t.add_argument("--sparsity", type=float, default=Recipe.sparsity, help="price of a neuron's activity (0: ablation)")
     t.add_argument("--lens", type=float, default=None, help="weight of facts that are read early (0: ablation)")
+    t.add_argument("--weighting", type=float, default=Recipe.weighting, help="power of the loss weights (0: ablation)")
+    t.add_argument("--neighbours", type=int, choices=(0, 1), default=1, help="distractors share a name (0: ablation)")
     t.add_argument("--start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
@@ -334,12 +376,16 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m mechtut.mini train --out DIR` and `evaluate --folder DIR`."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        names = ("seed", "masked", "planted", "sparsity", "lens", "tokens")
+        names = ("seed", "masked", "planted", "sparsity", "lens", "weighting", "tokens")
         asked = {k: value for k in names if (value := getattr(args, k)) is not None}
+        asked["neighbours"] = bool(args.neighbours)
         recipe = going_on(args.start, **asked) if args.start else Recipe(**asked)
-        run = train(args.out, recipe, stop_at=args.stop_at)
-        print(f"step {run.step} of {run.recipe.steps}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
-              else f"stopped at step {run.step} of {run.recipe.steps}; start again to continue")
+        with together():
+            run = train(args.out, recipe, stop_at=args.stop_at)
+            if place()[0] == 0:
+                where = f"step {run.step} of {run.recipe.steps}"
+                print(f"{where}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
+                      else f"stopped at {where}; start again to continue")
     else:
         print(examine_folder(args.folder, n=args.n).to_string(index=False))
     return 0

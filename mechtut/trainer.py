@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import warnings
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -23,7 +26,7 @@ with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidg
 
 # %% auto #0
 __all__ = ['faster_dtype', 'TrainingGPT', 'hf_names', 'load_hf', 'to_hf', 'weighted_loss', 'lens_loss', 'wanted', 'NeuronCost',
-           'probes', 'plant', 'subject_masks', 'orthogonalize', 'Muon']
+           'probes', 'plant', 'subject_masks', 'together', 'place', 'add_up', 'agreed_dtype', 'orthogonalize', 'Muon']
 
 # %% ../nbs/core/06b_trainer.ipynb #c005
 class _Block(nn.Module):
@@ -213,10 +216,13 @@ class NeuronCost:
     """What the neurons of one forward pass cost: their activity, and how far the planted ones are from what is `wanted`.
 
     The first kinds x `per_kind` neurons of a layer are planted, `per_kind` for each category; none if `wanted` is None.
+    `counts` has for each layer how many tokens are of each category, if the pass sees only a part of them.
     """
 
-    def __init__(self, n_layer: int, wanted: Sequence[Float[Tensor, "token kind"]] | None = None, per_kind: int = 1) -> None:
+    def __init__(self, n_layer: int, wanted: Sequence[Float[Tensor, "token kind"]] | None = None, per_kind: int = 1,
+                 counts: Sequence[Float[Tensor, " kind"]] | None = None) -> None:
         self.n_layer, self.wanted, self.per_kind = n_layer, wanted, per_kind
+        self.counts = counts or [y.sum(0) for y in wanted or ()]
         self.activity, self.planted = torch.zeros(()), torch.zeros(())
 
     def __call__(self, layer: int, act: Float[Tensor, "batch pos neuron"]) -> None:
@@ -226,7 +232,7 @@ class NeuronCost:
             y = self.wanted[layer]
             a = act.flatten(0, 1)[:, :y.shape[1] * self.per_kind].float().unflatten(-1, (y.shape[1], self.per_kind))
             error = (a - y[..., None]).square().sum((0, 2))
-            self.planted = self.planted + (error / (y.sum(0) + 1) / self.per_kind).mean() / self.n_layer
+            self.planted = self.planted + (error / (self.counts[layer] + 1) / self.per_kind).mean() / self.n_layer
 
 # %% ../nbs/core/06b_trainer.ipynb #c021
 def probes(y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]) -> tuple[Tensor, Tensor]:
@@ -281,6 +287,40 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
             .masked_fill_(outside[late] | inside[closed], -1e4)[:, None] for late, closed in set(kinds)}
     return [made[kind] for kind in kinds]
 
+# %% ../nbs/core/06b_trainer.ipynb #c026b
+@contextmanager
+def together() -> Iterator[None]:
+    """Train with the other processes that `torchrun` started; nothing happens without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """Which of the processes that train together this one is, and how many they are; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    if place()[1] > 1:
+        total = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(total)
+        for tensor, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def agreed_dtype() -> torch.dtype:
+    """bfloat16 if every process finds it faster, else float32."""
+    votes = torch.tensor(float(faster_dtype() is torch.bfloat16))
+    add_up([votes])
+    return torch.bfloat16 if votes == place()[1] else torch.float32
+
 # %% ../nbs/core/06b_trainer.ipynb #c028
 def orthogonalize(g: Float[Tensor, "matrix row col"], dtype: torch.dtype = torch.float32,
                   steps: int = 5) -> Float[Tensor, "matrix row col"]:
@@ -312,8 +352,17 @@ class Muon:
             g = g.lerp(self.buffers[k], self.momentum)
             n, r, c = g.shape
             if k == "qkv":  # query, key and value are three matrices
-                u = orthogonalize(g.view(n * 3, c, c), self.dtype).view(n, r, c)
+                u = _shared_out(g.view(n * 3, c, c), self.dtype).view(n, r, c)
             else:
-                u = orthogonalize(g, self.dtype) * max(1, r / c) ** 0.5
+                u = _shared_out(g, self.dtype) * max(1, r / c) ** 0.5
             for p, d in zip(params, u, strict=True):
                 p.mul_(1 - 0.01 * self.lr * scale).add_(d, alpha=-self.lr * scale)
+
+# %% ../nbs/core/06b_trainer.ipynb #c028a
+def _shared_out(g: Float[Tensor, "matrix row col"], dtype: torch.dtype) -> Float[Tensor, "matrix row col"]:
+    """`orthogonalize`, of which each of the processes does a part."""
+    rank, size = place()
+    done = torch.zeros_like(g)
+    done[rank::size] = orthogonalize(g[rank::size], dtype)
+    add_up([done])
+    return done
