@@ -96,7 +96,7 @@ def _again(stages: list[dict[str, Any]]) -> str:
     """The commands that made a model."""
     commands = []
     for i, recipe in enumerate(log["recipe"] for log in stages):
-        more = f" --start DIR{i}/model --tokens {recipe['tokens']}" if i else ""
+        more = f" --from DIR{i}/model --tokens {recipe['tokens']}" if i else ""
         commands.append(f"`python -m mechtut.mini train --out DIR{i + 1} --seed {recipe['seed']}{more}`")
     return ", then ".join(commands)
 

@@ -364,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--lens", type=float, default=None, help="weight of facts that are read early (0: ablation)")
     t.add_argument("--weighting", type=float, default=Recipe.weighting, help="power of the loss weights (0: ablation)")
     t.add_argument("--neighbours", type=int, choices=(0, 1), default=1, help="distractors share a name (0: ablation)")
-    t.add_argument("--start", type=Path, default=None, help="folder of a finished model to be trained further")
+    t.add_argument("--from", dest="start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())

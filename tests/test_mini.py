@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from mechtut.card import agreement, model_card
 from mechtut.exam import Candidate, Line, evaluate, facts_table, trace_roles
@@ -293,6 +295,11 @@ def test_the_command_line(tmp_path):
     assert "train" in text and "evaluate" in text
     with pytest.raises(SystemExit):
         main(["train"])
+    command[3:] = ["train", "--help"]
+    ours = set(re.findall(r"--[a-z-]+", subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    theirs = [o for a in get_args_parser()._actions for o in a.option_strings]
+    taken = {o for o in ours - {"--help"} if any(t.startswith(o) for t in theirs)}
+    assert len(ours) > 5 and not taken, f"torchrun would take {taken} for its own"
 
 
 def test_lines_know_whether_they_are_reached():
