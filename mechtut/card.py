@@ -144,8 +144,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/core/06c_card.ipynb #c015
-def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, commands: str = "the same commands") -> str:
-    """In how far a model that was trained by the same `commands` from another `seed` shows the same table, in words.
+def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
+    """In how far a model that was trained by the same commands from another `seed` shows the same table, in words.
 
     The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
     """
@@ -154,7 +154,7 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, commands: str
     inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
     verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
-    said = (f"The other seed was trained by {commands} with `--seed {seed}` and is not shipped. "
+    said = (f"The other seed was trained by the same commands with `--seed {seed}` and is not shipped. "
             f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
@@ -162,7 +162,7 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int, commands: str
 # %% ../nbs/core/06c_card.ipynb #c016a
 def _other_seed(folder: Path, table: pd.DataFrame, seed: int) -> str:
     """In how far another seed agrees, and, if its training log was kept, how it was made."""
-    said = agreement(table, pd.read_csv(folder / f"seed_{seed}.csv"), seed, "the first of these commands only")
+    said = agreement(table, pd.read_csv(folder / f"seed_{seed}.csv"), seed)
     file = folder / f"seed_{seed}.json"
     if file.exists():
         runs = _stages(json.loads(file.read_text(encoding="utf-8")))
