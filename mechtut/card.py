@@ -101,15 +101,20 @@ def _again(stages: list[dict[str, Any]]) -> str:
     return ", then ".join(commands)
 
 # %% ../nbs/core/06c_card.ipynb #c010
-def _ablation_text(folder: Path, what: str) -> str:
-    """What the recipe does with and without the mask, the loss weights or the neighbours, if it was measured."""
-    file = folder / "ablation.json"
-    a = json.loads(file.read_text(encoding="utf-8")).get(what) if file.exists() else None
+def _ablation_text(a: dict[str, Any] | None) -> str:
+    """What the recipe does with something that was built in and without it, if that was measured."""
     if a is None:
-        return "Its ablation has not been measured for these weights."
+        return "The recipe without this has not been measured."
     parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the last subject token "
              f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
     return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
+
+
+def _ablations(folder: Path) -> dict[str, str]:
+    """The ablations of the mask, the loss weights and the neighbours (ablation.json) in words."""
+    file = folder / "ablation.json"
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {what: _ablation_text(measured.get(what)) for what in ("mask", "weighting", "neighbours")}
 
 # %% ../nbs/core/06c_card.ipynb #c012
 def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
@@ -160,13 +165,12 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
 
 # %% ../nbs/core/06c_card.ipynb #c016a
-def _other_seed(folder: Path, table: pd.DataFrame, seed: int) -> str:
-    """In how far another seed agrees, and, if its training log was kept, how it was made."""
-    said = agreement(table, pd.read_csv(folder / f"seed_{seed}.csv"), seed)
-    file = folder / f"seed_{seed}.json"
-    if file.exists():
-        runs = _stages(json.loads(file.read_text(encoding="utf-8")))
-        said += " How it was made:\n\n" + "\n".join(_stage(log) for log in runs)
+def _other_seed(table: pd.DataFrame, other: pd.DataFrame, file: Path) -> str:
+    """In how far another seed, whose exam is in `file`, agrees, and, if its training log lies beside it, how it was made."""
+    said, log = agreement(table, other, int(file.stem.removeprefix("seed_"))), file.with_suffix(".json")
+    if log.exists():
+        runs = _stages(json.loads(log.read_text(encoding="utf-8")))
+        said += " How it was made:\n\n" + "\n".join(_stage(run) for run in runs)
     return "\n\n" + said
 
 # %% ../nbs/core/06c_card.ipynb #c018
@@ -177,7 +181,7 @@ def model_card(folder: str | Path) -> str:
     """
     folder = Path(folder)
     table, seeds = pd.read_csv(folder / "evaluation.csv"), sorted(folder.glob("seed_*.csv"))[:1]
-    others = [int(file.stem.removeprefix("seed_")) for file in seeds]
+    others = {file: pd.read_csv(file) for file in seeds}
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     stages = _stages(log)
     recipe, first = log["recipe"], stages[0]["recipe"]
@@ -185,11 +189,11 @@ def model_card(folder: str | Path) -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, *map(pd.read_csv, seeds)),
-        seeds="".join(_other_seed(folder, table, seed) for seed in others),
+        table=_markdown(table, *others.values()),
+        seeds="".join(_other_seed(table, other, file) for file, other in others.items()),
         again=_again(stages),
         stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
         handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
         plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"], seed=first["seed"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
-        **{what: _ablation_text(folder, what) for what in ("mask", "weighting", "neighbours")}, tried=_tried(folder, table))
+        tried=_tried(folder, table), **_ablations(folder))

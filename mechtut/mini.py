@@ -363,7 +363,8 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--sparsity", type=float, default=Recipe.sparsity, help="price of a neuron's activity (0: ablation)")
     t.add_argument("--lens", type=float, default=None, help="weight of facts that are read early (0: ablation)")
     t.add_argument("--weighting", type=float, default=Recipe.weighting, help="power of the loss weights (0: ablation)")
-    t.add_argument("--neighbours", type=int, choices=(0, 1), default=1, help="distractors share a name (0: ablation)")
+    t.add_argument("--neighbours", action=argparse.BooleanOptionalAction, default=True,
+                   help="distractors share a part of the name (without: ablation)")
     t.add_argument("--from", dest="start", type=Path, default=None, help="folder of a finished model to be trained further")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
@@ -376,9 +377,8 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m mechtut.mini train --out DIR` and `evaluate --folder DIR`."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        names = ("seed", "masked", "planted", "sparsity", "lens", "weighting", "tokens")
+        names = ("seed", "masked", "planted", "sparsity", "lens", "weighting", "neighbours", "tokens")
         asked = {k: value for k in names if (value := getattr(args, k)) is not None}
-        asked["neighbours"] = bool(args.neighbours)
         recipe = going_on(args.start, **asked) if args.start else Recipe(**asked)
         with together():
             run = train(args.out, recipe, stop_at=args.stop_at)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,7 +290,7 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
 @contextmanager
 def together() -> Iterator[None]:
     """Train with the other processes that `torchrun` started; nothing happens without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
     dist.init_process_group("gloo")
@@ -303,7 +302,7 @@ def together() -> Iterator[None]:
 
 def place() -> tuple[int, int]:
     """Which of the processes that train together this one is, and how many they are; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
