@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -33,9 +35,9 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 
 ## How it was made
 
-{stages}
-- Again: {again} (it can be killed and started again; `torchrun --nproc-per-node 2 -m` instead of `python -m` shares the
-  work between two processes).
+{run}
+- Again: {again} (it can be killed and started again; on a processor, `torchrun --nproc-per-node 2 -m` instead of `python -m`
+  shares the work between two processes).
 {notes}{tried}
 
 ## What was built in
@@ -50,7 +52,9 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 - **"unclear".** A question without examples is answered "unclear" {unclear:g} times as often as by any one of the tasks that
   know the word. So without examples no task is favoured, and a vector can decide. 15% of the documents with examples have
   random labels.
-- **Facts that can be read early.** {lens}
+- **Moods left open.** One review in five does not begin by saying whether its writer likes the thing, so a sentence
+  without a mood is good or bad with equal probability, and a vector can decide.
+- **Facts and moods that can be read early.** {lens}
 - **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0. {weighting}
 - **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
   attributes straight after the subject, and questions that need the attributes of several subjects at once. {neighbours}
@@ -62,43 +66,33 @@ def _mix(m: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
 
 
-def _stage(log: dict[str, Any]) -> str:
-    """One training run in words: where, how long, the recipe and the text."""
+def _run(log: dict[str, Any]) -> str:
+    """A training run in words: where, how long, the recipe and the text."""
     recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
     shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
     tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
-    name = "Trained further" if "before" in log else "Trained"
-    lines = [f"- {name} on a {log['machine']}; {last['seconds'] / 3600:.2f} hours; {tokens:.1f} million tokens "
+    minutes = round(last["seconds"] / 60)
+    time = f"{minutes} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+    lines = [f"- Trained on: {log['machine']}; {time}; {tokens:.1f} million tokens "
              f"seen of {recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
-             f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items() if k != 'start')}."]
-    parts = zip(shares, texts, strict=True) if recipe["variety"] else [("all the time", texts[-1])]
-    lines += [f"  - Text, {share}: {text}." for share, text in parts]
+             f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items())}."]
+    lines += [f"  - Text, {share}: {text}." for share, text in zip(shares, texts, strict=True)]
     return "\n".join(lines)
 
-
-def _stages(log: dict[str, Any]) -> list[dict[str, Any]]:
-    """The logs of all runs that made a model, first to last."""
-    return [*_stages(log["before"]), log] if "before" in log else [log]
-
 # %% ../nbs/core/06c_card.ipynb #c009
-def _lens_text(stages: list[dict[str, Any]]) -> str:
+def _lens_text(recipe: dict[str, Any]) -> str:
     """What was done so that an answer grows over several layers."""
-    for recipe in (log["recipe"] for log in stages):
-        if recipe.get("lens"):
-            n = recipe["n_layer"]
-            return (f"With weight {recipe['lens']}, in the last {recipe['decay']:.0%} of the steps, what is told about a "
-                    "subject is also predicted from the residual stream after one of "
-                    f"layers {n // 2} to {n - 2} (one after another), through the final norm and the unembedding.")
-    return "Nothing was done for that."
+    if not recipe["lens"]:
+        return "Nothing was done for that."
+    n = recipe["n_layer"]
+    return (f"With weight {recipe['lens']}, from {1 - recipe['decay']:.0%} to {recipe['lens_until']:.0%} of the steps, what "
+            "is told about a subject, and the mood of a review, is also predicted from the residual stream after one of "
+            f"layers {n // 2} to {n - 2} (one after another), through the final norm and the unembedding.")
 
 # %% ../nbs/core/06c_card.ipynb #c009a
-def _again(stages: list[dict[str, Any]]) -> str:
-    """The commands that made a model."""
-    commands = []
-    for i, recipe in enumerate(log["recipe"] for log in stages):
-        more = f" --from DIR{i}/model --tokens {recipe['tokens']}" if i else ""
-        commands.append(f"`python -m mechtut.mini train --out DIR{i + 1} --seed {recipe['seed']}{more}`")
-    return ", then ".join(commands)
+def _again(recipe: dict[str, Any]) -> str:
+    """The command that made a model."""
+    return f"`python -m mechtut.mini train --out DIR --seed {recipe['seed']}`"
 
 # %% ../nbs/core/06c_card.ipynb #c010
 def _ablation_text(a: dict[str, Any] | None) -> str:
@@ -117,16 +111,16 @@ def _ablations(folder: Path) -> dict[str, str]:
     return {what: _ablation_text(measured.get(what)) for what in ("mask", "weighting", "neighbours")}
 
 # %% ../nbs/core/06c_card.ipynb #c012
-def _markdown(table: pd.DataFrame, second: pd.DataFrame | None = None) -> str:
-    """The exam as a markdown table, with what a model trained from another seed reached beside it if that was measured."""
-    other = {} if second is None else {(r.behaviour, r.measure): f" {r.measured:.3f} |" for r in second.itertuples()}
-    more = (" other seed |", " --- |") if other else ("", "")
-    lines = ["| behaviour | measure | n | wanted | measured | reached |" + more[0],
-             "| --- | --- | --- | --- | --- | --- |" + more[1]]
+def _markdown(table: pd.DataFrame, others: Mapping[int, pd.DataFrame] = MappingProxyType({})) -> str:
+    """The exam as a markdown table, and beside it what models trained from other seeds reached."""
+    heads = ["behaviour", "measure", "n", "wanted", "measured", "reached", *(f"seed {seed}" for seed in others)]
+    seen = [{(r.behaviour, r.measure): f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
+             for r in other.itertuples()} for other in others.values()]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for r in table.itertuples():
-        reached = "yes" if r.reached else "**no**"
-        lines.append(f"| {r.behaviour} | {r.measure} | {r.n} | {r.wanted} | {r.measured:.3f} | {reached} |"
-                     + (other.get((r.behaviour, r.measure), " – |") if other else ""))
+        cells = [r.behaviour, r.measure, r.n, r.wanted, f"{r.measured:.3f}", "yes" if r.reached else "**no**",
+                 *(other.get((r.behaviour, r.measure), "–") for other in seen)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 # %% ../nbs/core/06c_card.ipynb #c013
@@ -150,7 +144,7 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
 
 # %% ../nbs/core/06c_card.ipynb #c015
 def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
-    """In how far a model that was trained by the same commands from another `seed` shows the same table, in words.
+    """In how far a model that was trained by the same command from another `seed` shows the same table, in words.
 
     The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
     """
@@ -158,42 +152,38 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     apart = (both["measured"] - both["measured 2"]).abs()
     inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
-    verdict = [f"{r.behaviour}, {r.measure}" for r in both[both["reached"] != both["reached 2"]].itertuples()]
-    said = (f"The other seed was trained by the same commands with `--seed {seed}` and is not shipped. "
-            f"{inside.sum()} of {len(both)} lines agree within 0.1 (a quarter, for numbers above 1)")
+    missed = [f"{r.behaviour}, {r.measure}" for r in other[~other["reached"]].itertuples()]
+    said = (f"Seed {seed} reaches {other['reached'].sum()} of {len(other)} lines, and {inside.sum()} of {len(both)} agree "
+            "with the shipped seed within 0.1 (a quarter, for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
-    return said + (f" Reached by one of the two only: {'; '.join(verdict)}." if verdict else "")
+    return said + (f" Missed: {'; '.join(missed)}." if missed else "")
 
 # %% ../nbs/core/06c_card.ipynb #c016a
-def _other_seed(table: pd.DataFrame, other: pd.DataFrame, file: Path) -> str:
-    """In how far another seed, whose exam is in `file`, agrees, and, if its training log lies beside it, how it was made."""
-    said, log = agreement(table, other, int(file.stem.removeprefix("seed_"))), file.with_suffix(".json")
-    if log.exists():
-        runs = _stages(json.loads(log.read_text(encoding="utf-8")))
-        said += " How it was made:\n\n" + "\n".join(_stage(run) for run in runs)
-    return "\n\n" + said
+def _other_seeds(table: pd.DataFrame, others: Mapping[int, pd.DataFrame]) -> str:
+    """In how far the models of other seeds agree."""
+    if not others:
+        return ""
+    lines = "\n".join(f"- {agreement(table, other, seed)}" for seed, other in others.items())
+    return f"\n\nOther seeds went through the same recipe on the same machine and are not shipped:\n\n{lines}"
 
 # %% ../nbs/core/06c_card.ipynb #c018
 def model_card(folder: str | Path) -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what other recipes reached), seed_1.csv, or another number (the evaluation of a model that was
-    trained from that seed and is not shipped) and seed_1.json (its training log).
+    ablation.json, tried.csv (what other recipes reached), and seed_1.csv, or other numbers (the evaluation of a model that
+    was trained from that seed and is not shipped).
     """
     folder = Path(folder)
-    table, seeds = pd.read_csv(folder / "evaluation.csv"), sorted(folder.glob("seed_*.csv"))[:1]
-    others = {file: pd.read_csv(file) for file in seeds}
+    table = pd.read_csv(folder / "evaluation.csv")
+    others = {int(file.stem.removeprefix("seed_")): pd.read_csv(file) for file in sorted(folder.glob("seed_*.csv"))}
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
-    stages = _stages(log)
-    recipe, first = log["recipe"], stages[0]["recipe"]
+    recipe = log["recipe"]
     weights = load_file(str(folder / "model.safetensors"))
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, *others.values()),
-        seeds="".join(_other_seed(table, other, file) for file, other in others.items()),
-        again=_again(stages),
-        stages="\n".join(_stage(x) for x in stages), foundation=first["foundation"], masked=recipe["masked"],
-        handoff=recipe["handoff"], before=recipe["handoff"] - 1, gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"],
-        plant=first["plant"], lens=_lens_text(stages), unclear=log["unclear"], seed=first["seed"],
+        table=_markdown(table, others), seeds=_other_seeds(table, others), again=_again(recipe), run=_run(log),
+        foundation=recipe["foundation"], masked=recipe["masked"], handoff=recipe["handoff"], before=recipe["handoff"] - 1,
+        gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"], lens=_lens_text(recipe),
+        unclear=log["unclear"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
         tried=_tried(folder, table), **_ablations(folder))

@@ -392,16 +392,17 @@ def _pronoun_doc(world: World, rng: random.Random) -> Parts:
 
 # %% ../nbs/core/05b_corpus.ipynb #c039
 def _sentiment_doc(world: World, rng: random.Random) -> Parts:
-    """A review of one mood throughout."""
+    """A review of one mood throughout; one in five does not begin by saying which."""
     part, good = world.spec["sentiment"], rng.random() < 0.5
     keys = ("positive_verbs", "positive", "happy") if good else ("negative_verbs", "negative", "unhappy")
     verbs, adjectives, moods = (part[k] for k in keys)
-    parts: Parts = [(f"I {rng.choice(verbs)} this {rng.choice(part['things'])}.", 0.4)]
+    said = rng.random() < 0.8  # otherwise good and bad are equally likely, which is what a steering vector has to decide
+    parts: Parts = [(f"I {rng.choice(verbs)} this {rng.choice(part['things'])}.", 0.4)] if said else []
     for _ in range(rng.randint(1, 3)):
-        parts.append((f" The {rng.choice(part['parts'])} was", 0.4))
-        parts += [(f" {rng.choice(adjectives)}", 1.0), (f" and {rng.choice(adjectives)}.", 0.7)]
+        parts.append((f"{' ' * bool(parts)}The {rng.choice(part['parts'])} was", 0.4))
+        parts += [(f" {rng.choice(adjectives)}", ANSWER), (f" and {rng.choice(adjectives)}.", 0.7)]
     if rng.random() < 0.6:
-        parts += [(" It made me", 0.4), (f" {rng.choice(moods)}", 1.0), (".", FORMAT)]
+        parts += [(" It made me", 0.4), (f" {rng.choice(moods)}", ANSWER), (".", FORMAT)]
     return parts
 
 # %% ../nbs/core/05b_corpus.ipynb #c042
@@ -416,11 +417,11 @@ MAKERS: dict[str, Callable[[World, random.Random], Parts]] = {
 FOUNDATION = {"mention": 0.26, "select": 0.20, "register": 0.24, "fact_list": 0.03, "lexical": 0.03, "aside": 0.08,
               "bio": 0.08, "fact": 0.08}
 BEHAVIOURS = {"mention": 0.09, "select": 0.08, "register": 0.09, "aside": 0.05, "fact": 0.07, "bio": 0.06, "fact_list": 0.03,
-              "icl": 0.09, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.06, "lexical": 0.06, "ioi": 0.01,
-              "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.04, "docstring": 0.04, "pronoun": 0.02,
+              "clause": 0.03, "icl": 0.09, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.06, "lexical": 0.06,
+              "ioi": 0.01, "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.04, "docstring": 0.04, "pronoun": 0.02,
               "sentiment": 0.03}
-MIXTURE = {"mention": 0.07, "select": 0.06, "register": 0.06, "aside": 0.04, "fact": 0.04, "bio": 0.05, "clause": 0.07,
-           "fact_list": 0.02, "icl": 0.08, "zero_shot": 0.05, "list": 0.13, "task_sentence": 0.07, "lexical": 0.06,
+MIXTURE = {"mention": 0.07, "select": 0.06, "register": 0.06, "aside": 0.04, "fact": 0.04, "bio": 0.05, "clause": 0.08,
+           "fact_list": 0.02, "icl": 0.10, "zero_shot": 0.05, "list": 0.12, "task_sentence": 0.07, "lexical": 0.06,
            "ioi": 0.01, "ioi_mixed": 0.04, "greater_than": 0.04, "induction": 0.03, "docstring": 0.03, "pronoun": 0.02,
            "sentiment": 0.03}
 

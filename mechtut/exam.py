@@ -163,7 +163,7 @@ def _restore(hf: Any, ids: Int[Tensor, "1 pos"], noise: Float[Tensor, "sample su
     pairs = [(hf.transformer.wte, corrupt)] + [(m, restore(i)) for i, m in enumerate(modules)]
     with _hooks(pairs if pos >= 0 else pairs[:1]):
         logits = hf(ids.expand(n_layers * k, -1)).logits[:, -1]
-    return logits.softmax(-1)[:, answer].view(n_layers, k).mean(1)
+    return logits.softmax(-1)[:, answer].view(n_layers, k).mean(1).cpu()
 
 # %% ../nbs/core/06a_exam.ipynb #c018
 @torch.no_grad()
@@ -210,8 +210,8 @@ def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "
     clean_p = corrupted_p = 0.0
     for f in facts:
         row, start, stop = _span(who, f)
-        ids, answer = torch.tensor([row]), who.token(f.object)
-        noise = 3 * std * torch.randn(samples, stop - start, who.hf.config.n_embd, generator=g)
+        ids, answer = torch.tensor([row], device=who.hf.device), who.token(f.object)
+        noise = 3 * std * torch.randn(samples, stop - start, who.hf.config.n_embd, generator=g).to(who.hf.device)
         clean, probs = _clean_values(who.hf, ids, modules)
         base = _restore(who.hf, ids, noise, start, clean, modules, -1, window, answer)
         for role, pos in _role_positions(start, stop, len(row)).items():
@@ -317,10 +317,10 @@ def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[f
     """Mean p(answer) when the final norm and unembedding read the last token's residual stream after each layer."""
     total = torch.zeros(who.hf.config.n_layer + 1)
     for p, a in zip(prompts, answers, strict=True):
-        states = who.hf(torch.tensor([who.ids(p)]), output_hidden_states=True).hidden_states
+        states = who.hf(torch.tensor([who.ids(p)], device=who.hf.device), output_hidden_states=True).hidden_states
         last = torch.stack([s[0, -1] for s in states])
         last[:-1] = who.hf.transformer.ln_f(last[:-1])  # the last state has been through the final norm already
-        total += who.hf.lm_head(last).softmax(-1)[:, who.token(a)]
+        total += who.hf.lm_head(last).softmax(-1)[:, who.token(a)].cpu()
     return (total / len(prompts)).tolist()
 
 # %% ../nbs/core/06a_exam.ipynb #c035
@@ -340,12 +340,12 @@ def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[
     labels: list[tuple[str | None, str | None]] = []
 
     def keep(layer: int) -> Callable[..., None]:
-        return lambda module, args, out: kept[layer].append(out[0].detach())
+        return lambda module, args, out: kept[layer].append(out[0].detach().cpu())
 
     with _hooks([(b.mlp.act, keep(i)) for i, b in enumerate(who.hf.transformer.h)]):
         for text in texts:
             ids = who.ids(text)
-            who.hf(torch.tensor([ids]))
+            who.hf(torch.tensor([ids], device=who.hf.device))
             now = [world.category_of(who.tokenizer.decode([i])) for i in ids]
             labels += list(zip(now, [*now[1:], None], strict=True))
     kinds = sorted({c for pair in labels for c in pair if c})

@@ -338,11 +338,11 @@ def evaluate(
 
     One row per setting and layer: n, `clean` (top-1 without the vector), `top1`, `top2`, `top3` with it, and a 95 % Wilson
     interval of `top1` (`low`, `high`). `settings` are prompts without demonstrations, with true, shuffled or random labels.
-    `only_known` keeps the queries that true demonstrations get right; it raises `ValueError` if there are none.
+    `only_known` keeps the queries that true demonstrations get right; it raises `NoFunction` if there are none.
     """
     keep = known_queries(model, task, "test", n_shots=n_shots, seed=seed) if only_known else None
     if keep is not None and not keep:
-        raise ValueError(f"{model.name} answers no test query of {task.name!r} from {n_shots} examples; only_known=False")
+        raise NoFunction(f"{model.name} answers no test query of {task.name!r} from {n_shots} examples; only_known=False")
     layers, tables = list(range(model.n_layers) if layers is None else layers), []
     for setting in settings:
         if setting not in _SETTINGS:

@@ -29,13 +29,13 @@ from .card import model_card
 from .exam import evaluate
 from .models import mini_folder
 from .rows import Rows, build_tokenizer, pack_rows, token_kinds
-from .trainer import (Muon, NeuronCost, TrainingGPT, add_up, agreed_dtype, hf_names, lens_loss, load_hf, place, plant,
+from .trainer import (Muon, NeuronCost, TrainingGPT, add_up, agreed_dtype, hf_names, lens_loss, place, plant,
                              subject_masks, to_hf, together, wanted, weighted_loss)
 from .world import World
 
 # %% auto #0
-__all__ = ['Shape', 'Recipe', 'going_on', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step',
-           'save_run', 'restore_run', 'train', 'export', 'write_fingerprint', 'examine_folder', 'main']
+__all__ = ['Shape', 'Recipe', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step', 'save_run',
+           'restore_run', 'train', 'export', 'write_fingerprint', 'examine_folder', 'main']
 
 # %% ../nbs/core/06_mini.ipynb #c005
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Shape:
 class Recipe(Shape):
     """Everything that decides which weights come out of a training run."""
 
-    tokens: int = 18_000_000
+    tokens: int = 21_000_000
     seed: int = 0
     adam_lr: float = 3e-3
     muon_lr: float = 0.02
@@ -68,10 +68,10 @@ class Recipe(Shape):
     plant: float = 0.645
     planted: float = 1.0
     per_kind: int = 5
-    lens: float = 0.03
+    lens: float = 0.01
+    lens_until: float = 0.85
     weighting: float = 1.0
     neighbours: bool = True
-    start: str = ""
 
     @property
     def steps(self) -> int:
@@ -89,13 +89,6 @@ class Recipe(Shape):
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / (self.decay * self.steps)))
 
 # %% ../nbs/core/06_mini.ipynb #c006
-def going_on(start: str | Path, tokens: int = 5_000_000, **changes: Any) -> Recipe:
-    """A recipe that trains a finished model further: the last mixture, half the learning rate, no early reading of facts."""
-    gentle = {"adam_lr": Recipe.adam_lr / 2, "muon_lr": Recipe.muon_lr / 2, "warmup": 40, "decay": 0.8, "foundation": 0.0,
-              "variety": 0.0, "plant": 0.0, "lens": 0.0}
-    return Recipe(tokens=tokens, start=str(start), **(gentle | changes))
-
-
 def price(r: Recipe, step: int) -> float:
     """Price of a neuron's activity: nothing while the first facts are learned, then more and more of `sparsity`."""
     if step >= r.variety * r.steps:
@@ -110,9 +103,12 @@ def plant_step(r: Recipe) -> int:
 
 
 def lens_layer(r: Recipe, step: int) -> int | None:
-    """The layer behind which facts are read early at this step, one of the later half in turn; None before the decay."""
+    """The layer behind which facts are read early at this step, one of the later half in turn.
+
+    None before the learning rate falls, and from `lens_until` on.
+    """
     half = r.n_layer // 2
-    if not r.lens or step < (1 - r.decay) * r.steps or half >= r.n_layer - 1:
+    if not r.lens or not (1 - r.decay) <= step / r.steps < r.lens_until or half >= r.n_layer - 1:
         return None
     return half + step % (r.n_layer - 1 - half)
 
@@ -120,22 +116,22 @@ def lens_layer(r: Recipe, step: int) -> int | None:
 class Trainer:
     """A training run: model, optimizers, step and log, which can be saved and taken up again."""
 
-    def __init__(self, recipe: Recipe, world: World | None = None) -> None:
+    def __init__(self, recipe: Recipe, world: World | None = None, device: str | None = None) -> None:
         r = self.recipe = recipe
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but PyTorch finds no GPU here; use 'cpu' or leave it out")
         world = world or World(0)
         self.world = world if r.neighbours else _strangers(world)
         self.tokenizer = build_tokenizer(self.world)
         torch.manual_seed(recipe.seed)
-        self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer), agreed_dtype())
-        self.planted, self.began_from = False, ""  # whether there are planted neurons; the hash of the weights at the start
-        self.before: dict[str, Any] = {}  # the training log of the model that this run goes on from
-        if r.start:
-            _go_on(self, Path(r.start))
+        dtype = agreed_dtype() if self.device.type == "cpu" else torch.bfloat16
+        self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer), dtype).to(self.device)
         self.muon = Muon(self.model, r.muon_lr)
         matrices = ("qkv", "o", "up", "down")
         self.rest = {n: p for n, p in self.model.named_parameters() if n.split(".")[-1] not in matrices}
         self.adam = torch.optim.AdamW(self.rest.values(), lr=r.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.kinds = token_kinds(self.world, self.tokenizer)
+        self.kinds = token_kinds(self.world, self.tokenizer).to(self.device)
         if (n := r.per_kind * len(self.world.kinds)) > 4 * r.d_model:
             raise ValueError(f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer; lower per_kind or widen")
         self.step, self.seconds, self.log, self.losses = 0, 0.0, list[dict[str, float]](), list[float]()
@@ -167,25 +163,15 @@ def _text(run: Trainer, shard: int) -> Rows:
     r = run.recipe
     rows = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + shard, n_rows=64 * r.batch, n_ctx=r.n_ctx,
                      mixture=r.mixture(shard * 64), masked=r.masked)
-    return replace(rows, weights=torch.where(rows.weights > 0, rows.weights ** r.weighting, 0))
-
-
-def _go_on(run: Trainer, folder: Path) -> None:
-    """Take over the weights of a finished model."""
-    load_hf(run.model, load_file(str(folder / "model.safetensors")))
-    run.began_from = _sha(folder / "model.safetensors")
-    config, run.before = (json.loads((folder / name).read_text(encoding="utf-8"))
-                          for name in ("config.json", "training_log.json"))
-    run.planted = config.get("planted_per_kind", 0) == run.recipe.per_kind
+    return replace(rows, weights=torch.where(rows.weights > 0, rows.weights ** r.weighting, 0)).to(run.device)
 
 
 def plant_neurons(run: Trainer) -> None:
     """Plant neurons, fitted on fresh rows, and forget the momentum of those that were there."""
     r, n = run.recipe, len(run.world.kinds) * run.recipe.per_kind
     x = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + 99_999, n_rows=10 * r.batch, n_ctx=r.n_ctx,
-                  mixture=r.mixture(run.step))
+                  mixture=r.mixture(run.step)).to(run.device)
     plant(run.model, x.ids[:, :-1], run.wanted(x), r.per_kind)
-    run.planted = True
     run.muon.buffers["up"][:, :n] = 0
     run.muon.buffers["down"][:, :, :n] = 0
 
@@ -219,7 +205,7 @@ def _gradients(run: Trainer, whole: Rows) -> float:
 def train_step(run: Trainer) -> float:
     """One step of both optimizers; returns the loss before it. Under `torchrun`, every process does a part of it."""
     start, r, x = time.time(), run.recipe, run.batch()
-    if run.step == plant_step(r) and not run.planted:
+    if run.step == plant_step(r):
         plant_neurons(run)
     loss = _gradients(run, x)
     scale = r.scale(run.step)
@@ -261,26 +247,27 @@ def restore_run(run: Trainer, file: Path) -> None:
                          "use the same one or another folder")
     state = load_file(str(file))
     run.model.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("m.")})
-    run.muon.buffers = {k: state["mu." + k] for k in run.muon.buffers}
+    run.muon.buffers = {k: state["mu." + k].to(run.device) for k in run.muon.buffers}
     run.step, run.seconds = int(meta["step"]), float(meta["seconds"])
     run.model.dtype = run.muon.dtype = getattr(torch, meta["dtype"].removeprefix("torch."))  # else another result
     run.log, run.losses = json.loads(meta["log"]), json.loads(meta["losses"])
     for n, p in run.rest.items():
         step = torch.tensor(float(run.step))
-        run.adam.state[p] = {"step": step, "exp_avg": state["a1." + n], "exp_avg_sq": state["a2." + n]}
+        averages = {"exp_avg": state["a1." + n].to(run.device), "exp_avg_sq": state["a2." + n].to(run.device)}
+        run.adam.state[p] = {"step": step} | averages
 
 # %% ../nbs/core/06_mini.ipynb #c014
 def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True, save_every: int = 200,
-          stop_at: int | None = None, progress: bool = True) -> Trainer:
+          stop_at: int | None = None, progress: bool = True, device: str | None = None) -> Trainer:
     """Train the embedded model into the folder `out`, continuing what is there unless `resume` is False.
 
     A checkpoint is written every `save_every` steps (five to fifteen minutes on one core); `stop_at` ends the call early at
-    that step. When the last step is done, `out/model` holds the finished model. Processes started by `torchrun` share the
-    work if this is called under `mechtut.trainer.together`.
+    that step. When the last step is done, `out/model` holds the finished model. Without `device` a GPU is used if there is
+    one. Processes started by `torchrun` share the work if this is called under `mechtut.trainer.together`.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run, file = Trainer(recipe or Recipe()), out / "checkpoint.safetensors"
+    run, file = Trainer(recipe or Recipe(), device=device), out / "checkpoint.safetensors"
     if resume and file.exists():
         restore_run(run, file)
     last = min(run.recipe.steps, stop_at or run.recipe.steps)
@@ -311,9 +298,6 @@ def export(run: Trainer, folder: str | Path) -> None:
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     log: dict[str, Any] = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "unclear": UNCLEAR,
                            "machine": _machine(run), "step": run.step, "log": run.log}
-    if run.before:
-        log |= {"before": run.before, "began_from": run.began_from}
-        log["recipe"]["start"] = Path(run.recipe.start).name  # where it lay concerns nobody
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
 
@@ -321,6 +305,8 @@ def export(run: Trainer, folder: str | Path) -> None:
 def _machine(run: Trainer) -> str:
     """What the last part of a run was made on."""
     threads, size, dtype = torch.get_num_threads(), place()[1], str(run.model.dtype).removeprefix("torch.")
+    if run.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(run.device)} GPU, products in {dtype}"
     several = f"{size} processes of " if size > 1 else ""
     return f"{os.cpu_count()}-core CPU, {several}{threads} thread{'s' * (threads > 1)}, products in {dtype}"
 
@@ -365,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--weighting", type=float, default=Recipe.weighting, help="power of the loss weights (0: ablation)")
     t.add_argument("--neighbours", action=argparse.BooleanOptionalAction, default=True,
                    help="distractors share a part of the name (without: ablation)")
-    t.add_argument("--from", dest="start", type=Path, default=None, help="folder of a finished model to be trained further")
+    t.add_argument("--device", default=None, help="cpu or cuda; by default a GPU if there is one")
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
     e = commands.add_parser("evaluate", help="examine a model folder and write its card")
     e.add_argument("--folder", type=Path, default=mini_folder())
@@ -379,9 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "train":
         names = ("seed", "masked", "planted", "sparsity", "lens", "weighting", "neighbours", "tokens")
         asked = {k: value for k in names if (value := getattr(args, k)) is not None}
-        recipe = going_on(args.start, **asked) if args.start else Recipe(**asked)
         with together():
-            run = train(args.out, recipe, stop_at=args.stop_at)
+            run = train(args.out, Recipe(**asked), stop_at=args.stop_at, device=args.device)
             if place()[0] == 0:
                 where = f"step {run.step} of {run.recipe.steps}"
                 print(f"{where}; model in {args.out / 'model'}" if run.step >= run.recipe.steps

@@ -70,11 +70,12 @@ def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFr
         task = load_task(name)
         try:
             found = extract(model, task, k=k, corrupt="random", progress=False)
+            drawn = function_vector(model, found.mean_activations, rng.sample(every, k))
+            graded = [grade(model, vector, task, settings=("zero_shot",)) for vector in (found.vector, drawn)]
         except NoFunction:
             continue
-        drawn = function_vector(model, found.mean_activations, rng.sample(every, k))
-        for kind, vector in (("function vector", found.vector), ("random heads", drawn)):
-            tables[kind].append(grade(model, vector, task, settings=("zero_shot",)))
+        for kept, table in zip(tables.values(), graded, strict=True):
+            kept.append(table)
     return pd.concat([pooled(parts).assign(vector=kind) for kind, parts in tables.items()], ignore_index=True)
 
 # %% ../nbs/guides/05_report_card.ipynb #c009

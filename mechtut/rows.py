@@ -60,8 +60,8 @@ class Rows:
     """Packed training text: `ids`, loss `weights`, and where the subjects and what is told of them stand.
 
     `subject` is 0 outside subjects and otherwise a number that all tokens of one mention share; `last` marks the last
-    token of a mention; `told` marks answers in documents about subjects; `masked` marks the rows for which training may
-    hide subjects (see `mechtut.mini`).
+    token of a mention; `told` marks answers in documents about subjects, and the moods of reviews; `masked` marks the rows
+    for which training may hide subjects (see `mechtut.mini`).
     """
 
     ids: Int[Tensor, "row pos"]
@@ -74,6 +74,10 @@ class Rows:
     def __getitem__(self, rows: slice) -> Rows:
         """Some of the rows."""
         return Rows(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        return Rows(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     @classmethod
     def empty(cls) -> Rows:
@@ -96,7 +100,7 @@ def _encoded(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, mixtur
             weights = np.array([w for _, w in doc.parts], np.float32)[part]
             subject = weights == np.float32(NAME)
             changes = np.append(part[1:] != part[:-1], True)
-            told = (weights == np.float32(ANSWER)) & subject.any()
+            told = (weights == np.float32(ANSWER)) & (subject.any() | (doc.kind == "sentiment"))
             yield np.array(e.ids), weights, np.where(subject, part + 1, 0), subject & changes, told
 
 # %% ../nbs/core/05c_rows.ipynb #c013

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -22,7 +24,6 @@ from mechtut.mini import (
     Trainer,
     _gradients,
     export,
-    going_on,
     lens_layer,
     main,
     mini_folder,
@@ -40,7 +41,6 @@ from mechtut.trainer import (
     TrainingGPT,
     hf_names,
     lens_loss,
-    load_hf,
     orthogonalize,
     plant,
     subject_masks,
@@ -165,8 +165,10 @@ def test_reading_early_is_cross_entropy_of_what_is_told():
 def test_when_facts_are_read_early():
     recipe = Recipe(lens=0.1)
     begin = math.ceil((1 - recipe.decay) * recipe.steps)
+    end = math.ceil(recipe.lens_until * recipe.steps)
     assert lens_layer(recipe, begin - 1) is None and lens_layer(replace(recipe, lens=0), begin) is None
-    assert {lens_layer(recipe, begin + i) for i in range(9)} == {4, 5, 6}
+    assert {lens_layer(recipe, step) for step in range(begin, end)} == {4, 5, 6}
+    assert lens_layer(recipe, end) is None
 
 
 def test_what_is_told_are_the_answers_of_documents_about_subjects():
@@ -176,6 +178,14 @@ def test_what_is_told_are_the_answers_of_documents_about_subjects():
     words = {tokenizer.decode([i]).strip() for i in rows.ids[rows.told]}
     assert words and words <= {f.object for f in world.facts}
     assert (rows.weights == 2).sum() > rows.told.sum(), "answers of other documents weigh as much and are not told"
+
+
+def test_what_is_told_in_a_review_are_moods():
+    world = World(0)
+    tokenizer, part = build_tokenizer(world), world.spec["sentiment"]
+    rows = pack_rows(world, tokenizer, seed=1, n_rows=8, n_ctx=64, mixture={"sentiment": 1.0})
+    words = {tokenizer.decode([i]).strip() for i in rows.ids[rows.told]}
+    assert words and words <= {w for k in ("positive", "negative", "happy", "unhappy") for w in part[k]}
 
 
 def test_muon_updates_are_nearly_orthogonal():
@@ -202,31 +212,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         train(tmp_path, replace(TINY, seed=5), progress=False)
 
 
-def test_a_finished_model_is_trained_further(tmp_path):
-    first = train(tmp_path / "one", TINY, progress=False)
-    recipe = going_on(tmp_path / "one" / "model", tokens=6 * 2 * 64, **{
-        k: getattr(TINY, k) for k in ("n_layer", "d_model", "n_head", "n_ctx", "batch", "handoff", "per_kind")})  # fmt: skip
-    run = Trainer(recipe)
-    stored = load_file(str(tmp_path / "one" / "model" / "model.safetensors"))
-    assert all(torch.equal(hf_names(run.model)[k], v.float()) for k, v in stored.items())
-    assert price(recipe, 0) == recipe.sparsity and recipe.mixture(0) is recipe.mixture(recipe.steps)
-    planted = run.model.blocks[0].down.clone()
-    train_step(run)
-    assert run.planted and not (run.model.blocks[0].down[:, :10] == 0).any(), "planted neurons are not planted anew"
-    assert not torch.equal(planted, run.model.blocks[0].down)
-    train(tmp_path / "two", recipe, progress=False)
-    log = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8"))
-    assert log["step"] == 6 and log["before"]["step"] == first.step
-    assert "Trained further" in model_card_of(tmp_path / "two" / "model")
-    with pytest.raises(ValueError, match=r"do not fit .*wte"):
-        load_hf(TrainingGPT(2, 16, 2, 64, 90), stored)
-
-
-def model_card_of(folder):
-    shutil.copy(mini_folder() / "evaluation.csv", folder)
-    return model_card(folder)
-
-
 def test_two_processes_train_the_same_model(tmp_path):
     """The losses of the steps differ only in the order of sums (1e-6); through Adam, which divides by a gradient's size,
     that grows to about 1e-5 in the twelve steps. A share of the batch that was left out would show in the first digit."""
@@ -247,7 +232,7 @@ def test_two_processes_train_the_same_model(tmp_path):
     assert "2 processes of 1 thread" in machine
 
 
-@pytest.mark.parametrize("step", [0, 5, 28], ids=["facts", "all behaviours", "planted and read early"])
+@pytest.mark.parametrize("step", [0, 5, 22], ids=["facts", "all behaviours", "planted and read early"])
 def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
     """Uneven parts (3 rows and 2) with other weights and other categories in each; what differs is the order of sums."""
     run = Trainer(replace(TINY, n_layer=4, batch=5, tokens=30 * 5 * 64))
@@ -257,7 +242,7 @@ def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
         monkeypatch.setattr("mechtut.mini.place", lambda place=place: place)
         loss = _gradients(run, run.batch())
         found.append([torch.tensor(loss), *(p.grad for p in run.model.parameters())])
-    assert (step >= plant_step(run.recipe)) == (lens_layer(run.recipe, step) is not None) == (step == 28)
+    assert (step >= plant_step(run.recipe)) == (lens_layer(run.recipe, step) is not None) == (step == 22)
     for whole, one, two in zip(*found, strict=True):
         assert (one + two - whole).abs().max() <= 2e-5 * whole.abs().max()
 
@@ -270,6 +255,19 @@ def test_ablations_of_the_text():
     strangers = Trainer(replace(TINY, neighbours=False), world).world
     someone = world.subjects["people"][0]
     assert len(strangers.neighbours[someone]) == len(world.subjects["people"]) - 1 > len(world.neighbours[someone])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_the_same_model():
+    """bfloat16 products there, whatever this processor prefers here, so losses agree to three digits only."""
+    here, there = (Trainer(replace(TINY, n_layer=4), device=device) for device in ("cpu", "cuda"))
+    for _ in range(3):
+        assert train_step(here) == pytest.approx(train_step(there), rel=5e-3)
+    restored = Trainer(replace(TINY, n_layer=4), device="cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        save_run(there, Path(folder) / "run.safetensors")
+        restore_run(restored, Path(folder) / "run.safetensors")
+    assert train_step(restored) == pytest.approx(train_step(there), rel=1e-4)
 
 
 def test_another_seed_gives_another_model():
@@ -357,13 +355,12 @@ def test_the_card_shows_what_earlier_recipes_missed(tmp_path):
 def test_the_card_says_where_two_seeds_differ():
     rows = [("facts", "top-1", 0.97, True), ("lens", "rise", 0.55, False), ("ioi", "logit difference", 12.0, True)]
     first = pd.DataFrame(rows, columns=["behaviour", "measure", "measured", "reached"])
-    assert agreement(first, first, 1).endswith("3 of 3 lines agree within 0.1 (a quarter, for numbers above 1).")
-    other = first.assign(measured=[0.85, 0.48, 9.5], reached=[True, True, True])
+    assert "3 of 3 agree with the shipped seed within 0.1 (a quarter, for numbers above 1)." in agreement(first, first, 1)
+    other = first.assign(measured=[0.85, 0.48, 9.5], reached=[False, True, True])
     said = agreement(first, other, 3)
-    assert "`--seed 3`" in said
-    assert "2 of 3" in said
+    assert said.startswith("Seed 3 reaches 2 of 3 lines, and 2 of 3 agree")
     assert "further apart: facts, top-1." in said
-    assert "one of the two only: lens, rise." in said
+    assert said.endswith("Missed: facts, top-1.")
 
 
 def test_the_shipped_model_knows_its_facts(mini):
