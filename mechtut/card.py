@@ -65,7 +65,7 @@ def _mix(m: dict[str, float]) -> str:
     """A mixture in words, largest share first."""
     return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
 
-
+# %% ../nbs/core/06c_card.ipynb #c007b
 def _run(log: dict[str, Any]) -> str:
     """A training run in words: where, how long, the recipe and the text."""
     recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
@@ -103,7 +103,7 @@ def _ablation_text(a: dict[str, Any] | None) -> str:
              f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
     return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
 
-
+# %% ../nbs/core/06c_card.ipynb #c010b
 def _ablations(folder: Path) -> dict[str, str]:
     """The ablations of the mask, the loss weights and the neighbours (ablation.json) in words."""
     file = folder / "ablation.json"
