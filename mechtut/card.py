@@ -146,15 +146,17 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
 def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     """In how far a model that was trained by the same command from another `seed` shows the same table, in words.
 
-    The stated ranges: 0.1 for shares and probabilities, a quarter of the value for what is larger than 1.
+    The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100 prompts were asked (the difference of two
+    means over 50 prompts, each with a standard deviation of 0.35, has a standard error of 0.07); a quarter of the value for
+    what is larger than 1.
     """
     both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
     apart = (both["measured"] - both["measured 2"]).abs()
-    inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, 0.1)
+    inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, (both["n"] < 100) * 0.05 + 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
     missed = [f"{r.behaviour}, {r.measure}" for r in other[~other["reached"]].itertuples()]
     said = (f"Seed {seed} reaches {other['reached'].sum()} of {len(other)} lines, and {inside.sum()} of {len(both)} agree "
-            "with the shipped seed within 0.1 (a quarter, for numbers above 1)")
+            "with the shipped seed within 0.1 (0.15 for less than 100 prompts, a quarter for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Missed: {'; '.join(missed)}." if missed else "")
 

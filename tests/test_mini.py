@@ -353,10 +353,14 @@ def test_the_card_shows_what_earlier_recipes_missed(tmp_path):
 
 
 def test_the_card_says_where_two_seeds_differ():
-    rows = [("facts", "top-1", 0.97, True), ("lens", "rise", 0.55, False), ("ioi", "logit difference", 12.0, True)]
-    first = pd.DataFrame(rows, columns=["behaviour", "measure", "measured", "reached"])
-    assert "3 of 3 agree with the shipped seed within 0.1 (a quarter, for numbers above 1)." in agreement(first, first, 1)
-    other = first.assign(measured=[0.85, 0.48, 9.5], reached=[False, True, True])
+    rows = [
+        ("facts", "top-1", 100, 0.97, True),
+        ("lens", "rise", 50, 0.55, False),
+        ("ioi", "logit difference", 100, 12.0, True),
+    ]
+    first = pd.DataFrame(rows, columns=["behaviour", "measure", "n", "measured", "reached"])
+    assert "3 of 3 agree with the shipped seed within 0.1 (0.15 for" in agreement(first, first, 1)
+    other = first.assign(measured=[0.85, 0.42, 9.5], reached=[False, True, True])
     said = agreement(first, other, 3)
     assert said.startswith("Seed 3 reaches 2 of 3 lines, and 2 of 3 agree")
     assert "further apart: facts, top-1." in said
