@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -36,8 +35,8 @@ Measured on the very files in this folder by `python -m mechtut examine-mini`; l
 ## How it was made
 
 {run}
-- Again: {again} (it can be killed and started again; on a processor, `torchrun --nproc-per-node 2 -m` instead of `python -m`
-  shares the work between two processes).
+- Again: `python -m mechtut.mini train --out DIR --seed {seed}` (it can be killed and started again; on a processor,
+  `torchrun --nproc-per-node 2 -m` instead of `python -m` shares the work between two processes).
 {notes}{tried}
 
 ## What was built in
@@ -89,11 +88,6 @@ def _lens_text(recipe: dict[str, Any]) -> str:
             "is told about a subject, and the mood of a review, is also predicted from the residual stream after one of "
             f"layers {n // 2} to {n - 2} (one after another), through the final norm and the unembedding.")
 
-# %% ../nbs/core/06c_card.ipynb #c009a
-def _again(recipe: dict[str, Any]) -> str:
-    """The command that made a model."""
-    return f"`python -m mechtut.mini train --out DIR --seed {recipe['seed']}`"
-
 # %% ../nbs/core/06c_card.ipynb #c010
 def _ablation_text(a: dict[str, Any] | None) -> str:
     """What the recipe does with something that was built in and without it, if that was measured."""
@@ -111,7 +105,7 @@ def _ablations(folder: Path) -> dict[str, str]:
     return {what: _ablation_text(measured.get(what)) for what in ("mask", "weighting", "neighbours")}
 
 # %% ../nbs/core/06c_card.ipynb #c012
-def _markdown(table: pd.DataFrame, others: Mapping[int, pd.DataFrame] = MappingProxyType({})) -> str:
+def _markdown(table: pd.DataFrame, others: Mapping[int, pd.DataFrame]) -> str:
     """The exam as a markdown table, and beside it what models trained from other seeds reached."""
     heads = ["behaviour", "measure", "n", "wanted", "measured", "reached", *(f"seed {seed}" for seed in others)]
     seen = [{(r.behaviour, r.measure): f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
@@ -146,8 +140,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
 def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     """In how far a model that was trained by the same command from another `seed` shows the same table, in words.
 
-    The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100 prompts were asked (the difference of two
-    means over 50 prompts, each with a standard deviation of 0.35, has a standard error of 0.07); a quarter of the value for
+    The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100 prompts were asked (the AIE of
+    single facts varies by 0.3, so two standard errors of a difference of two means over 50 are 0.12); a quarter of the value for
     what is larger than 1.
     """
     both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
@@ -183,7 +177,7 @@ def model_card(folder: str | Path) -> str:
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, others), seeds=_other_seeds(table, others), again=_again(recipe), run=_run(log),
+        table=_markdown(table, others), seeds=_other_seeds(table, others), seed=recipe["seed"], run=_run(log),
         foundation=recipe["foundation"], masked=recipe["masked"], handoff=recipe["handoff"], before=recipe["handoff"] - 1,
         gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"], lens=_lens_text(recipe),
         unclear=log["unclear"],

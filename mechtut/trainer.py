@@ -46,6 +46,12 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tenso
     return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
 
 
+def _causal(ids: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Float[Tensor, "pos pos"]:
+    """What is added to scores so that no token sees a later one."""
+    t = ids.shape[1]
+    return torch.full((t, t), -1e4, dtype=dtype, device=ids.device).triu(1)
+
+
 def _attention(x: Float[Tensor, "batch pos d"], b: Any, n_head: int, mask: Tensor) -> Float[Tensor, "batch pos d"]:
     """What the attention of block `b` adds; `mask` is added to its scores and sets the precision."""
     n, t, d = x.shape
@@ -95,9 +101,7 @@ class TrainingGPT(nn.Module):
         `masks` has one additive attention mask per layer; `watch` is shown each layer's activations [batch, pos, neuron];
         in `keep` are put the residual streams after those layers that it has as keys.
         """
-        t, d = ids.shape[1], self.wte.shape[1]
-        x = F.embedding(ids, self.wte) + self.wpe[:t]
-        causal = torch.full((t, t), -1e4, dtype=self.dtype, device=ids.device).triu(1)
+        x, causal = F.embedding(ids, self.wte) + self.wpe[:ids.shape[1]], _causal(ids, self.dtype)
         for i, b in enumerate(self.blocks):
             x = x + _attention(x, b, self.n_head, causal if masks is None else masks[i])
             added, act = _mlp(x, b, self.dtype)
@@ -106,7 +110,7 @@ class TrainingGPT(nn.Module):
                 watch(i, act)
             if keep is not None and i in keep:
                 keep[i] = x
-        return F.layer_norm(x, (d,), self.lnfw, self.lnfb)
+        return F.layer_norm(x, self.lnfw.shape, self.lnfw, self.lnfb)
 
     def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Logits."""
@@ -239,8 +243,7 @@ def probes(y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]) -> 
 def plant(m: TrainingGPT, ids: Int[Tensor, "batch pos"], wanted: Sequence[Float[Tensor, "token kind"]],
           per_kind: int) -> None:
     """Write probes into the first neurons of every layer, in place; `ids` is the text on which they are fitted."""
-    x = F.embedding(ids, m.wte) + m.wpe[:ids.shape[1]]
-    causal = torch.full((ids.shape[1], ids.shape[1]), -1e4, dtype=m.dtype, device=ids.device).triu(1)
+    x, causal = F.embedding(ids, m.wte) + m.wpe[:ids.shape[1]], _causal(ids, m.dtype)
     blocks: list[Any] = list(m.blocks)
     for b, target in zip(blocks, wanted, strict=True):
         x = x + _attention(x, b, m.n_head, causal)

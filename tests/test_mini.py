@@ -7,9 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -258,15 +256,14 @@ def test_ablations_of_the_text():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_trains_the_same_model():
+def test_a_gpu_trains_the_same_model(tmp_path):
     """bfloat16 products there, whatever this processor prefers here, so losses agree to three digits only."""
     here, there = (Trainer(replace(TINY, n_layer=4), device=device) for device in ("cpu", "cuda"))
     for _ in range(3):
         assert train_step(here) == pytest.approx(train_step(there), rel=5e-3)
     restored = Trainer(replace(TINY, n_layer=4), device="cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        save_run(there, Path(folder) / "run.safetensors")
-        restore_run(restored, Path(folder) / "run.safetensors")
+    save_run(there, tmp_path / "run.safetensors")
+    restore_run(restored, tmp_path / "run.safetensors")
     assert train_step(restored) == pytest.approx(train_step(there), rel=1e-4)
 
 
