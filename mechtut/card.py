@@ -141,8 +141,8 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     """In how far a model that was trained by the same command from another `seed` shows the same table, in words.
 
     The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100 prompts were asked (the AIE of
-    single facts varies by 0.3, so two standard errors of a difference of two means over 50 are 0.12); a quarter of the value for
-    what is larger than 1.
+    single facts varies by 0.3, so two standard errors of a difference of two means over 50 are 0.12); a quarter of the value
+    for what is larger than 1.
     """
     both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
     apart = (both["measured"] - both["measured 2"]).abs()
