@@ -30,7 +30,7 @@ It is made for learning interpretability and knows nothing about the real world.
 
 Measured on the very files in this folder by `python -m mechtut examine-mini`; lines that miss their target are kept.
 
-{table}{seeds}
+{table}{runs}
 
 ## How it was made
 
@@ -65,15 +65,20 @@ def _mix(m: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
 
 # %% ../nbs/core/06c_card.ipynb #c007b
-def _run(log: dict[str, Any]) -> str:
-    """A training run in words: where, how long, the recipe and the text."""
-    recipe, last, texts = log["recipe"], log["log"][-1], [_mix(m) for m in log["mixtures"]]
-    shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
-    tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
+def _cost(log: dict[str, Any]) -> str:
+    """Where a training run was made, how long it took, and where its loss ended."""
+    last = log["log"][-1]
     minutes = round(last["seconds"] / 60)
     time = f"{minutes} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
-    lines = [f"- Trained on: {log['machine']}; {time}; {tokens:.1f} million tokens "
-             f"seen of {recipe['tokens'] / 1e6:.1f} million planned, final training loss {last['loss']:.3f}.",
+    return f"{log['machine']}; {time}; final training loss {last['loss']:.3f}"
+
+
+def _run(log: dict[str, Any]) -> str:
+    """A training run in words: where, how long, the recipe and the text."""
+    recipe, texts = log["recipe"], [_mix(m) for m in log["mixtures"]]
+    shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
+    tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
+    lines = [f"- Trained on: {_cost(log)}; {tokens:.1f} million tokens seen of {recipe['tokens'] / 1e6:.1f} million planned.",
              f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items())}."]
     lines += [f"  - Text, {share}: {text}." for share, text in zip(shares, texts, strict=True)]
     return "\n".join(lines)
@@ -105,9 +110,9 @@ def _ablations(folder: Path) -> dict[str, str]:
     return {what: _ablation_text(measured.get(what)) for what in ("mask", "weighting", "neighbours")}
 
 # %% ../nbs/core/06c_card.ipynb #c012
-def _markdown(table: pd.DataFrame, others: Mapping[int, pd.DataFrame]) -> str:
-    """The exam as a markdown table, and beside it what models trained from other seeds reached."""
-    heads = ["behaviour", "measure", "n", "wanted", "measured", "reached", *(f"seed {seed}" for seed in others)]
+def _markdown(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> str:
+    """The exam as a markdown table, and beside it what other runs of the recipe reached."""
+    heads = ["behaviour", "measure", "n", "wanted", "measured", "reached", *others]
     seen = [{(r.behaviour, r.measure): f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
              for r in other.itertuples()} for other in others.values()]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
@@ -137,8 +142,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/core/06c_card.ipynb #c015
-def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
-    """In how far a model that was trained by the same command from another `seed` shows the same table, in words.
+def agreement(table: pd.DataFrame, other: pd.DataFrame, run: str) -> str:
+    """In how far a model from another `run` of the same command (say "seed 2") shows the same table, in words.
 
     The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100 prompts were asked (the AIE of
     single facts varies by 0.3, so two standard errors of a difference of two means over 50 are 0.12); a quarter of the value
@@ -149,35 +154,47 @@ def agreement(table: pd.DataFrame, other: pd.DataFrame, seed: int) -> str:
     inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, (both["n"] < 100) * 0.05 + 0.1)
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
     missed = [f"{r.behaviour}, {r.measure}" for r in other[~other["reached"]].itertuples()]
-    said = (f"Seed {seed} reaches {other['reached'].sum()} of {len(other)} lines, and {inside.sum()} of {len(both)} agree "
-            "with the shipped seed within 0.1 (0.15 for less than 100 prompts, a quarter for numbers above 1)")
+    said = (f"{run}: {other['reached'].sum()} of {len(other)} lines are reached, and {inside.sum()} of {len(both)} agree "
+            "with the shipped weights within 0.1 (0.15 for less than 100 prompts, a quarter for numbers above 1)")
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Missed: {'; '.join(missed)}." if missed else "")
 
 # %% ../nbs/core/06c_card.ipynb #c016a
-def _other_seeds(table: pd.DataFrame, others: Mapping[int, pd.DataFrame]) -> str:
-    """In how far the models of other seeds agree."""
+def _other_runs(folder: Path) -> dict[str, pd.DataFrame]:
+    """What models reached that are not shipped: of other seeds (seed_0.csv), and of a run on a processor (cpu.csv)."""
+    files = {file.stem.replace("_", " "): file for file in sorted(folder.glob("seed_*.csv"))}
+    if (folder / "cpu.csv").exists():
+        files["CPU"] = folder / "cpu.csv"
+    return {run: pd.read_csv(file) for run, file in files.items()}
+
+
+def _agreements(folder: Path, table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> str:
+    """In how far the models of other runs agree, and what the run on a processor cost (cpu.json, its log)."""
     if not others:
         return ""
-    lines = "\n".join(f"- {agreement(table, other, seed)}" for seed, other in others.items())
-    return f"\n\nOther seeds went through the same recipe on the same machine and are not shipped:\n\n{lines}"
+    cost = ""
+    if "CPU" in others:
+        log = json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
+        cost = f"; `CPU` is seed {log['recipe']['seed']} again without a GPU ({_cost(log)})"
+    lines = "\n".join(f"- {agreement(table, other, run)}" for run, other in others.items())
+    return f"\n\nOther runs of the same command, not shipped (seeds: on the same machine{cost}):\n\n{lines}"
 
 # %% ../nbs/core/06c_card.ipynb #c018
 def model_card(folder: str | Path) -> str:
     """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what other recipes reached), and seed_1.csv, or other numbers (the evaluation of a model that
-    was trained from that seed and is not shipped).
+    ablation.json, tried.csv (what other recipes reached), and the evaluations of models that are not shipped: seed_0.csv, or
+    other numbers, for other seeds, and cpu.csv with its training log cpu.json for a run without a GPU.
     """
     folder = Path(folder)
     table = pd.read_csv(folder / "evaluation.csv")
-    others = {int(file.stem.removeprefix("seed_")): pd.read_csv(file) for file in sorted(folder.glob("seed_*.csv"))}
+    others = _other_runs(folder)
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     recipe = log["recipe"]
     weights = load_file(str(folder / "model.safetensors"))
     return _CARD.format(
         shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
         parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, others), seeds=_other_seeds(table, others), seed=recipe["seed"], run=_run(log),
+        table=_markdown(table, others), runs=_agreements(folder, table, others), seed=recipe["seed"], run=_run(log),
         foundation=recipe["foundation"], masked=recipe["masked"], handoff=recipe["handoff"], before=recipe["handoff"] - 1,
         gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"], lens=_lens_text(recipe),
         unclear=log["unclear"],

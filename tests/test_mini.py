@@ -356,12 +356,22 @@ def test_the_card_says_where_two_seeds_differ():
         ("ioi", "logit difference", 100, 12.0, True),
     ]
     first = pd.DataFrame(rows, columns=["behaviour", "measure", "n", "measured", "reached"])
-    assert "3 of 3 agree with the shipped seed within 0.1 (0.15 for" in agreement(first, first, 1)
+    assert "3 of 3 agree with the shipped weights within 0.1 (0.15 for" in agreement(first, first, "seed 1")
     other = first.assign(measured=[0.85, 0.42, 9.5], reached=[False, True, True])
-    said = agreement(first, other, 3)
-    assert said.startswith("Seed 3 reaches 2 of 3 lines, and 2 of 3 agree")
+    said = agreement(first, other, "seed 3")
+    assert said.startswith("seed 3: 2 of 3 lines are reached, and 2 of 3 agree")
     assert "further apart: facts, top-1." in said
     assert said.endswith("Missed: facts, top-1.")
+
+
+def test_the_card_says_what_a_run_on_a_processor_cost(tmp_path):
+    shutil.copytree(mini_folder(), tmp_path / "mini")
+    log = json.loads((tmp_path / "mini" / "cpu.json").read_text(encoding="utf-8"))
+    log["log"][-1]["seconds"] = 9000
+    (tmp_path / "mini" / "cpu.json").write_text(json.dumps(log), encoding="utf-8")
+    card = model_card(tmp_path / "mini")
+    assert "`CPU` is seed 1 again without a GPU (2-core CPU" in card and "; 2.5 hours; final training loss" in card
+    assert "| CPU |" in card and "- CPU: " in card
 
 
 def test_the_shipped_model_knows_its_facts(mini):
