@@ -77,8 +77,8 @@ def _run(log: dict[str, Any]) -> str:
     """A training run in words: where, how long, the recipe and the text."""
     recipe, texts = log["recipe"], [_mix(m) for m in log["mixtures"]]
     shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
-    tokens = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
-    lines = [f"- Trained on: {_cost(log)}; {tokens:.1f} million tokens seen of {recipe['tokens'] / 1e6:.1f} million planned.",
+    seen, planned = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, recipe["tokens"] / 1e6
+    lines = [f"- Trained on: {_cost(log)}; {seen:.1f} million tokens seen of {planned:.1f} million planned.",
              f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items())}."]
     lines += [f"  - Text, {share}: {text}." for share, text in zip(shares, texts, strict=True)]
     return "\n".join(lines)
