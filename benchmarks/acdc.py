@@ -19,13 +19,13 @@ import torch
 from common import measure
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.acdc import Rules, acdc, search
-from mechtut.circuits import Circuit
-from mechtut.contrast import Contrast, Cuts, circuit_metric, heads_write
-from mechtut.graph import Edge, visits
-from mechtut.kernels import fast_matmul
-from mechtut.models import Model, load_model
-from mechtut.wiring import Run, attend, mlp_out, projector, run
+from mechtut.papers.acdc import Rules, acdc, search
+from mechtut.circuits.circuit import Circuit
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric, heads_write
+from mechtut.circuits.graph import Edge, visits
+from mechtut.patching.matmul import fast_matmul
+from mechtut.models.loading import Model, load_model
+from mechtut.circuits._wiring import Run, attend, mlp_out, projector, run
 
 Log = list[tuple[str, str, bool, float]]
 

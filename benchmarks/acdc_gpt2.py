@@ -20,12 +20,12 @@ import torch
 from acdc import readers_one_by_one
 from common import gpt2_small, measure
 
-from mechtut.acdc import Rules, search
-from mechtut.contrast import Contrast, Cuts, circuit_metric
-from mechtut.graph import Edge
-from mechtut.kernels import fast_matmul
-from mechtut.models import Model
-from mechtut.pruning import Pruner
+from mechtut.papers.acdc import Rules, search
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
+from mechtut.circuits.graph import Edge
+from mechtut.patching.matmul import fast_matmul
+from mechtut.models.loading import Model
+from mechtut.circuits.search import Pruner
 
 NAMES = (2, 4, 10)
 

@@ -15,10 +15,10 @@ import statistics
 import torch
 from common import gpt2_small, measure
 
-from mechtut.causal_tracing import Noise, trace, window_layers
-from mechtut.kernels import fast_matmul
-from mechtut.models import Model
-from mechtut.sites import Edit, intervene
+from mechtut.papers.causal_tracing import Noise, trace, window_layers
+from mechtut.patching.matmul import fast_matmul
+from mechtut.models.loading import Model
+from mechtut.models.hooks import Edit, intervene
 
 SUBJECT, N_POS, WINDOW, NOISE = (0, 4), 12, 10, Noise(3.0, std=0.02)
 COMPONENTS = ("resid_post", "mlp_out", "attn_out")

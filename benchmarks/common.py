@@ -6,7 +6,7 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.models import Model, load_model
+from mechtut.models.loading import Model, load_model
 
 
 def gpt2_small(n_layers: int = 12, tokenizer=None, **config) -> Model:

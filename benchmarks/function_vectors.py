@@ -15,10 +15,10 @@ import statistics
 import torch
 from common import gpt2_small, measure
 
-from mechtut.function_vectors import indirect_effect, mean_head_activations
-from mechtut.kernels import fast_matmul
-from mechtut.models import Model
-from mechtut.sites import Edit, intervene
+from mechtut.papers.function_vectors import indirect_effect, mean_head_activations
+from mechtut.patching.matmul import fast_matmul
+from mechtut.models.loading import Model
+from mechtut.models.hooks import Edit, intervene
 
 
 def random_prompts(model: Model, n: int) -> list[tuple[list[int], int]]:

@@ -15,11 +15,11 @@ import statistics
 import torch
 from common import gpt2_small, measure
 
-from mechtut.collecting import collect
-from mechtut.kernels import fast_matmul
-from mechtut.models import Model
-from mechtut.sites import Site
-from mechtut.streaming import run_trunk
+from mechtut.neurons.collect import collect
+from mechtut.patching.matmul import fast_matmul
+from mechtut.models.loading import Model
+from mechtut.models.hooks import Site
+from mechtut.neurons.statistics import run_trunk
 
 NOTHING_MORE = {"n_random": 0, "moments": False}
 VARIANTS = {

@@ -14,11 +14,11 @@ import torch
 from common import gpt2_small, measure
 from transformers import PreTrainedTokenizerFast
 
-from mechtut.editing import mlp_projection, pad_right, target_ids
-from mechtut.kernels import fast_matmul
-from mechtut.models import Model, mask_arguments, mini_folder
-from mechtut.rome import RomeConfig, _optimise, _problem, context_templates, key_covariance, locate
-from mechtut.world import World
+from mechtut.editing.evaluation import mlp_projection, pad_right, target_ids
+from mechtut.patching.matmul import fast_matmul
+from mechtut.models.loading import Model, mask_arguments, mini_folder
+from mechtut.papers.rome import RomeConfig, _optimise, _problem, context_templates, key_covariance, locate
+from mechtut.mini.world import World
 
 PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"
 

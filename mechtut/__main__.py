@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch and matplotlib are imported when a command runs, so that --help answers at once
-    from mechtut.causal_tracing import CausalTrace
-    from mechtut.models import Model
+    from mechtut.papers.causal_tracing import CausalTrace
+    from mechtut.models.loading import Model
 
 COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 WIDTH = 100  # columns of a printed table
@@ -103,7 +103,7 @@ def report(t: "CausalTrace") -> str:
 
 def default_fact(model: "Model") -> tuple[str, str]:
     """Prompt and subject of a typical fact of the embedded world: the second or a later one, right with p > 0.9."""
-    from mechtut.world import World
+    from mechtut.mini.world import World
 
     facts = World().facts
     for fact in facts[1:50]:  # the early site of the first one is unusually weak
@@ -132,9 +132,9 @@ def trace(args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from mechtut.causal_tracing import trace as causal_trace
-    from mechtut.models import load_model
-    from mechtut.plots import causal_traces
+    from mechtut.papers.causal_tracing import trace as causal_trace
+    from mechtut.models.loading import load_model
+    from mechtut.viz.plots import causal_traces
 
     model = load_model(args.model)
     prompt, subject = (args.prompt, args.subject) if args.prompt is not None else default_fact(model)
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a mistake in its arguments is told in one line, with exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train-mini"]:
-        from mechtut.mini import main as train_mini
+        from mechtut.mini.training import main as train_mini
 
         return train_mini(argv[1:]) or 0
     args = parser().parse_args(argv)
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "new-paper":
             print(f"{new_paper(args.name, args.folder)}: fill it in, then `python tools/save.py` it")
         elif args.command == "examine-mini":
-            from mechtut.report_card import examine_mini
+            from mechtut.experiments.report_card import examine_mini
 
             print(examine_mini(args.folder, n=args.n).to_string(index=False))
         else:

@@ -10,10 +10,10 @@ from golden_models import GOLDEN
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.acdc import Rules
-from mechtut.contrast import Contrast
-from mechtut.graph import Order
-from mechtut.models import Model, load_model
+from mechtut.papers.acdc import Rules
+from mechtut.circuits.runs import Contrast
+from mechtut.circuits.graph import Order
+from mechtut.models.loading import Model, load_model
 
 FOLDER = GOLDEN / "acdc"
 NUMBERS = json.loads(gzip.decompress((FOLDER / "numbers.json.gz").read_bytes()))

@@ -7,8 +7,8 @@ import torch
 from golden_models import GOLDEN
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mechtut.icl import load_task
-from mechtut.models import Model, load_model
+from mechtut.prompts.few_shot import load_task
+from mechtut.models.loading import Model, load_model
 
 FOLDER = GOLDEN / "fv"
 TEXT = json.loads((FOLDER / "toy-antonym.json").read_text(encoding="utf-8"))

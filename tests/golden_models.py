@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mechtut.models import Model, load_model
+from mechtut.models.loading import Model, load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 

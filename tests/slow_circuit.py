@@ -6,12 +6,12 @@ So agreement with it means something.
 
 import torch
 
-from mechtut.blocks import record_blocks
-from mechtut.contrast import Contrast, Cuts
-from mechtut.graph import Edge, Graph
-from mechtut.models import Model
-from mechtut.sites import attention_tap
-from mechtut.wiring import WIRES
+from mechtut.patching.partial import record_blocks
+from mechtut.circuits.runs import Contrast, Cuts
+from mechtut.circuits.graph import Edge, Graph
+from mechtut.models.loading import Model
+from mechtut.models.hooks import attention_tap
+from mechtut.circuits._wiring import WIRES
 
 
 class _Layers:

@@ -29,7 +29,7 @@ def listed() -> list[str]:
 
 
 NOTEBOOK_PAGES = [Path(p).with_suffix(".html").as_posix() for p in listed()]
-OTHER_PAGES = ["landing.html", "api/index.html", "api/causal_tracing.html", "references.html", "CONTRIBUTING.html"]
+OTHER_PAGES = ["landing.html", "api/index.html", "api/papers.causal_tracing.html", "references.html", "CONTRIBUTING.html"]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_colab_and_source_links(visit, path):
 
 
 def test_interactive_figure_tells_the_cell_that_is_pointed_at(visit):
-    page = visit("nbs/core/04b_interactive.html")
+    page = visit("nbs/library/viz/interactive.html")
     cell = page.locator("[data-is]").first
     cell.hover()
     shown = cell.evaluate("e => getComputedStyle(e, '::after').content")

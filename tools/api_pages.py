@@ -86,16 +86,18 @@ def api_pages(folder: Path, repository: str) -> None:
         f"These can be imported from `mechtut` itself: {names}.", "",
         "| module | what is in it |", "| --- | --- |",
     ]  # fmt: skip
-    for found in sorted(pkgutil.iter_modules(mechtut.__path__), key=lambda m: m.name):
-        if found.name.startswith("_"):
-            continue
-        module = importlib.import_module(f"mechtut.{found.name}")
-        source = f"{repository}/blob/main/mechtut/{found.name}.py"
-        summary = docstring(module)
-        lines = [f"# mechtut.{found.name}", "", summary, ""]
-        for name, thing in public(module):
-            lines += entry(name, thing, source)
-        (folder / f"{found.name}.md").write_text("\n".join(lines), encoding="utf-8")
-        first = summary.partition("\n")[0]
-        index.append(f"| [`mechtut.{found.name}`]({found.name}.md) | {first} |")
+    for found in pkgutil.walk_packages(mechtut.__path__, "mechtut."):
+        name = found.name.removeprefix("mechtut.")
+        if found.ispkg:
+            index.append(f"| **{name}** | {docstring(importlib.import_module(found.name))} |")
+        elif not any(part.startswith("_") for part in name.split(".")):
+            module = importlib.import_module(found.name)
+            source = f"{repository}/blob/main/mechtut/{name.replace('.', '/')}.py"
+            summary = docstring(module)
+            lines = [f"# mechtut.{name}", "", summary, ""]
+            for public_name, thing in public(module):
+                lines += entry(public_name, thing, source)
+            (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
+            first = summary.partition("\n")[0]
+            index.append(f"| [`mechtut.{name}`]({name}.md) | {first} |")
     (folder / "index.md").write_text("\n".join(index) + "\n", encoding="utf-8")

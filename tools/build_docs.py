@@ -74,10 +74,10 @@ def relinked(output: dict) -> dict:
     return {**output, "data": {**output["data"], "text/html": page}}
 
 
-def citation(stem: str, bibliography: str) -> str:
+def citation(page: str, bibliography: str) -> str:
     """Keys of the entries of references.bib whose `keywords` name this notebook, as a citation; "" if there is none."""
     entries = re.findall(r"@\w+\{(\S+),(.*?)\n\}", bibliography, re.DOTALL)
-    keys = [key for key, body in entries if re.search(rf"keywords = \{{[^}}]*\b{stem}\b", body)]
+    keys = [key for key, body in entries if re.search(rf"keywords = \{{[^}}]*(?<!\S){page}(?![^\s}}])", body)]
     return f"**Cited here:** {', '.join(f'{{cite:t}}`{k}`' for k in keys)}." if keys else ""
 
 
@@ -85,7 +85,7 @@ def write_notebook(path: Path, bibliography: str) -> None:
     """Copy one notebook into the book."""
     notebook = json.loads((ROOT / path).read_text(encoding="utf-8"))
     notebook["cells"] = [kept for c in notebook["cells"] if (kept := shown(c)) is not None]
-    if text := citation(path.stem, bibliography):
+    if text := citation(f"{path.parent.name}/{path.stem}", bibliography):
         notebook["cells"].append({"cell_type": "markdown", "id": "cited", "metadata": {}, "source": text})
     target = BOOK / path
     target.parent.mkdir(parents=True, exist_ok=True)

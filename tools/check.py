@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 WORKERS = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "loadfile"]  # a notebook stays in one kernel
 COLOUR = [] if sys.stdout.isatty() else ["--color=no"]
-WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}
+WRITTEN_BY_HAND = {"__init__.py", "__main__.py", "_lazy.py"}
 MUST_BE_PACKED = ["py.typed", "data/mini/config.json", "data/mini/tokenizer.json", "data/mini/model.safetensors"]
 
 
@@ -46,11 +46,11 @@ def files_of(folder: Path, *patterns: str) -> set[str]:
 
 def fresh() -> None:
     """Export and clean a copy: the modules, the notebooks and README.md must be what is in the checkout."""
-    watched = ["settings.ini", "pyproject.toml", "README.md", "mechtut/*.py", "nbs/**/*.ipynb"]
+    watched = ["settings.ini", "pyproject.toml", "README.md", "mechtut/**/*.py", "nbs/**/*.ipynb"]
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "mechtut"
         for name in files_of(ROOT, *watched, "tools/*.py", "docs/figures/*"):
-            if Path(name).parent != Path("mechtut") or Path(name).name in WRITTEN_BY_HAND:
+            if not name.startswith("mechtut/") or Path(name).name in WRITTEN_BY_HAND:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
         run(BIN / "nbdev_export", cwd=copy)
@@ -75,7 +75,8 @@ def lint() -> None:
     """Style of all Python files, and types of the package."""
     folders = [f for f in ("mechtut", "tests", "tools", "benchmarks", "nbs/conftest.py", "setup.py") if (ROOT / f).exists()]
     python_m("ruff", "check", *folders)
-    handwritten = ["mechtut/__init__.py", "mechtut/__main__.py", *folders[1:]]  # exported cells keep the notebook's layout
+    mine = [p for p in (ROOT / "mechtut").rglob("*.py") if p.name in WRITTEN_BY_HAND]
+    handwritten = [*mine, *folders[1:]]  # exported cells keep the notebook's layout
     python_m("ruff", "format", "--check", *handwritten)
     python_m("mypy")
 
@@ -105,7 +106,8 @@ def build() -> None:
     (sdist,) = (ROOT / "dist").glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as z, tarfile.open(sdist) as tar:
         packed = {wheel: z.namelist(), sdist: tar.getnames()}
-    wanted = {p.name for p in (ROOT / "mechtut").glob("*.py")} | set(MUST_BE_PACKED)
+    modules = (ROOT / "mechtut").rglob("*.py")
+    wanted = {p.relative_to(ROOT / "mechtut").as_posix() for p in modules} | set(MUST_BE_PACKED)
     wanted |= {p.relative_to(ROOT / "mechtut").as_posix() for p in (ROOT / "mechtut/data").rglob("*") if p.is_file()}
     for archive, names in packed.items():
         if missing := sorted(w for w in wanted if not any(n.endswith(f"mechtut/{w}") for n in names)):

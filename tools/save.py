@@ -1,6 +1,6 @@
 """Export, run and clean notebooks, so that what is saved is what the tests compare.
 
-`python tools/save.py nbs/core/01_sites.ipynb` does one, `python tools/save.py` all of them, in the order of the site.
+`python tools/save.py nbs/library/models/hooks.ipynb` does one, `python tools/save.py` all of them, in the order of the site.
 """
 
 import os

@@ -1,0 +1,107 @@
+"""Names, capture and intervene on anything, and loud failure."""
+
+import pytest
+import torch
+from families import tiny
+from torch import nn
+
+from mechtut.models.loading import load_model
+from mechtut.models.hooks import Edit, Site, capture, intervene
+
+TOKENS = torch.randint(1, 97, (2, 6), generator=torch.Generator().manual_seed(0))
+MODEL = load_model(tiny("gpt2"))
+
+
+@pytest.mark.parametrize(
+    "name, site",
+    [
+        ("resid_post.3", Site("resid_post", 3)),
+        ("resid_post", Site("resid_post")),
+        ("blocks.11.hook_resid_pre", Site("resid_pre", 11)),
+        ("blocks.0.attn.hook_z", Site("z", 0)),
+        ("blocks.2.mlp.hook_post", Site("mlp_act", 2)),
+        ("hook_embed", Site("embed")),
+        ("transformer.h.0.ln_1", Site("transformer.h.0.ln_1")),
+    ],
+)
+def test_names(name, site):
+    assert Site.parse(name) == site
+
+
+def test_transformer_lens_names_capture_the_same():
+    acts = capture(MODEL, TOKENS, ["blocks.1.hook_mlp_out", "mlp_out.1", "transformer.h.1.mlp"])
+    assert torch.equal(acts["mlp_out.1"], acts["transformer.h.1.mlp"])
+    assert len(acts) == 2  # the first two are one site
+
+
+def test_capture_sees_what_edits_left():
+    value = torch.randn(32)
+    acts = capture(MODEL, TOKENS, ["resid_post.1", "resid_pre.2"], edits=[Edit("resid_post", 1, value, pos=2)])
+    assert torch.equal(acts["resid_post.1"][:, 2], value.expand(2, 32))
+    assert torch.equal(acts["resid_pre.2"], acts["resid_post.1"])
+
+
+def test_edits_of_one_site_apply_in_order():
+    edits = [Edit("mlp_out", 0, 5.0, pos=1), Edit("mlp_out", 0, 1.0, pos=1, mode="add")]
+    assert (capture(MODEL, TOKENS, "mlp_out.0", edits=edits)["mlp_out.0"][:, 1] == 6).all()
+
+
+def test_float64_noise_on_a_float32_model_is_rounded_once():
+    noise = torch.full((1, 1, 32), 1e-9, dtype=torch.float64)
+    embed = capture(MODEL, TOKENS, "embed")["embed"]
+    noisy = capture(MODEL, TOKENS, "embed", edits=[Edit("embed", None, noise, pos=0, mode="add")])["embed"]
+    assert torch.equal(noisy[:, :1], (embed[:, :1].double() + noise).float())
+
+
+def test_bfloat16_keeps_its_type():
+    model = load_model(tiny("llama"), dtype=torch.bfloat16)
+    with intervene(model, [Edit("mlp_out", 0, torch.ones(32), pos=0)]):
+        assert model.logits(TOKENS).dtype == torch.bfloat16
+    model = None
+
+
+def test_any_module_by_path():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2)))
+    x = torch.randn(5, 3)
+    assert torch.equal(capture(net, x, "1.0")["1.0"], net[1][0](net[0](x)))
+    with intervene(net, [Edit("1.0", None, 0.0)]):
+        assert torch.equal(net(x), net[1][1].bias.expand(5, 2))
+
+
+def test_a_hook_that_never_fires_is_an_error():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(RuntimeError, match="never reached unused"):
+        capture(Lazy(), torch.ones(1, 2), "unused")
+    with pytest.raises(RuntimeError, match="never reached unused"), intervene(Lazy(), [Edit("unused", None, 0.0)]) as _:
+        pass
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=r"unknown site 'resid_mid'.*resid_post"):
+        capture(MODEL, TOKENS, "resid_mid")
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp"):
+        capture(MODEL, TOKENS, "model.layers.0.mlp")
+    with pytest.raises(IndexError, match=r"layer 3 .*layers 0..2"):
+        capture(MODEL, TOKENS, "resid_post.3")
+    with pytest.raises(IndexError, match=r"layer 7 .*layers 0..2"):
+        capture(MODEL, TOKENS, "q.7")
+    with pytest.raises(KeyError, match="captured: embed"):
+        capture(MODEL, TOKENS, "embed")["resid_post.1"]
+    with pytest.raises(IndexError, match="heads 0..3"), intervene(MODEL, [Edit("pattern", 0, 0.0, head=4)]):
+        pass
+
+
+def test_a_failing_forward_leaves_no_hooks():
+    with pytest.raises(IndexError), intervene(MODEL, [Edit("resid_post", 0, 0.0, pos=99)]):
+        MODEL.logits(TOKENS)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in MODEL.hf.modules())
+    with pytest.raises(RuntimeError), intervene(MODEL, [Edit("q", 0, torch.ones(5))]):
+        MODEL.logits(TOKENS)
+    assert MODEL.config._attn_implementation != "mechtut"

@@ -1,0 +1,123 @@
+"""Loading: the embedded model, instances, folders; damaged or unknown things are refused by name."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import tiny
+
+from mechtut.models.loading import loading as models
+from mechtut.models.loading import FAMILIES, load_model, mini_folder, weight_fingerprint
+
+
+def test_mini_loads_and_speaks():
+    model = load_model("mini", device="cpu")
+    assert model.dtype == torch.float32 and model.hf.training is False
+    assert not any(p.requires_grad for p in model.hf.parameters())
+    assert "".join(model.to_str_tokens("Hello there")).strip() == "Hello there"
+    assert model.logits(model.to_tokens("The")[None]).shape[-1] == model.embed.weight.shape[0]
+
+
+def test_a_local_folder_is_the_same_model(tmp_path):
+    shutil.copytree(mini_folder(), tmp_path / "mine")
+    here, there = load_model("mini", device="cpu"), load_model(str(tmp_path / "mine"), device="cpu")
+    assert weight_fingerprint(here) == weight_fingerprint(there)
+
+
+def test_a_damaged_file_says_so(tmp_path, monkeypatch):
+    copy = tmp_path / "mini"
+    shutil.copytree(mini_folder(), copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-100] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    monkeypatch.setattr(models, "mini_folder", lambda: copy)
+    with pytest.raises(ValueError, match=r"damaged .*reinstall"):
+        load_model("mini")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no file"):
+        load_model("mini")
+
+
+def test_nan_weights_are_refused():
+    hf = tiny("llama")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN .*model.layers.1.mlp.down_proj.weight"):
+        load_model(hf)
+
+
+def test_unknown_families_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"model_type 'bert'.*gpt2"):
+        models.find_family(SimpleNamespace(config=SimpleNamespace(model_type="bert")))
+    with pytest.raises(ValueError, match="opt-350m"):
+        load_model(tiny("opt", do_layer_norm_before=False))
+
+
+def test_a_family_of_ones_own(monkeypatch):
+    hf = tiny("llama")
+    hf.config.model_type = "my_llama"
+    with pytest.raises(ValueError, match="my_llama"):
+        load_model(hf)
+    monkeypatch.setitem(FAMILIES, "my_llama", FAMILIES["llama"])
+    assert load_model(hf).n_layers == 3
+
+
+def test_grouped_query_and_head_width():
+    model = load_model(tiny("qwen3"))
+    assert (model.n_heads, model.n_kv_heads, model.d_head, model.d_model) == (4, 2, 16, 32)
+    assert load_model(tiny("gpt2")).d_head == 8
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [("", "no tokens"), ([], "no tokens"), ([97], "outside 0..96"), ([-1], "outside 0..96"), ([1] * 65, "at most 64")],
+)
+def test_hostile_prompts(prompt, words):
+    model = load_model(tiny("gpt2"))
+    if prompt == "":
+        model = load_model("mini", device="cpu")
+    with pytest.raises(ValueError, match=words):
+        model.to_tokens(prompt)
+
+
+def test_text_without_a_tokenizer():
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        load_model(tiny("gpt2")).to_tokens("hello")
+
+
+def test_token_ids_pass_through():
+    model = load_model(tiny("gpt2"))
+    assert model.to_tokens((1, 2, 3)).tolist() == model.to_tokens(torch.tensor([[1, 2, 3]])).tolist() == [1, 2, 3]
+
+
+def test_fingerprint_follows_the_weights():
+    one, same, other = load_model(tiny("gpt2")), load_model(tiny("gpt2")), load_model(tiny("llama"))
+    assert weight_fingerprint(one) == weight_fingerprint(same) != weight_fingerprint(other)
+    with torch.no_grad():
+        same.blocks[0].mlp.c_proj.weight.add_(torch.outer(torch.ones(128), torch.ones(32)) * 1e-3)
+    assert weight_fingerprint(one) != weight_fingerprint(same)
+
+
+def test_loading_the_embedded_model_needs_no_network():
+    code = (
+        "import socket\n"
+        "def closed(*a, **k): raise OSError('network used')\n"
+        "socket.socket.connect = closed\n"
+        "import mechtut; m = mechtut.load_model('mini'); print(m.n_layers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == json.loads((mini_folder() / "config.json").read_text())["n_layer"]
+
+
+@pytest.mark.hub
+def test_a_hub_model():
+    model = load_model("gpt2", device="cpu")
+    assert (
+        model.decode([int(model.logits(model.to_tokens("The Eiffel Tower is in the city of")[None])[0, -1].argmax())])
+        == " Paris"
+    )
