@@ -8,8 +8,13 @@ from setuptools import setup
 config = ConfigParser(interpolation=None)
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("tutorials", "servers", "circuits", "docs", "dev")}
-extras["dev"] += extras["tutorials"] + extras["servers"] + extras["circuits"] + extras["docs"]
+extras = {
+    name: settings[f"{name}_requirements"].split()
+    for name in ("tutorials", "servers", "circuits", "docs", "dev")
+}
+extras["dev"] += (
+    extras["tutorials"] + extras["servers"] + extras["circuits"] + extras["docs"]
+)
 
 setup(
     version=settings["version"],

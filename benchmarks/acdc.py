@@ -37,7 +37,9 @@ def plain_metric(contrast: Contrast, corrupted: Run, present: set[Edge]) -> floa
     more = {"embed": contrast.differences[0]}
 
     def read(node: str, stream: torch.Tensor) -> torch.Tensor:
-        return stream + sum(more[p] for p in graph.parents(node) if (p, node) in present)
+        return stream + sum(
+            more[p] for p in graph.parents(node) if (p, node) in present
+        )
 
     for layer in range(graph.n_layers):
         for h in range(graph.n_heads):
@@ -46,22 +48,51 @@ def plain_metric(contrast: Contrast, corrupted: Run, present: set[Edge]) -> floa
                 name = f"a{layer}.{h}.{part}"
                 x = read(f"{name}_in", corrupted.attn_in[layer])[None]
                 value = projector(wiring, layer, part, one, rows)(x)
-                qkv.append(value if (f"{name}_in", name) in present else corrupted.qkv[layer][part][one])
-            z = attend(wiring, layer, *qkv, wiring.masks[layer]) - corrupted.z[layer][one]
+                qkv.append(
+                    value
+                    if (f"{name}_in", name) in present
+                    else corrupted.qkv[layer][part][one]
+                )
+            z = (
+                attend(wiring, layer, *qkv, wiring.masks[layer])
+                - corrupted.z[layer][one]
+            )
             more[f"a{layer}.{h}"] = heads_write(wiring, layer, z, None, rows, one)[0]
-        more[f"m{layer}"] = mlp_out(wiring, layer, read(f"m{layer}.in", corrupted.mlp_in[layer])) - corrupted.mlps[layer]
-    return contrast.metric.value(contrast.read(read("out", corrupted.out)[:, contrast.window.reads]))
+        more[f"m{layer}"] = (
+            mlp_out(wiring, layer, read(f"m{layer}.in", corrupted.mlp_in[layer]))
+            - corrupted.mlps[layer]
+        )
+    return contrast.metric.value(
+        contrast.read(read("out", corrupted.out)[:, contrast.window.reads])
+    )
 
 
-def plain_search(contrast: Contrast, threshold: float, forward: Callable[[Cuts], float]) -> Log:
+def plain_search(
+    contrast: Contrast, threshold: float, forward: Callable[[Cuts], float]
+) -> Log:
     """The algorithm with one full forward pass per edge."""
-    graph, cuts, current, log = contrast.graph, Cuts(contrast.graph), contrast.metric_full, []
-    leaving = {node: [e for e in graph.edges if e.parent == node] for node in visits(graph)}
+    graph, cuts, current, log = (
+        contrast.graph,
+        Cuts(contrast.graph),
+        contrast.metric_full,
+        [],
+    )
+    leaving = {
+        node: [e for e in graph.edges if e.parent == node] for node in visits(graph)
+    }
     dead = set()
     for node in visits(graph):
         behind = [n for n in _placeholders(node, graph.n_heads) if n not in dead]
-        edges = [Edge(p, node) for p in graph.parents(node)] if node in graph.receiver_index else _direct(node)
-        if node != "out" and not behind and not any(cuts.has(e) and e.child not in dead for e in leaving[node]):
+        edges = (
+            [Edge(p, node) for p in graph.parents(node)]
+            if node in graph.receiver_index
+            else _direct(node)
+        )
+        if (
+            node != "out"
+            and not behind
+            and not any(cuts.has(e) and e.child not in dead for e in leaving[node])
+        ):
             dead.add(node)
             for edge in edges:
                 cuts.set(edge, False)
@@ -89,11 +120,21 @@ def _direct(node: str) -> list[Edge]:
 def small_model() -> Model:
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 0}
-    shape = {"n_layer": 4, "n_head": 8, "n_embd": 256, "vocab_size": 1000, "n_positions": 32}
-    return load_model(GPT2LMHeadModel(GPT2Config(**shape, **special, initializer_range=0.08)))
+    shape = {
+        "n_layer": 4,
+        "n_head": 8,
+        "n_embd": 256,
+        "vocab_size": 1000,
+        "n_positions": 32,
+    }
+    return load_model(
+        GPT2LMHeadModel(GPT2Config(**shape, **special, initializer_range=0.08))
+    )
 
 
-def pairs(n: int, length: int, first_difference: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pairs(
+    n: int, length: int, first_difference: int, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     clean, other = torch.randint(0, vocab, (2, n, length), generator=g)
     return clean, torch.where(torch.arange(length) >= first_difference, other, clean)
@@ -106,7 +147,9 @@ def readers_one_by_one(contrast: Contrast) -> Callable[[Cuts], float]:
 
     @torch.no_grad()
     def forward(cuts: Cuts) -> float:
-        return plain_metric(contrast, corrupted, {e for e in contrast.graph.edges if cuts.has(e)})
+        return plain_metric(
+            contrast, corrupted, {e for e in contrast.graph.edges if cuts.has(e)}
+        )
 
     return forward
 
@@ -118,34 +161,53 @@ def compare(args: argparse.Namespace) -> None:
 
     contrast, rules = Contrast(model, clean, corrupted), Rules(args.threshold)
     ours = {
-        "whole": lambda: acdc(model, clean, corrupted, threshold=args.threshold, progress=False),
+        "whole": lambda: acdc(
+            model, clean, corrupted, threshold=args.threshold, progress=False
+        ),
         "alone": lambda: search(contrast, rules, progress=False),
         "plain's runs": lambda: Contrast(model, clean, corrupted, trim=False),
     }
     circuit: Circuit = ours["whole"]()  # imports and buffers
     ways = {
         "plain, reader by reader, stock     ": (readers_one_by_one(whole), False),
-        "plain, all heads at once, stock    ": (lambda cuts: circuit_metric(whole, cuts, everything=True), False),
-        "plain, all heads at once, oneDNN   ": (lambda cuts: circuit_metric(whole, cuts, everything=True), True),
+        "plain, all heads at once, stock    ": (
+            lambda cuts: circuit_metric(whole, cuts, everything=True),
+            False,
+        ),
+        "plain, all heads at once, oneDNN   ": (
+            lambda cuts: circuit_metric(whole, cuts, everything=True),
+            True,
+        ),
     }
 
     def rounds() -> list[dict[str, float]]:
-        return [{name: measure(function)[0] for name, function in ours.items()} for _ in range(args.rounds)]
+        return [
+            {name: measure(function)[0] for name, function in ours.items()}
+            for _ in range(args.rounds)
+        ]
 
     before, plain = rounds(), {}
     for name, (forward, kernels) in ways.items():
         with fast_matmul(model, kernels):
             forward(Cuts(whole.graph))
-            plain[name] = measure(lambda forward=forward: plain_search(whole, args.threshold, forward))
+            plain[name] = measure(
+                lambda forward=forward: plain_search(whole, args.threshold, forward)
+            )
     every = [*before, *rounds()]  # a shared machine changes its pace
     seconds = {name: statistics.median(r[name] for r in every) for name in ours}
     print(f"{args.threads} thread(s), {len(whole.graph.edges)} edges, 24 x 12 tokens, pairs differ from "
           f"{args.first_difference} on, threshold {args.threshold:g}: {len(circuit.log)} edges tested, "
           f"{len(circuit.edges)} kept; load {os.getloadavg()[0]:.1f}")  # fmt: skip
-    print(f"search alone {seconds['alone']:.2f} CPU s, with its reference runs {seconds['whole']:.2f} CPU s")
+    print(
+        f"search alone {seconds['alone']:.2f} CPU s, with its reference runs {seconds['whole']:.2f} CPU s"
+    )
     for name, (took, log) in plain.items():
-        same = [(s.parent, s.child, s.kept) for s in circuit.log] == [row[:3] for row in log]
-        worst = max(abs(s.delta - d) for s, (*_, d) in zip(circuit.log, log, strict=False))
+        same = [(s.parent, s.child, s.kept) for s in circuit.log] == [
+            row[:3] for row in log
+        ]
+        worst = max(
+            abs(s.delta - d) for s, (*_, d) in zip(circuit.log, log, strict=False)
+        )
         both = (took + seconds["plain's runs"]) / seconds["whole"]
         print(f"{name}{took:8.2f} CPU s ({1000 * took / len(log):.1f} ms per edge), {took / seconds['alone']:.0f}x alone,"
               f" {both:.0f}x with the runs; identical logs: {same}, largest difference of a change {worst:.1e}")  # fmt: skip

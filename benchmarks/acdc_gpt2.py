@@ -38,14 +38,18 @@ def pairs(n: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts of random tokens, and the same with other tokens where the names are."""
     g = torch.Generator().manual_seed(1)
     clean, other = torch.randint(0, vocab, (2, n, length), generator=g)
-    return clean, torch.where(torch.isin(torch.arange(length), torch.tensor(NAMES)), other, clean)
+    return clean, torch.where(
+        torch.isin(torch.arange(length), torch.tensor(NAMES)), other, clean
+    )
 
 
 def counted(minutes: float, limit: int) -> list[int]:
     """From now on, count the edges that are asked about in the only entry of this list, and raise `Enough` in time."""
     count, until, without = [0], time.monotonic() + 60 * minutes, Pruner.without
 
-    def some_more(pruner: Pruner, edges: Sequence[Edge], alone: bool = False) -> list[float | None]:
+    def some_more(
+        pruner: Pruner, edges: Sequence[Edge], alone: bool = False
+    ) -> list[float | None]:
         if count[0] >= limit or time.monotonic() > until:
             raise Enough
         count[0] += len(edges)
@@ -55,14 +59,19 @@ def counted(minutes: float, limit: int) -> list[int]:
     return count
 
 
-def plain_seconds(model: Model, clean: torch.Tensor, corrupted: torch.Tensor, passes: int) -> dict[str, float]:
+def plain_seconds(
+    model: Model, clean: torch.Tensor, corrupted: torch.Tensor, passes: int
+) -> dict[str, float]:
     """CPU seconds of one full forward pass of the graph with all edges present, as the plain search runs for each test."""
     contrast = Contrast(model, clean, corrupted, trim=False)
     cuts = Cuts(contrast.graph)
     one_by_one = readers_one_by_one(contrast)
     ways: dict[str, tuple[Callable[[], float], bool]] = {
         "reader by reader, stock": (lambda: one_by_one(cuts), False),
-        "all heads at once, oneDNN": (lambda: circuit_metric(contrast, cuts, everything=True), True),
+        "all heads at once, oneDNN": (
+            lambda: circuit_metric(contrast, cuts, everything=True),
+            True,
+        ),
     }
     found = {}
     for name, (forward, kernels) in ways.items():
@@ -72,7 +81,9 @@ def plain_seconds(model: Model, clean: torch.Tensor, corrupted: torch.Tensor, pa
 
 
 def run(args: argparse.Namespace) -> None:
-    model = gpt2_small(initializer_range=0.05)  # with GPT-2's own 0.02 the random heads would hardly matter
+    model = gpt2_small(
+        initializer_range=0.05
+    )  # with GPT-2's own 0.02 the random heads would hardly matter
     clean, corrupted = pairs(args.prompts, 15, 50257)
     with fast_matmul(model):
         setup, contrast = measure(lambda: Contrast(model, clean, corrupted))
@@ -80,15 +91,27 @@ def run(args: argparse.Namespace) -> None:
     threshold = args.share * whole
     print(f"GPT-2 small's shape, {len(contrast.graph.edges)} edges, {args.prompts} x 15 tokens, "
           f"pairs differ at {NAMES}, {args.threads} thread(s)")  # fmt: skip
-    print(f"KL without any edge {whole:.3g}, threshold {args.share:g} of it: {threshold:.3g}", flush=True)
+    print(
+        f"KL without any edge {whole:.3g}, threshold {args.share:g} of it: {threshold:.3g}",
+        flush=True,
+    )
     count, circuit, wall = counted(args.minutes, args.limit), None, time.perf_counter()
 
     def searched() -> None:
         nonlocal circuit
         try:
-            circuit = search(contrast, Rules(threshold), folder=args.folder, progress=True)
+            circuit = search(
+                contrast, Rules(threshold), folder=args.folder, progress=True
+            )
         except (Enough, KeyboardInterrupt):
-            print("stopped early" + (f"; the same command goes on from {args.folder}" if args.folder else ""))
+            print(
+                "stopped early"
+                + (
+                    f"; the same command goes on from {args.folder}"
+                    if args.folder
+                    else ""
+                )
+            )
 
     seconds, _ = measure(searched)
     wall = time.perf_counter() - wall
@@ -97,8 +120,13 @@ def run(args: argparse.Namespace) -> None:
           f"{wall:.0f} s; contrast {setup:.1f} CPU s; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     if circuit is not None:
         tested = len(circuit.log)
-        print(f"finished: {tested} edges tested in all, {len(circuit.edges)} kept, KL {circuit.metric_final:.3g}")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB", flush=True)
+        print(
+            f"finished: {tested} edges tested in all, {len(circuit.edges)} kept, KL {circuit.metric_final:.3g}"
+        )
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB",
+        flush=True,
+    )
     if args.passes:
         for name, one in plain_seconds(model, clean, corrupted, args.passes).items():
             print(f"ESTIMATE of the plain way, {name}: {one:.2f} CPU s per forward pass x {tested} tests = "

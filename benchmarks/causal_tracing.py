@@ -27,7 +27,9 @@ COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 def paper_loop(model: Model, ids: torch.Tensor, component: str) -> torch.Tensor:
     """One full forward of 11 rows per (token, layer), as the authors do; returns scores [pos, layer]."""
     batch = ids.repeat(11, 1)
-    draws = torch.cat([torch.zeros(1, 4, model.d_model), NOISE.draw(10, 4, model.d_model)])
+    draws = torch.cat(
+        [torch.zeros(1, 4, model.d_model), NOISE.draw(10, 4, model.d_model)]
+    )
     noise = Edit("embed", None, draws, pos=range(*SUBJECT), mode="add")
     answer = int(model.logits(batch)[0, -1].argmax())
     width = 1 if component == "resid_post" else WINDOW
@@ -35,7 +37,10 @@ def paper_loop(model: Model, ids: torch.Tensor, component: str) -> torch.Tensor:
     for pos in range(N_POS):
         for layer in range(model.n_layers):
             # Row 0 of the same forward is the clean run: copy its value into every row.
-            hooks = [_copy_row_0(model, component, i, pos) for i in window_layers(layer, width, model.n_layers)]
+            hooks = [
+                _copy_row_0(model, component, i, pos)
+                for i in window_layers(layer, width, model.n_layers)
+            ]
             with intervene(model, [noise]):
                 logits = model.logits(batch)
             scores[pos, layer] = logits[1:, -1].softmax(-1)[:, answer].mean()
@@ -45,7 +50,9 @@ def paper_loop(model: Model, ids: torch.Tensor, component: str) -> torch.Tensor:
 
 
 def _copy_row_0(model: Model, component: str, layer: int, pos: int):
-    path = {"mlp_out": model.family.mlp_out, "attn_out": model.family.attn_out}.get(component)
+    path = {"mlp_out": model.family.mlp_out, "attn_out": model.family.attn_out}.get(
+        component
+    )
     module = model.blocks[layer] if path is None else model.part(layer, path)
 
     def hook(_module, _args, output):
@@ -58,23 +65,37 @@ def _copy_row_0(model: Model, component: str, layer: int, pos: int):
 def cone_flop(model: Model, component: str, rows: int = 10) -> float:
     """Multiply-adds (x2) of the linear layers in the cones of all cells, sharing what windows share, plus the readout."""
     d, n, vocab = model.d_model, model.n_layers, model.embed.weight.shape[0]
-    kv, attn, mlp = 2 * d * d, 4 * d * d, 8 * d * d  # weights of: keys and values, all of attention, the MLP
+    kv, attn, mlp = (
+        2 * d * d,
+        4 * d * d,
+        8 * d * d,
+    )  # weights of: keys and values, all of attention, the MLP
 
     def full(
         n_tok: int, layer: int
-    ) -> int:  # one block on the tokens of a cone; in the last only one token goes all the way
+    ) -> (
+        int
+    ):  # one block on the tokens of a cone; in the last only one token goes all the way
         return (n_tok - 1) * kv + attn + mlp if layer == n - 1 else n_tok * (attn + mlp)
 
     total = 0
     for pos in range(SUBJECT[0], N_POS):
         n_tok, seen = N_POS - pos, set()
         for layer in range(n):
-            window = [layer] if component == "resid_post" else list(window_layers(layer, WINDOW, n))
+            window = (
+                [layer]
+                if component == "resid_post"
+                else list(window_layers(layer, WINDOW, n))
+            )
             if window[0] == n - 1 and pos < N_POS - 1:
                 continue
             start = window[0]
             for at in range(start, n):
-                state = (start, min(at, window[-1]) if component != "resid_post" else start, at)
+                state = (
+                    start,
+                    min(at, window[-1]) if component != "resid_post" else start,
+                    at,
+                )
                 if state in seen:
                     continue
                 seen.add(state)
@@ -98,16 +119,22 @@ def main() -> None:
     ids = torch.randint(0, 50257, (N_POS,), generator=torch.Generator().manual_seed(1))
     x, w = torch.randn(1320, 768), torch.randn(768, 3072)
     seconds, _ = measure(lambda: [x @ w for _ in range(10)])
-    print(f"{args.threads} thread(s), stock matrix products {10 * 2 * 1320 * 768 * 3072 / seconds / 1e9:.0f} GFLOP/s")
+    print(
+        f"{args.threads} thread(s), stock matrix products {10 * 2 * 1320 * 768 * 3072 / seconds / 1e9:.0f} GFLOP/s"
+    )
     start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("component   paper s   stock s  ratio   onednn s  ratio   cone GFLOP  of bound (stock)  largest difference")
+    print(
+        "component   paper s   stock s  ratio   onednn s  ratio   cone GFLOP  of bound (stock)  largest difference"
+    )
     for component in args.components:
         rows: dict[str, list[float]] = {"paper": [], "stock": [], "onednn": []}
         for _ in range(args.rounds):
             for name, enabled in (("stock", False), ("onednn", True)):
                 with fast_matmul(model, enabled):
                     seconds, fast = measure(
-                        lambda c=component: trace(model, ids, SUBJECT, component=c, window=WINDOW, noise=NOISE)
+                        lambda c=component: trace(
+                            model, ids, SUBJECT, component=c, window=WINDOW, noise=NOISE
+                        )
                     )
                 rows[name].append(seconds)
             seconds, slow = measure(lambda c=component: paper_loop(model, ids, c))
@@ -115,11 +142,15 @@ def main() -> None:
         worst = float((fast.scores - slow).abs().max())
         p, s, o = (statistics.median(rows[k]) for k in ("paper", "stock", "onednn"))
         flop, n_forward = cone_flop(model, component), N_POS * args.layers
-        peak = n_forward * 11 * N_POS * 2 * (12 * 768**2 * args.layers + 50257 * 768) / p  # the paper loop's own speed
+        peak = (
+            n_forward * 11 * N_POS * 2 * (12 * 768**2 * args.layers + 50257 * 768) / p
+        )  # the paper loop's own speed
         print(f"{component:10s} {p:8.1f} {s:9.2f} {p / s:5.1f}x {o:10.2f} {p / o:5.1f}x {flop / 1e9:12.0f}"
               f" {s * peak / flop:17.2f} {worst:19.1e}", flush=True)  # fmt: skip
     now_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {now_mb:.0f} MB, of which {start_mb:.0f} MB before the first trace")
+    print(
+        f"peak memory {now_mb:.0f} MB, of which {start_mb:.0f} MB before the first trace"
+    )
 
 
 if __name__ == "__main__":

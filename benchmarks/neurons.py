@@ -33,7 +33,9 @@ VARIANTS = {
 def bare_trunk(model: Model, tokens: torch.Tensor, batch: int) -> None:
     with fast_matmul(model), torch.no_grad():
         for rows in tokens.split(batch):
-            run_trunk(model, rows, {Site("mlp_act", model.n_layers - 1): lambda x: None})
+            run_trunk(
+                model, rows, {Site("mlp_act", model.n_layers - 1): lambda x: None}
+            )
 
 
 def store_everything(model: Model, tokens: torch.Tensor, batch: int) -> int:
@@ -41,7 +43,14 @@ def store_everything(model: Model, tokens: torch.Tensor, batch: int) -> int:
     kept = []
     with fast_matmul(model), torch.no_grad():
         for rows in tokens.split(batch):
-            run_trunk(model, rows, {Site("mlp_act", i): lambda x: kept.append(x.clone()) for i in range(model.n_layers)})
+            run_trunk(
+                model,
+                rows,
+                {
+                    Site("mlp_act", i): lambda x: kept.append(x.clone())
+                    for i in range(model.n_layers)
+                },
+            )
     return sum(x.nbytes for x in kept)
 
 
@@ -49,14 +58,24 @@ def lens_cache(bridge, tokens: torch.Tensor, batch: int) -> None:
     """TransformerLens' cache of the same activations, reduced at once to each excerpt's maximum."""
     with torch.no_grad():
         for rows in tokens.split(batch):
-            _, cache = bridge.run_with_cache(rows, names_filter=lambda name: name.endswith("mlp.hook_post"))
+            _, cache = bridge.run_with_cache(
+                rows, names_filter=lambda name: name.endswith("mlp.hook_post")
+            )
             for values in cache.values():
                 values.amax(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("excerpts", 128), ("tokens", 64), ("batch", 32), ("rounds", 3), ("layers", 12)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("excerpts", 128),
+        ("tokens", 64),
+        ("batch", 32),
+        ("rounds", 3),
+        ("layers", 12),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--threads", type=int, default=1)
@@ -64,20 +83,42 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = gpt2_small(args.layers, vocab_size=args.vocab, bos_token_id=0, eos_token_id=0)
-    tokens = torch.randint(0, args.vocab, (args.excerpts, args.tokens), generator=torch.Generator().manual_seed(1))
+    model = gpt2_small(
+        args.layers, vocab_size=args.vocab, bos_token_id=0, eos_token_id=0
+    )
+    tokens = torch.randint(
+        0,
+        args.vocab,
+        (args.excerpts, args.tokens),
+        generator=torch.Generator().manual_seed(1),
+    )
     runs = {"bare trunk": lambda: bare_trunk(model, tokens, args.batch)}
-    variants = {**VARIANTS, "all of it and a token table": {"token_table": True}} if args.table else VARIANTS
+    variants = (
+        {**VARIANTS, "all of it and a token table": {"token_table": True}}
+        if args.table
+        else VARIANTS
+    )
     for name, options in variants.items():
-        arguments = {"n_tokens": args.tokens, "batch_size": args.batch, "progress": False, **options}
+        arguments = {
+            "n_tokens": args.tokens,
+            "batch_size": args.batch,
+            "progress": False,
+            **options,
+        }
         runs[name] = lambda arguments=arguments: collect(model, tokens, **arguments)
     if args.store:
-        runs["store every activation"] = lambda: store_everything(model, tokens, args.batch)
+        runs["store every activation"] = lambda: store_everything(
+            model, tokens, args.batch
+        )
     if args.transformer_lens:
         from transformer_lens.model_bridge import TransformerBridge
 
-        bridge = TransformerBridge.boot_transformers("gpt2", hf_model=gpt2_small(args.layers).hf, dtype=torch.float32)
-        runs["TransformerLens cache of maxima"] = lambda: lens_cache(bridge, tokens, args.batch)
+        bridge = TransformerBridge.boot_transformers(
+            "gpt2", hf_model=gpt2_small(args.layers).hf, dtype=torch.float32
+        )
+        runs["TransformerLens cache of maxima"] = lambda: lens_cache(
+            bridge, tokens, args.batch
+        )
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with fast_matmul(model, not args.stock):
         runs["bare trunk"]()  # warm up
@@ -85,11 +126,17 @@ def main() -> None:
             for name, run in runs.items():
                 seconds[name].append(measure(run)[0])
     kind = "PyTorch's own products" if args.stock else "oneDNN products"
-    print(f"{args.threads} thread(s), {args.excerpts} x {args.tokens} tokens, batches of {args.batch}, {kind}")
+    print(
+        f"{args.threads} thread(s), {args.excerpts} x {args.tokens} tokens, batches of {args.batch}, {kind}"
+    )
     for name, values in seconds.items():
-        ratio = statistics.median(v / b for v, b in zip(values, seconds["bare trunk"], strict=True))
+        ratio = statistics.median(
+            v / b for v, b in zip(values, seconds["bare trunk"], strict=True)
+        )
         print(f"{name:40s} {statistics.median(values):6.2f} CPU s  {ratio:5.2f}x")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

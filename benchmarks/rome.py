@@ -17,16 +17,27 @@ from transformers import PreTrainedTokenizerFast
 from mechtut.editing.evaluation import mlp_projection, pad_right, target_ids
 from mechtut.patching.matmul import fast_matmul
 from mechtut.models.loading import Model, mask_arguments, mini_folder
-from mechtut.papers.rome import RomeConfig, _optimise, _problem, context_templates, key_covariance, locate
+from mechtut.papers.rome import (
+    RomeConfig,
+    _optimise,
+    _problem,
+    context_templates,
+    key_covariance,
+    locate,
+)
 from mechtut.mini.world import World
 
 PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"
 
 
-def plain_loop(model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig) -> list[float]:
+def plain_loop(
+    model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig
+) -> list[float]:
     """The optimisation of the value as the paper's code does it: whole forward passes, all logits."""
     goal = target_ids(model, TARGET)
-    found = [locate(model, t.format(PROMPT), SUBJECT) for t in templates] + [locate(model, config.kl_prompt, SUBJECT)]
+    found = [locate(model, t.format(PROMPT), SUBJECT) for t in templates] + [
+        locate(model, config.kl_prompt, SUBJECT)
+    ]
     tokens, mask = pad_right([t for t, _ in found])
     at, ends = torch.tensor([p for _, p in found]), mask.sum(1) - 1
     rows = torch.arange(len(found))
@@ -39,13 +50,19 @@ def plain_loop(model: Model, layer: int, templates: tuple[str, ...], config: Rom
 
     hook = mlp_projection(model, layer).register_forward_hook(add)
     for step in range(config.steps):
-        log_probs = model.hf(input_ids=tokens, use_cache=False, **mask_arguments(mask)).logits.log_softmax(-1)
+        log_probs = model.hf(
+            input_ids=tokens, use_cache=False, **mask_arguments(mask)
+        ).logits.log_softmax(-1)
         after = log_probs[-1, at[-1]]
         before = clean.setdefault("distribution", after.detach())
         nll = -log_probs[rows[:-1], ends[:-1], goal[0]].mean()
-        kl = torch.nn.functional.kl_div(before[None], after[None], log_target=True, reduction="batchmean")
+        kl = torch.nn.functional.kl_div(
+            before[None], after[None], log_target=True, reduction="batchmean"
+        )
         length = clean["value"].norm()
-        loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / length**2
+        loss = (
+            nll + config.kl_factor * kl + config.weight_decay * delta.norm() / length**2
+        )
         losses.append(float(loss.detach()))
         if losses[-1] < config.stop_loss or step == config.steps - 1:
             break
@@ -59,10 +76,14 @@ def plain_loop(model: Model, layer: int, templates: tuple[str, ...], config: Rom
     return losses
 
 
-def ours(model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig) -> list[float]:
+def ours(
+    model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig
+) -> list[float]:
     """The same optimisation from the edited layer up, reading out the positions that count."""
     with fast_matmul(model):
-        problem = _problem(model, PROMPT, SUBJECT, TARGET, templates, config.kl_prompt, "subject_last")
+        problem = _problem(
+            model, PROMPT, SUBJECT, TARGET, templates, config.kl_prompt, "subject_last"
+        )
         return _optimise(model, problem, layer, config)[1]
 
 
@@ -72,7 +93,9 @@ def bare(model: Model, texts: list[str]) -> None:
     with fast_matmul(model), torch.no_grad():
         for i in range(0, len(rows), 32):
             tokens, mask = pad_right(rows[i : i + 32])
-            model.hf.base_model(input_ids=tokens, use_cache=False, **mask_arguments(mask))
+            model.hf.base_model(
+                input_ids=tokens, use_cache=False, **mask_arguments(mask)
+            )
 
 
 def main() -> None:
@@ -82,7 +105,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, config = gpt2_small(tokenizer=PreTrainedTokenizerFast.from_pretrained(mini_folder())), RomeConfig()
+    model, config = (
+        gpt2_small(tokenizer=PreTrainedTokenizerFast.from_pretrained(mini_folder())),
+        RomeConfig(),
+    )
     templates = context_templates(model)
     pairs = [
         (
@@ -92,19 +118,31 @@ def main() -> None:
         for _ in range(args.rounds)
     ]
     plain, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
-    a, b = plain_loop(model, args.layer, templates, config), ours(model, args.layer, templates, config)
+    a, b = (
+        plain_loop(model, args.layer, templates, config),
+        ours(model, args.layer, templates, config),
+    )
     worst = max(abs(x - y) for x, y in zip(a, b, strict=True))
-    print(f"one edit at layer {args.layer}: plain {plain:.1f} s, ours {fast:.1f} s, {plain / fast:.1f}x")
+    print(
+        f"one edit at layer {args.layer}: plain {plain:.1f} s, ours {fast:.1f} s, {plain / fast:.1f}x"
+    )
     print(f"largest difference of a loss {worst:.0e}")
     facts = World().facts
     texts = [" ".join(f.prompt for f in facts[i : i + 8]) for i in range(args.texts)]
     for layer in (args.layer, model.n_layers - 1):
         pairs = [
-            (measure(lambda: bare(model, texts))[0], measure(lambda i=layer: key_covariance(model, texts, i))[0])
+            (
+                measure(lambda: bare(model, texts))[0],
+                measure(lambda i=layer: key_covariance(model, texts, i))[0],
+            )
             for _ in range(args.rounds)
         ]
-        passes, statistic = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(f"keys of layer {layer}: passes {passes:.1f} s, statistics {statistic:.1f} s, {statistic / passes:.2f}x")
+        passes, statistic = (
+            statistics.median(column) for column in zip(*pairs, strict=True)
+        )
+        print(
+            f"keys of layer {layer}: passes {passes:.1f} s, statistics {statistic:.1f} s, {statistic / passes:.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ if TYPE_CHECKING:  # what type checkers and editors read
         trace as trace,
         trace_facts as trace_facts,
     )
-    from mechtut.circuits.circuit import Circuit as Circuit, evaluate_circuit as evaluate_circuit, roc as roc
+    from mechtut.circuits.circuit import (
+        Circuit as Circuit,
+        evaluate_circuit as evaluate_circuit,
+        roc as roc,
+    )
     from mechtut.neurons.collect import collect as collect
     from mechtut.prompts.subject_noise import Noise as Noise
     from mechtut.editing.evaluation import evaluate_edit as evaluate_edit
@@ -93,8 +97,15 @@ if TYPE_CHECKING:  # what type checkers and editors read
         layer_average as layer_average,
         mean_head_activations as mean_head_activations,
     )
-    from mechtut.prompts.few_shot import ICLPrompt as ICLPrompt, load_task as load_task, sample_prompts as sample_prompts
-    from mechtut.viz.interactive import explore_heads as explore_heads, explore_trace as explore_trace
+    from mechtut.prompts.few_shot import (
+        ICLPrompt as ICLPrompt,
+        load_task as load_task,
+        sample_prompts as sample_prompts,
+    )
+    from mechtut.viz.interactive import (
+        explore_heads as explore_heads,
+        explore_trace as explore_trace,
+    )
     from mechtut.models.loading import Model as Model, load_model as load_model
     from mechtut.papers.neuron_explanation import (
         explain as explain,
@@ -110,5 +121,10 @@ if TYPE_CHECKING:  # what type checkers and editors read
         edit_fact as edit_fact,
         key_covariance as key_covariance,
     )
-    from mechtut.models.hooks import Edit as Edit, Site as Site, capture as capture, intervene as intervene
+    from mechtut.models.hooks import (
+        Edit as Edit,
+        Site as Site,
+        capture as capture,
+        intervene as intervene,
+    )
     from mechtut.mini.world import Fact as Fact, World as World

@@ -16,8 +16,15 @@ WIDTH = 100  # columns of a printed table
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
-    top = argparse.ArgumentParser(prog="mechtut", description="Mechanistic interpretability, one paper per notebook.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="trace | train-mini | examine-mini | new-paper")
+    top = argparse.ArgumentParser(
+        prog="mechtut",
+        description="Mechanistic interpretability, one paper per notebook.",
+    )
+    commands = top.add_subparsers(
+        dest="command",
+        required=True,
+        metavar="trace | train-mini | examine-mini | new-paper",
+    )
     trace = commands.add_parser(
         "trace",
         help="find where a fact is stored: a causal trace, as a table and a figure",
@@ -26,34 +33,80 @@ def parser() -> argparse.ArgumentParser:
     )
     trace.add_argument("prompt", nargs="?", help="text whose next token is the answer")
     trace.add_argument("--subject", help="the part of the prompt to put noise on")
-    trace.add_argument("--model", default="mini", help="mini, a hub id or a local folder (default: %(default)s)")
-    trace.add_argument("--component", default="resid_post", choices=[*COMPONENTS, "all"], help="default: %(default)s")
-    trace.add_argument("--window", type=int, default=10, help="layers restored together, MLP and attention (default: 10)")
-    trace.add_argument("--noise", type=float, default=3.0, help="in standard deviations of embeddings (default: 3)")
-    trace.add_argument("--samples", type=int, default=10, help="noise samples (default: 10)")
+    trace.add_argument(
+        "--model",
+        default="mini",
+        help="mini, a hub id or a local folder (default: %(default)s)",
+    )
+    trace.add_argument(
+        "--component",
+        default="resid_post",
+        choices=[*COMPONENTS, "all"],
+        help="default: %(default)s",
+    )
+    trace.add_argument(
+        "--window",
+        type=int,
+        default=10,
+        help="layers restored together, MLP and attention (default: 10)",
+    )
+    trace.add_argument(
+        "--noise",
+        type=float,
+        default=3.0,
+        help="in standard deviations of embeddings (default: 3)",
+    )
+    trace.add_argument(
+        "--samples", type=int, default=10, help="noise samples (default: 10)"
+    )
     trace.add_argument("--seed", type=int, default=1, help="of the noise (default: 1)")
-    trace.add_argument("--out", default="trace.png", help="file for the figure (default: %(default)s)")
-    train = commands.add_parser("train-mini", help="train the embedded model again", add_help=False)
+    trace.add_argument(
+        "--out", default="trace.png", help="file for the figure (default: %(default)s)"
+    )
+    train = commands.add_parser(
+        "train-mini", help="train the embedded model again", add_help=False
+    )
     train.add_argument("arguments", nargs=argparse.REMAINDER)
-    exam = commands.add_parser("examine-mini", help="examine a model folder, with the papers' lines, and write its card")
-    exam.add_argument("--folder", type=Path, required=True, help="a folder that train-mini wrote (FOLDER/model)")
-    exam.add_argument("-n", type=int, default=200, help="prompts per measure (default: %(default)s)")
+    exam = commands.add_parser(
+        "examine-mini",
+        help="examine a model folder, with the papers' lines, and write its card",
+    )
+    exam.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="a folder that train-mini wrote (FOLDER/model)",
+    )
+    exam.add_argument(
+        "-n", type=int, default=200, help="prompts per measure (default: %(default)s)"
+    )
     paper = commands.add_parser(
         "new-paper",
         help="start a notebook for a new paper from a template that already runs",
         description="Write nbs/papers/NN_name.ipynb, NN being the next free multiple of ten, from a template.",
     )
-    paper.add_argument("name", help="name of the module, such as direct_logit_attribution")
-    paper.add_argument("--folder", type=Path, default=Path("nbs/papers"), help="where to write it (default: %(default)s)")
+    paper.add_argument(
+        "name", help="name of the module, such as direct_logit_attribution"
+    )
+    paper.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("nbs/papers"),
+        help="where to write it (default: %(default)s)",
+    )
     return top
 
 
 def new_paper(name: str, folder: Path) -> Path:
     """Write the template under the next free number; raises `ValueError` for a bad name, a missing folder, or a module that exists."""
     if not (name.isidentifier() and name == name.lower()):
-        raise ValueError(f"{name!r} cannot be a module; use lower-case letters, digits and underscores, such as logit_lens")
+        raise ValueError(
+            f"{name!r} cannot be a module; use lower-case letters, digits and underscores, such as logit_lens"
+        )
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; run this at the top of a checkout of mechtut, or give --folder")
+        raise ValueError(
+            f"there is no folder {folder}; run this at the top of a checkout of mechtut, or give --folder"
+        )
     if taken := sorted(folder.glob(f"*_{name}.ipynb")) or [
         p for p in [Path(__file__).with_name(f"{name}.py")] if p.exists()
     ]:
@@ -61,7 +114,9 @@ def new_paper(name: str, folder: Path) -> Path:
     numbers = [int(p.name[:2]) for p in folder.glob("[0-9][0-9]_*.ipynb")]
     target = folder / f"{max([*numbers, 0]) // 10 * 10 + 10:02d}_{name}.ipynb"
     words = name.split("_")
-    text = (Path(__file__).parent / "data" / "new_paper.json").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "data" / "new_paper.json").read_text(
+        encoding="utf-8"
+    )
     for mark, value in {
         "name": name,
         "title": " ".join(words).capitalize(),
@@ -76,15 +131,26 @@ def table(t: "CausalTrace") -> str:
     """Indirect effect in hundredths, tokens down and layers across; every k-th layer if all do not fit in 100 columns."""
     effect = t.indirect_effect
     n_pos, n_layers = effect.shape
-    names = [f"{'*' if t.subject_range[0] <= i < t.subject_range[1] else ' '} {token!r}" for i, token in enumerate(t.tokens)]
+    names = [
+        f"{'*' if t.subject_range[0] <= i < t.subject_range[1] else ' '} {token!r}"
+        for i, token in enumerate(t.tokens)
+    ]
     label = min(max(map(len, names)), 30)
     columns = (WIDTH - label - 12) // 5
     step = -(-n_layers // columns)
     layers = range(0, n_layers, step)
-    lines = [f"{'layer':<{label}} " + "".join(f"{layer:5d}" for layer in layers) + "   best at"]
+    lines = [
+        f"{'layer':<{label}} "
+        + "".join(f"{layer:5d}" for layer in layers)
+        + "   best at"
+    ]
     for i in range(n_pos):
-        cells = "".join(f"{round(100 * float(effect[i, layer])):5d}" for layer in layers)
-        lines.append(f"{names[i][:label]:<{label}} {cells}   {int(effect[i].argmax()):7d}")
+        cells = "".join(
+            f"{round(100 * float(effect[i, layer])):5d}" for layer in layers
+        )
+        lines.append(
+            f"{names[i][:label]:<{label}} {cells}   {int(effect[i].argmax()):7d}"
+        )
     return "\n".join(lines)
 
 
@@ -107,8 +173,12 @@ def default_fact(model: "Model") -> tuple[str, str]:
 
     facts = World().facts
     for fact in facts[1:50]:  # the early site of the first one is unusually weak
-        p, token = model.logits(model.to_tokens(fact.prompt)[None])[0, -1].softmax(-1).max(-1)
-        if float(p) > 0.9 and fact.object.startswith(model.decode([int(token)]).strip()):
+        p, token = (
+            model.logits(model.to_tokens(fact.prompt)[None])[0, -1].softmax(-1).max(-1)
+        )
+        if float(p) > 0.9 and fact.object.startswith(
+            model.decode([int(token)]).strip()
+        ):
             return fact.prompt, fact.subject
     return facts[0].prompt, facts[0].subject
 
@@ -116,14 +186,22 @@ def default_fact(model: "Model") -> tuple[str, str]:
 def check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the work is done."""
     if (args.prompt is None) != (args.subject is None):
-        raise ValueError("give a prompt and --subject together, or neither to trace a fact of the embedded world")
+        raise ValueError(
+            "give a prompt and --subject together, or neither to trace a fact of the embedded world"
+        )
     if args.prompt is None and args.model != "mini":
-        raise ValueError(f"--model {args.model} needs a prompt and --subject; only the embedded model has a fact of its own")
+        raise ValueError(
+            f"--model {args.model} needs a prompt and --subject; only the embedded model has a fact of its own"
+        )
     if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent} to write the figure into")
+        raise ValueError(
+            f"--out {args.out}: there is no folder {Path(args.out).parent} to write the figure into"
+        )
     known = ("png", "pdf", "svg", "jpg", "webp")
     if Path(args.out).suffix[1:].lower() not in known:
-        raise ValueError(f"--out {args.out}: the ending tells the format; use one of {', '.join(known)}")
+        raise ValueError(
+            f"--out {args.out}: the ending tells the format; use one of {', '.join(known)}"
+        )
 
 
 def trace(args: argparse.Namespace) -> None:
@@ -137,13 +215,25 @@ def trace(args: argparse.Namespace) -> None:
     from mechtut.viz.plots import causal_traces
 
     model = load_model(args.model)
-    prompt, subject = (args.prompt, args.subject) if args.prompt is not None else default_fact(model)
+    prompt, subject = (
+        (args.prompt, args.subject) if args.prompt is not None else default_fact(model)
+    )
     components = COMPONENTS if args.component == "all" else (args.component,)
-    settings = {"window": args.window, "noise": args.noise, "n_samples": args.samples, "seed": args.seed}
-    traces = [causal_trace(model, prompt, subject, component=c, **settings) for c in components]
+    settings = {
+        "window": args.window,
+        "noise": args.noise,
+        "n_samples": args.samples,
+        "seed": args.seed,
+    }
+    traces = [
+        causal_trace(model, prompt, subject, component=c, **settings)
+        for c in components
+    ]
     first = traces[0]
     print(f"{prompt}{first.answer}")
-    print(f"p({first.answer!r}) is {first.clean_prob:.3f}, and {first.corrupted_prob:.3f} with noise on {subject!r}.")
+    print(
+        f"p({first.answer!r}) is {first.clean_prob:.3f}, and {first.corrupted_prob:.3f} with noise on {subject!r}."
+    )
     for t in traces:
         print(f"\n{report(t)}")
     causal_traces(traces).savefig(args.out, dpi=150, bbox_inches="tight")
@@ -160,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.command == "new-paper":
-            print(f"{new_paper(args.name, args.folder)}: fill it in, then `python tools/save.py` it")
+            print(
+                f"{new_paper(args.name, args.folder)}: fill it in, then `python tools/save.py` it"
+            )
         elif args.command == "examine-mini":
             from mechtut.experiments.report_card import examine_mini
 

@@ -35,7 +35,9 @@ def lazy_package(
         if attribute in modules_of(path):
             return import_module(f"{name}.{attribute}")
         has = ", ".join(modules_of(path))
-        raise AttributeError(f"package {name!r} has no {attribute!r}; its modules: {has}")
+        raise AttributeError(
+            f"package {name!r} has no {attribute!r}; its modules: {has}"
+        )
 
     def listed() -> list[str]:
         return modules_of(path)

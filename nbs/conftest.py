@@ -4,9 +4,15 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the saved outputs were computed with one thread
-os.environ.setdefault("TQDM_DISABLE", "1")  # and without progress bars, which show times
-os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, where ipywidgets is not installed
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the saved outputs were computed with one thread
+os.environ.setdefault(
+    "TQDM_DISABLE", "1"
+)  # and without progress bars, which show times
+os.environ.setdefault(
+    "PYTHONWARNINGS", "ignore:IProgress not found"
+)  # tqdm's, where ipywidgets is not installed
 if os.environ.get("MECHTUT_ONLINE") != "1":
     os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -14,7 +14,9 @@ import hypothesis  # noqa: E402
 import torch  # noqa: E402  (reads OMP_NUM_THREADS when it is imported)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, derandomize=True, print_blob=True
+)
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -24,4 +26,8 @@ def pytest_collection_modifyitems(items):
     if not ONLINE:
         for item in items:
             if item.get_closest_marker("hub"):
-                item.add_marker(pytest.mark.skip(reason="needs the Hugging Face hub; set MECHTUT_ONLINE=1"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs the Hugging Face hub; set MECHTUT_ONLINE=1"
+                    )
+                )

@@ -14,7 +14,13 @@ _GATED = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 _OWN_HEAD_DIM = {**_GATED, "head_dim": 16}
 
 CONFIGS = {
-    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gpt2": {
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+    },
     "gpt_neox": {**_SMALL, "intermediate_size": 48},
     "llama": _GATED,
     "mistral": {**_GATED, "sliding_window": 4},
@@ -25,7 +31,14 @@ CONFIGS = {
     "olmo2": _GATED,
     "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {**_SMALL, "intermediate_size": 48},
-    "gptj": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "gptj": {
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "rotary_dim": 4,
+    },
 }
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 

@@ -20,9 +20,19 @@ SEED = 42
 def fv_model(dtype: torch.dtype = torch.float32) -> Model:
     """GPT-2, 6 layers x 128, 4 heads, 1200 tokens, seeded random weights."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(FOLDER / "tokenizer.json"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+        tokenizer_file=str(FOLDER / "tokenizer.json"),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
     )
-    config = GPT2Config(vocab_size=1200, n_positions=512, n_embd=128, n_layer=6, n_head=4, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=1200,
+        n_positions=512,
+        n_embd=128,
+        n_layer=6,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     hf = GPT2LMHeadModel(config)
     hf.load_state_dict(_seeded(hf), strict=False)
     hf.tie_weights()
@@ -32,9 +42,13 @@ def fv_model(dtype: torch.dtype = torch.float32) -> Model:
 def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
     """Numpy's legacy generator, seed 0, parameters by name; rounded to float32 before they are scaled."""
     random, weights = np.random.RandomState(0), {}
-    for name, parameter in sorted(hf.transformer.named_parameters(prefix="transformer")):
+    for name, parameter in sorted(
+        hf.transformer.named_parameters(prefix="transformer")
+    ):
         draws = torch.tensor(random.randn(*parameter.shape), dtype=torch.float32)
-        weights[name] = (".ln_" in name and name.endswith("weight")) + _scale(name, parameter.shape[0]) * draws
+        weights[name] = (".ln_" in name and name.endswith("weight")) + _scale(
+            name, parameter.shape[0]
+        ) * draws
     return weights
 
 

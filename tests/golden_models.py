@@ -16,12 +16,26 @@ GOLDEN = Path(__file__).parent / "golden"
 def rome_model(name: str, dtype: torch.dtype) -> Model:
     """`tiny_rand` or `tiny_facts`: GPT-2, 4 layers x 64, on which the authors' ROME code was run."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
     hf = GPT2LMHeadModel(
-        GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=512,
+            n_positions=64,
+            n_embd=64,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
-    stored = {} if name == "tiny_rand" else load_file(GOLDEN / "rome" / f"{name}.safetensors")
+    stored = (
+        {}
+        if name == "tiny_rand"
+        else load_file(GOLDEN / "rome" / f"{name}.safetensors")
+    )
     hf.load_state_dict(stored or _seeded(hf), strict=False)
     hf.tie_weights()
     return load_model(hf, tokenizer, dtype=dtype)
@@ -30,10 +44,22 @@ def rome_model(name: str, dtype: torch.dtype) -> Model:
 def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
     """tiny_rand: numpy's legacy generator, seed 1234, parameters by name; norms are scattered around 1."""
     random, weights = np.random.RandomState(1234), {}
-    for name, parameter in sorted(hf.transformer.named_parameters(prefix="transformer")):
+    for name, parameter in sorted(
+        hf.transformer.named_parameters(prefix="transformer")
+    ):
         norm = ".ln_" in name and name.endswith("weight")
-        scale = 0.6 if "wte" in name else 0.3 if "wpe" in name else 0.1 if name.endswith("bias") or norm else 0.25
-        weights[name] = torch.tensor(norm + scale * random.randn(*parameter.shape), dtype=torch.float32)
+        scale = (
+            0.6
+            if "wte" in name
+            else 0.3
+            if "wpe" in name
+            else 0.1
+            if name.endswith("bias") or norm
+            else 0.25
+        )
+        weights[name] = torch.tensor(
+            norm + scale * random.randn(*parameter.shape), dtype=torch.float32
+        )
     return weights
 
 

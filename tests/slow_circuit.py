@@ -25,7 +25,9 @@ class _Layers:
     def norm(self, layer: int, path: str | None, x: torch.Tensor) -> torch.Tensor:
         return x if path is None else self.model.part(layer, path)(x)
 
-    def attention(self, layer: int, x: torch.Tensor, given: dict | None = None) -> tuple[dict, torch.Tensor]:
+    def attention(
+        self, layer: int, x: torch.Tensor, given: dict | None = None
+    ) -> tuple[dict, torch.Tensor]:
         """q, k, v that the attention module makes of a stream (replaced by `given` if there is any), and z."""
         model, seen = self.model, {}
 
@@ -38,11 +40,15 @@ class _Layers:
 
         hook = model.part(layer, model.family.attn_proj).register_forward_pre_hook(keep)
         wanted = {
-            k: v for k, v in self.arguments[layer].items() if k in ("attention_mask", "position_embeddings", "position_ids")
+            k: v
+            for k, v in self.arguments[layer].items()
+            if k in ("attention_mask", "position_embeddings", "position_ids")
         }
         try:
             with attention_tap(model, arguments=look, explicit_mask=True):
-                model.part(layer, model.family.attn)(self.norm(layer, self.wires.norm_attn, x), **wanted)
+                model.part(layer, model.family.attn)(
+                    self.norm(layer, self.wires.norm_attn, x), **wanted
+                )
         finally:
             hook.remove()
         return seen, seen["z"].unflatten(-1, (model.n_heads, -1))
@@ -66,7 +72,11 @@ class _Layers:
         if model.config.model_type == "opt":
             return block.fc2(block.activation_fn(block.fc1(y)))
         out = model.part(layer, "mlp")(y)
-        return out if model.family.mlp_out == "mlp" else model.part(layer, model.family.mlp_out)(out)
+        return (
+            out
+            if model.family.mlp_out == "mlp"
+            else model.part(layer, model.family.mlp_out)(out)
+        )
 
 
 @torch.no_grad()
@@ -80,7 +90,9 @@ def slow_logits(contrast: Contrast, cuts: Cuts) -> torch.Tensor:
     return model.unembed(_circuit(layers, graph, cuts, clean, theirs, gains, values))
 
 
-def _full(layers: _Layers, tokens: torch.Tensor, gains: list | None) -> tuple[dict, list, list]:
+def _full(
+    layers: _Layers, tokens: torch.Tensor, gains: list | None
+) -> tuple[dict, list, list]:
     """What every sender writes in a full run, the gains, and q, k, v by layer."""
     model = layers.model
     x = record_blocks(model, tokens).resid[0]
@@ -90,8 +102,14 @@ def _full(layers: _Layers, tokens: torch.Tensor, gains: list | None) -> tuple[di
         values.append(seen)
         found_gains.append(layers.gain(layer, z))
         for head in range(model.n_heads):
-            written[f"a{layer}.{head}"] = layers.head_writes(layer, z, head) * found_gains[-1]
-        middle = x + sum(written[f"a{layer}.{h}"] for h in range(model.n_heads)) + _bias(layers, layer, x)
+            written[f"a{layer}.{head}"] = (
+                layers.head_writes(layer, z, head) * found_gains[-1]
+            )
+        middle = (
+            x
+            + sum(written[f"a{layer}.{h}"] for h in range(model.n_heads))
+            + _bias(layers, layer, x)
+        )
         written[f"m{layer}"] = layers.mlp(layer, x if layers.wires.parallel else middle)
         x = middle + written[f"m{layer}"]
         written[f"biases{layer}"] = _bias(layers, layer, x)
@@ -104,13 +122,28 @@ def _bias(layers: _Layers, layer: int, x: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x) if bias is None else bias.expand_as(x)
 
 
-def _circuit(layers: _Layers, graph: Graph, cuts: Cuts, clean: torch.Tensor, theirs: dict, gains: list, values: list):
+def _circuit(
+    layers: _Layers,
+    graph: Graph,
+    cuts: Cuts,
+    clean: torch.Tensor,
+    theirs: dict,
+    gains: list,
+    values: list,
+):
     model = layers.model
     now = {"embed": record_blocks(model, clean).resid[0]}
 
     def reads(receiver: str) -> torch.Tensor:
-        total = sum(now[s] if cuts.has(Edge(s, receiver)) else theirs[s] for s in graph.parents(receiver))
-        layer = graph.n_layers if receiver == "out" else int(receiver[1 : receiver.index(".")])
+        total = sum(
+            now[s] if cuts.has(Edge(s, receiver)) else theirs[s]
+            for s in graph.parents(receiver)
+        )
+        layer = (
+            graph.n_layers
+            if receiver == "out"
+            else int(receiver[1 : receiver.index(".")])
+        )
         layer += receiver.startswith("m") and not graph.parallel
         return total + sum(theirs[f"biases{i}"] for i in range(layer))
 
@@ -119,10 +152,20 @@ def _circuit(layers: _Layers, graph: Graph, cuts: Cuts, clean: torch.Tensor, the
         for part in "qkv":
             rows = []
             for head in range(graph.count(part)):
-                kept = not graph.split_qkv or cuts.has(Edge(f"a{layer}.{head}.{part}_in", f"a{layer}.{head}.{part}"))
-                group = head if part != "q" else head // (graph.n_heads // graph.count("k"))
-                reader = f"a{layer}.{head}.{part}_in" if graph.split_qkv else f"a{layer}.{group}.in"
-                source = layers.attention(layer, reads(reader))[0] if kept else values[layer]
+                kept = not graph.split_qkv or cuts.has(
+                    Edge(f"a{layer}.{head}.{part}_in", f"a{layer}.{head}.{part}")
+                )
+                group = (
+                    head if part != "q" else head // (graph.n_heads // graph.count("k"))
+                )
+                reader = (
+                    f"a{layer}.{head}.{part}_in"
+                    if graph.split_qkv
+                    else f"a{layer}.{group}.in"
+                )
+                source = (
+                    layers.attention(layer, reads(reader))[0] if kept else values[layer]
+                )
                 rows.append(source[part][:, head])
             given[part] = torch.stack(rows, 1)
         _, z = layers.attention(layer, now["embed"], given)

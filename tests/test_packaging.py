@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def python(code: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_import_is_quick_and_needs_no_torch():
@@ -37,13 +39,17 @@ def test_version_is_that_of_settings_ini():
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "settings.ini")
     assert mechtut.__version__ == config["DEFAULT"]["version"]
-    assert version("mechtut") == mechtut.__version__, "install the project again: pip install -e ."
+    assert version("mechtut") == mechtut.__version__, (
+        "install the project again: pip install -e ."
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in mechtut.__all__ if n != "__version__"])
 def test_public_names_are_there(name):
     value = getattr(mechtut, name)
-    assert value.__module__ == f"mechtut.{mechtut._WHERE[name]}", "name the module that defines it"
+    assert value.__module__ == f"mechtut.{mechtut._WHERE[name]}", (
+        "name the module that defines it"
+    )
     assert name in dir(mechtut)
     assert value.__doc__, f"{name} has no docstring"
 
@@ -52,7 +58,9 @@ def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(mechtut.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
-    assert seen == {name: f"mechtut.{module}" for name, module in mechtut._WHERE.items()}
+    assert seen == {
+        name: f"mechtut.{module}" for name, module in mechtut._WHERE.items()
+    }
 
 
 def test_unknown_name_is_an_attribute_error():
@@ -63,8 +71,17 @@ def test_unknown_name_is_an_attribute_error():
 def test_constraints_pin_every_requirement():
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "settings.ini")
-    wanted = [r for key, text in config["DEFAULT"].items() if key.endswith("requirements") for r in text.split()]
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = [
+        r
+        for key, text in config["DEFAULT"].items()
+        if key.endswith("requirements")
+        for r in text.split()
+    ]
+    pinned = {
+        line.split("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     missing = {re.split(r"[<>=!~\[]", r)[0].lower() for r in wanted} - pinned
     assert not missing, f"run tools/constraints.py: {missing}"
 
@@ -72,7 +89,11 @@ def test_constraints_pin_every_requirement():
 def test_python_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     oldest = project["requires-python"].removeprefix(">=")
-    versions = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    versions = [
+        c.rpartition(" ")[2]
+        for c in project["classifiers"]
+        if re.search(r":: 3\.\d+$", c)
+    ]
     assert versions[0] == oldest
     source = (ROOT / "tools/go.py").read_text()
     for v in (versions[0], versions[-1]):
@@ -81,7 +102,10 @@ def test_python_versions_agree():
 
 def test_trace_command(tmp_path, capsys):
     figure = tmp_path / "trace.png"
-    assert main(["trace", "--samples", "2", "--component", "all", "--out", str(figure)]) == 0
+    assert (
+        main(["trace", "--samples", "2", "--component", "all", "--out", str(figure)])
+        == 0
+    )
     out = capsys.readouterr().out
     for component in ("resid_post", "mlp_out", "attn_out"):
         assert f"{component}: indirect effect" in out
@@ -95,12 +119,20 @@ def test_trace_command(tmp_path, capsys):
         (["trace", "only a prompt"], "--subject"),
         (["trace", "the prompt", "--subject", "Nowhere"], "Nowhere"),
         (["trace", "--model", "gpt2"], "needs a prompt"),
-        (["trace", "the prompt", "--subject", "the", "--model", "no/such/folder"], "no/such/folder"),
+        (
+            ["trace", "the prompt", "--subject", "the", "--model", "no/such/folder"],
+            "no/such/folder",
+        ),
         (["trace", "--samples", "0"], "0"),
-        (["trace", "--out", "/no/such/folder/trace.png", "--samples", "1"], "/no/such/folder"),
+        (
+            ["trace", "--out", "/no/such/folder/trace.png", "--samples", "1"],
+            "/no/such/folder",
+        ),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+def test_mistakes_are_told_in_one_line(
+    arguments, message, capsys, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -126,7 +158,12 @@ def test_table_fits_a_terminal_for_any_model():
     from mechtut.__main__ import table
 
     class Trace:
-        tokens = ("<|endoftext|>", " an", " extraordinarily_long_token_that_never_ends_at_all", "\n")
+        tokens = (
+            "<|endoftext|>",
+            " an",
+            " extraordinarily_long_token_that_never_ends_at_all",
+            "\n",
+        )
         subject_range = (1, 3)
         indirect_effect = torch.linspace(-1, 1, 4 * 80).reshape(4, 80)
 
@@ -145,16 +182,24 @@ def test_a_new_paper_runs_and_exports(tmp_path):
     notebook = json.loads((folder / "40_logit_lens.ipynb").read_text())
     code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     assert "#| default_exp logit_lens" in code
-    run = "\n\n".join(c for c in code if "#| eval: false" not in c and "# Colab:" not in c)
+    run = "\n\n".join(
+        c for c in code if "#| eval: false" not in c and "# Colab:" not in c
+    )
     exec(compile(run, "logit_lens", "exec"), {"__name__": "logit_lens"})
     assert "{{" not in "".join(code)
 
 
 @pytest.mark.parametrize(
     ("name", "folder", "message"),
-    [("Logit Lens", ".", "lower-case"), ("lens", "no/such", "no folder"), ("rome", ".", "exists already")],
+    [
+        ("Logit Lens", ".", "lower-case"),
+        ("lens", "no/such", "no folder"),
+        ("rome", ".", "exists already"),
+    ],
 )
-def test_new_paper_refuses_what_cannot_work(name, folder, message, capsys, monkeypatch, tmp_path):
+def test_new_paper_refuses_what_cannot_work(
+    name, folder, message, capsys, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     assert main(["new-paper", name, "--folder", folder]) == 2
     assert message in capsys.readouterr().err

@@ -15,27 +15,54 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_site"
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
-pytest.importorskip("jupyter_book", reason="the site's builder is not installed: pip install -e '.[docs]'")
+pytest.importorskip(
+    "jupyter_book",
+    reason="the site's builder is not installed: pip install -e '.[docs]'",
+)
 
 
 def listed() -> list[str]:
     """Notebooks in the sidebar of _quarto.yml, in its order."""
-    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    return [f for item in contents for f in ([item] if isinstance(item, str) else item["contents"])]
+    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"][
+        "contents"
+    ]
+    return [
+        f
+        for item in contents
+        for f in ([item] if isinstance(item, str) else item["contents"])
+    ]
 
 
 NOTEBOOK_PAGES = [Path(p).with_suffix(".html").as_posix() for p in listed()]
-OTHER_PAGES = ["landing.html", "api/index.html", "api/papers.causal_tracing.html", "references.html", "CONTRIBUTING.html"]
+OTHER_PAGES = [
+    "landing.html",
+    "api/index.html",
+    "api/papers.causal_tracing.html",
+    "references.html",
+    "CONTRIBUTING.html",
+]
 
 
 @pytest.fixture(scope="module")
 def site() -> Path:
     """The built site; building fails on any warning and on dead internal links."""
-    done = subprocess.run([sys.executable, "tools/build_docs.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tools/build_docs.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return SITE
 
@@ -48,7 +75,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address(site):
     """The site on a local server."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/"
     server.shutdown()
@@ -57,7 +86,10 @@ def address(site):
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+    playwright = pytest.importorskip(
+        "playwright.sync_api",
+        reason="playwright is not installed: pip install -e '.[dev]'",
+    )
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with playwright.sync_playwright() as p:
@@ -72,13 +104,32 @@ def visit(browser, address):
     complaints, contexts = [], []
 
     def go(path: str, width: int = 1280, scheme: str = "light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        )
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda m: complaints.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on(
+            "console",
+            lambda m: (
+                complaints.append(f"console: {m.text}") if m.type == "error" else None
+            ),
+        )
         page.on("pageerror", lambda e: complaints.append(f"error: {e}"))
-        page.on("response", lambda r: complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url))
+        page.on(
+            "response",
+            lambda r: (
+                complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None
+            ),
+        )
+        page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith((address, "data:", "blob:"))
+                else complaints.append(r.url)
+            ),
+        )
         page.goto(address + path, wait_until="load")
         return page
 
@@ -103,13 +154,17 @@ def test_landing_page_says_what_this_is_within_one_screen(visit):
     last = page.locator(".sd-card").last.bounding_box()
     assert last["y"] < 900, "the cards begin below the first screen"
     assert page.get_by_text("python3 tools/go.py trace").count()
-    assert page.locator("article img").first.evaluate("i => i.complete && i.naturalWidth > 0")
+    assert page.locator("article img").first.evaluate(
+        "i => i.complete && i.naturalWidth > 0"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOK_PAGES + OTHER_PAGES)
 def test_page_works_on_a_phone(visit, path):
     page = visit(path, width=390)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "the page itself scrolls sideways"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, (
+        "the page itself scrolls sideways"
+    )
     broken = page.eval_on_selector_all(
         "article img",
         "all => all.filter(i => { i.loading = 'eager'; return i.complete && !i.naturalWidth }).map(i => i.src)",
@@ -136,7 +191,9 @@ def test_dark_mode_switches(visit):
 
 def test_math_is_rendered(visit):
     page = visit("nbs/papers/11_rome.html")
-    page.wait_for_selector("article mjx-container")  # headings are in the menu, too, which may be folded
+    page.wait_for_selector(
+        "article mjx-container"
+    )  # headings are in the menu, too, which may be folded
     assert page.locator("article mjx-container").count() > 2
     assert page.locator("mjx-merror").count() == 0
 
@@ -145,8 +202,17 @@ def test_math_is_rendered(visit):
 def test_colab_and_source_links(visit, path):
     links = visit(path).eval_on_selector_all("a[href]", "all => all.map(a => a.href)")
     notebook = path.replace(".html", ".ipynb")
-    assert f"https://colab.research.google.com/github/mechtut/mechtut/blob/main/{notebook}" in links
-    assert any(re.match(rf"https://mybinder.org/v2/gh/mechtut/mechtut/main\?.*{Path(notebook).name}", x) for x in links)
+    assert (
+        f"https://colab.research.google.com/github/mechtut/mechtut/blob/main/{notebook}"
+        in links
+    )
+    assert any(
+        re.match(
+            rf"https://mybinder.org/v2/gh/mechtut/mechtut/main\?.*{Path(notebook).name}",
+            x,
+        )
+        for x in links
+    )
 
 
 def test_interactive_figure_tells_the_cell_that_is_pointed_at(visit):
@@ -159,7 +225,9 @@ def test_interactive_figure_tells_the_cell_that_is_pointed_at(visit):
 
 def test_chart_leads_to_the_methods(visit):
     page = visit("nbs/guides/01_choosing.html")
-    links = page.eval_on_selector_all(".choose a", "all => all.map(a => a.getAttribute('href'))")
+    links = page.eval_on_selector_all(
+        ".choose a", "all => all.map(a => a.getAttribute('href'))"
+    )
     assert len(links) == 8 and all(x.endswith(".html") for x in links)
     page.locator(".choose a").first.click()
     page.wait_for_url("**/10_causal_tracing.html")

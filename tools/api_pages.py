@@ -16,7 +16,10 @@ def public(module: ModuleType) -> list[tuple[str, Any]]:
     """Classes and functions that a module defines and exports, in the order of its source."""
     found = [(n, getattr(module, n)) for n in getattr(module, "__all__", [])]
     own = [(n, x) for n, x in found if inspect.isroutine(x) or inspect.isclass(x)]
-    return sorted([(n, x) for n, x in own if x.__module__ == module.__name__], key=lambda item: line(item[1]))
+    return sorted(
+        [(n, x) for n, x in own if x.__module__ == module.__name__],
+        key=lambda item: line(item[1]),
+    )
 
 
 def line(thing: Any) -> int:
@@ -28,14 +31,22 @@ def text(annotation: Any) -> str:
     """An annotation as a reader would write it."""
     if annotation is inspect.Parameter.empty:
         return ""
-    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    written = (
+        annotation
+        if isinstance(annotation, str)
+        else inspect.formatannotation(annotation)
+    )
     return f"`{written}`".replace("|", "\\|")
 
 
 def table(thing: Any) -> list[str]:
     """The parameters of a function, or of a class, as a table."""
     try:
-        parameters = [p for n, p in inspect.signature(thing).parameters.items() if n not in ("self", "cls")]
+        parameters = [
+            p
+            for n, p in inspect.signature(thing).parameters.items()
+            if n not in ("self", "cls")
+        ]
     except (TypeError, ValueError):
         return []
     if not parameters:
@@ -43,18 +54,31 @@ def table(thing: Any) -> list[str]:
     lines = ["", "| parameter | type | default |", "| --- | --- | --- |"]
     for p in parameters:
         name = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
-        default = "" if p.default is p.empty else "made anew" if "factory" in repr(p.default) else f"`{p.default!r}`"
-        lines.append(f"| `{name}` | {text(p.annotation)} | {default.replace('|', chr(92) + '|')} |")
+        default = (
+            ""
+            if p.default is p.empty
+            else "made anew"
+            if "factory" in repr(p.default)
+            else f"`{p.default!r}`"
+        )
+        lines.append(
+            f"| `{name}` | {text(p.annotation)} | {default.replace('|', chr(92) + '|')} |"
+        )
     return lines
 
 
 def docstring(thing: Any) -> str:
     """The docstring, safe inside Markdown: brackets and stars in it are meant as they stand."""
     written = inspect.getdoc(thing) or ""
-    if dataclasses.is_dataclass(thing) and written.startswith(getattr(thing, "__name__", "") + "("):
+    if dataclasses.is_dataclass(thing) and written.startswith(
+        getattr(thing, "__name__", "") + "("
+    ):
         return ""  # the one that `dataclass` makes up, which only repeats the table
     pieces = re.split(r"(```.*?```|`[^`]*`|\$[^$]+\$)", written, flags=re.DOTALL)
-    return "".join(p if i % 2 else re.sub(r"([\[\]*_<>|{}])", r"\\\1", p) for i, p in enumerate(pieces))
+    return "".join(
+        p if i % 2 else re.sub(r"([\[\]*_<>|{}])", r"\\\1", p)
+        for i, p in enumerate(pieces)
+    )
 
 
 def entry(name: str, thing: Any, source: str, level: int = 2) -> list[str]:
@@ -71,7 +95,11 @@ def entry(name: str, thing: Any, source: str, level: int = 2) -> list[str]:
     ]
     if inspect.isclass(thing):
         for n, member in vars(thing).items():
-            method = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+            method = (
+                member.__func__
+                if isinstance(member, classmethod | staticmethod)
+                else member
+            )
             if not n.startswith("_") and inspect.isfunction(method) and method.__doc__:
                 lines += entry(f"{name}.{n}", method, source, 3)
     return lines
@@ -89,7 +117,9 @@ def api_pages(folder: Path, repository: str) -> None:
     for found in pkgutil.walk_packages(mechtut.__path__, "mechtut."):
         name = found.name.removeprefix("mechtut.")
         if found.ispkg:
-            index.append(f"| **{name}** | {docstring(importlib.import_module(found.name))} |")
+            index.append(
+                f"| **{name}** | {docstring(importlib.import_module(found.name))} |"
+            )
         elif not any(part.startswith("_") for part in name.split(".")):
             module = importlib.import_module(found.name)
             source = f"{repository}/blob/main/mechtut/{name.replace('.', '/')}.py"

@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
 TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 DIRECTIVE = re.compile(r"^#\s*\|\s*[\w-]+.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
-NEVER_SHOWN = re.compile(r"^#\s*\|\s*(default_exp\b|include:\s*false)|^# Colab:", re.MULTILINE)
+NEVER_SHOWN = re.compile(
+    r"^#\s*\|\s*(default_exp\b|include:\s*false)|^# Colab:", re.MULTILINE
+)
 FOLDED = {"hide-cell": re.compile(r"^#\s*\|\s*hide\b", re.MULTILINE),
           "hide-input": re.compile(r"^#\s*\|\s*echo:\s*false", re.MULTILINE)}  # fmt: skip
 
@@ -36,21 +38,39 @@ def navigation(config: dict) -> dict:
     parts = []
     for item in config["website"]["sidebar"]["contents"]:
         if isinstance(item, str):
-            parts.append({"caption": "Start", "chapters": [{"file": Path(item).with_suffix("").as_posix()}]})
+            parts.append(
+                {
+                    "caption": "Start",
+                    "chapters": [{"file": Path(item).with_suffix("").as_posix()}],
+                }
+            )
         else:
-            files = [{"file": Path(f).with_suffix("").as_posix()} for f in item["contents"]]
+            files = [
+                {"file": Path(f).with_suffix("").as_posix()} for f in item["contents"]
+            ]
             parts.append({"caption": item["section"], "chapters": files})
-    api = sorted(p.relative_to(BOOK).with_suffix("").as_posix() for p in (BOOK / "api").glob("*.md"))
+    api = sorted(
+        p.relative_to(BOOK).with_suffix("").as_posix()
+        for p in (BOOK / "api").glob("*.md")
+    )
     parts.append(
         {
             "caption": "Reference",
             "chapters": [
-                {"file": "api/index", "sections": [{"file": f} for f in api if f != "api/index"]},
+                {
+                    "file": "api/index",
+                    "sections": [{"file": f} for f in api if f != "api/index"],
+                },
                 {"file": "references"},
             ],
         }
     )
-    parts.append({"caption": "Project", "chapters": [{"file": name.removesuffix(".md")} for name in TEXTS]})
+    parts.append(
+        {
+            "caption": "Project",
+            "chapters": [{"file": name.removesuffix(".md")} for name in TEXTS],
+        }
+    )
     return {"format": "jb-book", "root": "landing", "parts": parts}
 
 
@@ -61,32 +81,56 @@ def shown(cell: dict) -> dict | None:
     source = "".join(cell["source"])
     if NEVER_SHOWN.search(source) or not source.strip():
         return None
-    tags = [*cell["metadata"].get("tags", []), *(tag for tag, mark in FOLDED.items() if mark.search(source))]
+    tags = [
+        *cell["metadata"].get("tags", []),
+        *(tag for tag, mark in FOLDED.items() if mark.search(source)),
+    ]
     outputs = [relinked(o) for o in cell["outputs"] if o.get("name") != "stderr"]
-    return {**cell, "source": DIRECTIVE.sub("", source).strip(), "outputs": outputs, "metadata": {"tags": tags}}
+    return {
+        **cell,
+        "source": DIRECTIVE.sub("", source).strip(),
+        "outputs": outputs,
+        "metadata": {"tags": tags},
+    }
 
 
 def relinked(output: dict) -> dict:
     """An output in whose HTML links to notebooks lead to their pages (Sphinx does that for text, not for outputs)."""
     if "text/html" not in output.get("data", {}):
         return output
-    page = re.sub(r'(href="(?!\w+:)[^"]+)\.ipynb(["#])', r"\1.html\2", "".join(output["data"]["text/html"]))
+    page = re.sub(
+        r'(href="(?!\w+:)[^"]+)\.ipynb(["#])',
+        r"\1.html\2",
+        "".join(output["data"]["text/html"]),
+    )
     return {**output, "data": {**output["data"], "text/html": page}}
 
 
 def citation(page: str, bibliography: str) -> str:
     """Keys of the entries of references.bib whose `keywords` name this notebook, as a citation; "" if there is none."""
     entries = re.findall(r"@\w+\{(\S+),(.*?)\n\}", bibliography, re.DOTALL)
-    keys = [key for key, body in entries if re.search(rf"keywords = \{{[^}}]*(?<!\S){page}(?![^\s}}])", body)]
-    return f"**Cited here:** {', '.join(f'{{cite:t}}`{k}`' for k in keys)}." if keys else ""
+    keys = [
+        key
+        for key, body in entries
+        if re.search(rf"keywords = \{{[^}}]*(?<!\S){page}(?![^\s}}])", body)
+    ]
+    return (
+        f"**Cited here:** {', '.join(f'{{cite:t}}`{k}`' for k in keys)}."
+        if keys
+        else ""
+    )
 
 
 def write_notebook(path: Path, bibliography: str) -> None:
     """Copy one notebook into the book."""
     notebook = json.loads((ROOT / path).read_text(encoding="utf-8"))
-    notebook["cells"] = [kept for c in notebook["cells"] if (kept := shown(c)) is not None]
+    notebook["cells"] = [
+        kept for c in notebook["cells"] if (kept := shown(c)) is not None
+    ]
     if text := citation(f"{path.parent.name}/{path.stem}", bibliography):
-        notebook["cells"].append({"cell_type": "markdown", "id": "cited", "metadata": {}, "source": text})
+        notebook["cells"].append(
+            {"cell_type": "markdown", "id": "cited", "metadata": {}, "source": text}
+        )
     target = BOOK / path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(notebook), encoding="utf-8")
@@ -100,7 +144,9 @@ def mathjax(target: Path) -> None:
     source = Path(spec.origin).parent / "static/mathjax"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "tex-chtml.js", target)
-    shutil.copytree(source / "output/chtml/fonts", target / "output/chtml/fonts", dirs_exist_ok=True)
+    shutil.copytree(
+        source / "output/chtml/fonts", target / "output/chtml/fonts", dirs_exist_ok=True
+    )
 
 
 def write_book() -> None:
@@ -115,33 +161,61 @@ def write_book() -> None:
     for name in TEXTS:
         shutil.copy(ROOT / name, BOOK)
     api_pages(BOOK / "api", config["website"]["repo-url"])
-    (BOOK / "_toc.yml").write_text(yaml.safe_dump(navigation(config), sort_keys=False), encoding="utf-8")
+    (BOOK / "_toc.yml").write_text(
+        yaml.safe_dump(navigation(config), sort_keys=False), encoding="utf-8"
+    )
     book = yaml.safe_load((ROOT / "docs/_config.yml").read_text(encoding="utf-8"))
     book["title"] = config["website"]["title"]
-    book["repository"] = {"url": config["website"]["repo-url"], "branch": "main", "path_to_book": ""}
-    (BOOK / "_config.yml").write_text(yaml.safe_dump(book, sort_keys=False), encoding="utf-8")
+    book["repository"] = {
+        "url": config["website"]["repo-url"],
+        "branch": "main",
+        "path_to_book": "",
+    }
+    (BOOK / "_config.yml").write_text(
+        yaml.safe_dump(book, sort_keys=False), encoding="utf-8"
+    )
 
 
 def build() -> None:
     """Let jupyter-book make the pages and put them into _site/."""
-    command = [str(Path(sys.executable).parent / "jupyter-book"), "build", str(BOOK), "-W", "-n", "--keep-going", "--all"]
+    command = [
+        str(Path(sys.executable).parent / "jupyter-book"),
+        "build",
+        str(BOOK),
+        "-W",
+        "-n",
+        "--keep-going",
+        "--all",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()
-        told = [line for line in lines if re.search("WARNING|ERROR|error", line)] or lines[-30:]
+        told = [
+            line for line in lines if re.search("WARNING|ERROR|error", line)
+        ] or lines[-30:]
         sys.exit("jupyter-book failed:\n" + "\n".join(told))
     shutil.rmtree(SITE, ignore_errors=True)
-    shutil.copytree(BOOK / "_build/html", SITE, ignore=shutil.ignore_patterns(".buildinfo"))
+    shutil.copytree(
+        BOOK / "_build/html", SITE, ignore=shutil.ignore_patterns(".buildinfo")
+    )
     for page in SITE.rglob("*.html"):
-        page.write_text(without_thebe(page.read_text(encoding="utf-8")), encoding="utf-8")
-    mathjax(SITE / "_static/mathjax")  # not earlier: jupyter-book would load every script below _static on every page
+        page.write_text(
+            without_thebe(page.read_text(encoding="utf-8")), encoding="utf-8"
+        )
+    mathjax(
+        SITE / "_static/mathjax"
+    )  # not earlier: jupyter-book would load every script below _static on every page
 
 
 def without_thebe(page: str) -> str:
     """A page without the scripts for live code: we offer none, and jupyter-book writes them twice, so that they fail."""
-    page = re.sub(r"\s*<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL)
+    page = re.sub(
+        r"\s*<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL
+    )
     page = re.sub(r"\s*<script[^>]*sphinx-thebe\.js[^>]*></script>", "", page)
-    return re.sub(r'\s*<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL)
+    return re.sub(
+        r'\s*<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL
+    )
 
 
 class Page(HTMLParser):
@@ -163,7 +237,11 @@ class Page(HTMLParser):
 
 def dead_links() -> list[str]:
     """Every internal link of the site that leads nowhere, as "page: link"."""
-    pages = {p: Page(p.read_text(encoding="utf-8")) for p in SITE.rglob("*.html") if "_static" not in p.parts}
+    pages = {
+        p: Page(p.read_text(encoding="utf-8"))
+        for p in SITE.rglob("*.html")
+        if "_static" not in p.parts
+    }
     dead = []
     for page, parsed in pages.items():
         for link in parsed.links:
@@ -172,20 +250,28 @@ def dead_links() -> list[str]:
                 continue
             target = (page.parent / unquote(url.path)).resolve() if url.path else page
             known = pages.get(target)
-            if not target.exists() or (url.fragment and known and unquote(url.fragment) not in known.places):
+            if not target.exists() or (
+                url.fragment and known and unquote(url.fragment) not in known.places
+            ):
                 dead.append(f"{page.relative_to(SITE)}: {link}")
     return sorted(set(dead))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the documentation site into _site/.")
-    parser.add_argument("--open", action="store_true", help="show the site in a browser afterwards")
+    parser = argparse.ArgumentParser(
+        description="Build the documentation site into _site/."
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="show the site in a browser afterwards"
+    )
     args = parser.parse_args()
     write_book()
     build()
     if dead := dead_links():
         sys.exit("dead links:\n  " + "\n  ".join(dead))
-    print(f"{sum(1 for _ in SITE.rglob('*.html'))} pages in {SITE.relative_to(ROOT)}/, no warning, no dead internal link")
+    print(
+        f"{sum(1 for _ in SITE.rglob('*.html'))} pages in {SITE.relative_to(ROOT)}/, no warning, no dead internal link"
+    )
     if args.open:
         webbrowser.open((SITE / "index.html").as_uri())
 

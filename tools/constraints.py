@@ -40,12 +40,16 @@ def closure(start: list[str]) -> dict[str, str]:
             continue
         seen.add((name, *extras))
         try:
-            found[name] = version(name).split("+")[0]  # torch 2.13.0+cpu is torch 2.13.0
+            found[name] = version(name).split("+")[
+                0
+            ]  # torch 2.13.0+cpu is torch 2.13.0
         except PackageNotFoundError:
             continue  # an optional part that this environment does without
         for text in requires(name) or []:
             sub = Requirement(text)
-            if sub.marker is None or any(sub.marker.evaluate({"extra": e}) for e in extras):
+            if sub.marker is None or any(
+                sub.marker.evaluate({"extra": e}) for e in extras
+            ):
                 sub.marker = None
                 todo.append(sub)
     return found
@@ -56,10 +60,19 @@ if __name__ == "__main__":
 
     config = ConfigParser(interpolation=None)
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    wanted = [r for key, text in config["DEFAULT"].items() if key.endswith("requirements") for r in text.split()]
+    wanted = [
+        r
+        for key, text in config["DEFAULT"].items()
+        if key.endswith("requirements")
+        for r in text.split()
+    ]
     versions = closure(wanted)
     if loose := sorted(name for name in versions if not fits(name)):
-        print(f"left open, since the installed version does not run on all of {', '.join(PYTHONS)}: {', '.join(loose)}")
-    lines = [f"{name}=={v}\n" for name, v in sorted(versions.items()) if name not in loose]
+        print(
+            f"left open, since the installed version does not run on all of {', '.join(PYTHONS)}: {', '.join(loose)}"
+        )
+    lines = [
+        f"{name}=={v}\n" for name, v in sorted(versions.items()) if name not in loose
+    ]
     (ROOT / "constraints.txt").write_text(HEAD + "".join(lines), encoding="utf-8")
     print(f"constraints.txt: {len(lines)} packages")

@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OLDEST, NEWEST = (3, 11), (3, 13)
-JOBS = {"trace": ("", ["-m", "mechtut", "trace"]), "test": ("[dev]", ["tools/check.py"])}
+JOBS = {
+    "trace": ("", ["-m", "mechtut", "trace"]),
+    "test": ("[dev]", ["tools/check.py"]),
+}
 
 
 def need_python():
@@ -26,7 +29,9 @@ def need_python():
         return
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
         other = shutil.which(f"python3.{minor}")
-        if other and not subprocess.call([other, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        if other and not subprocess.call(
+            [other, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ):
             sys.exit(subprocess.call([other, *sys.argv]))
     sys.exit(
         f"mechtut needs Python 3.11 to 3.13, and {sys.executable} is {sys.version.split()[0]}.\n"
@@ -37,7 +42,11 @@ def need_python():
 def fingerprint(extra):
     """What the installation depends on; the place counts too, because the install points at this folder."""
     files = ["settings.ini", "constraints.txt", "setup.py", "pyproject.toml"]
-    parts = [(ROOT / f).read_bytes() for f in files] + [str(ROOT).encode(), extra.encode(), sys.version.encode()]
+    parts = [(ROOT / f).read_bytes() for f in files] + [
+        str(ROOT).encode(),
+        extra.encode(),
+        sys.version.encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -56,7 +65,9 @@ def run(*command):
         if not ("WARNING: Location" in line and "is ignored" in line):
             print(line, end="", flush=True)
     if process.wait():
-        sys.exit(f"{' '.join(map(str, command[1:4]))} failed with exit code {process.returncode}; see above.")
+        sys.exit(
+            f"{' '.join(map(str, command[1:4]))} failed with exit code {process.returncode}; see above."
+        )
 
 
 def install(extra):
@@ -66,14 +77,32 @@ def install(extra):
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
     start = time.time()
-    print(f"Installing mechtut{extra} into {VENV} (a few minutes the first time)", flush=True)
-    if not VENV.exists() or subprocess.call([str(PYTHON), "-c", "import pip"], stderr=subprocess.DEVNULL):
+    print(
+        f"Installing mechtut{extra} into {VENV} (a few minutes the first time)",
+        flush=True,
+    )
+    if not VENV.exists() or subprocess.call(
+        [str(PYTHON), "-c", "import pip"], stderr=subprocess.DEVNULL
+    ):
         try:
             run(sys.executable, "-m", "venv", "--clear", VENV)
         except SystemExit:
-            print("On Debian and Ubuntu the module is a package of its own: `sudo apt install python3-venv`.")
+            print(
+                "On Debian and Ubuntu the module is a package of its own: `sudo apt install python3-venv`."
+            )
             raise
-    run(PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", "constraints.txt", "-e", "." + extra)
+    run(
+        PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "-c",
+        "constraints.txt",
+        "-e",
+        "." + extra,
+    )
     stamp.write_text(wanted)
     print(f"Installed in {time.time() - start:.0f} s", flush=True)
 

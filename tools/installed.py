@@ -33,7 +33,10 @@ def defined_names(source: str) -> list[str]:
             names[node.name] = None
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names[node.id] = None
-        elif not isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        elif not isinstance(
+            node,
+            ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp,
+        ):
             for child in ast.iter_child_nodes(node):
                 visit(child)
 
@@ -49,7 +52,11 @@ def imports_only(source: str, module: str) -> str:
     from mechtut.x import f
     """
     tree = ast.parse(source)
-    lines = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = [
+        ast.unparse(node)
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     if names := defined_names(source):
         lines.append(f"from {module} import {', '.join(names)}")
     return "\n".join(lines)
@@ -69,13 +76,28 @@ def wheel_python(wheel: Path, folder: Path) -> Path:
     """A Python in a new environment that has what Colab would install: the wheel and its `tutorials` extra."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", python]
-    subprocess.run([*pip, "install", "-c", ROOT / "constraints.txt", f"{wheel}[tutorials]"], check=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-q",
+        "--disable-pip-version-check",
+        "--python",
+        python,
+    ]
+    subprocess.run(
+        [*pip, "install", "-c", ROOT / "constraints.txt", f"{wheel}[tutorials]"],
+        check=True,
+    )
     code = "import mechtut, sysconfig; print(mechtut.__file__); print(sysconfig.get_path('purelib'))"
-    told = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=folder)
+    told = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True, cwd=folder
+    )
     where, site = told.stdout.split()
     if not Path(where).is_relative_to(Path(site)):
-        raise SystemExit(f"mechtut was imported from {where}, not from the wheel in {site}")
+        raise SystemExit(
+            f"mechtut was imported from {where}, not from the wheel in {site}"
+        )
     return python
 
 
@@ -84,7 +106,9 @@ def kernel(python: Path, folder: Path) -> None:
     target = folder / "kernels/wheel/kernel.json"
     target.parent.mkdir(parents=True)
     argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    target.write_text(json.dumps({"argv": argv, "display_name": "wheel", "language": "python"}))
+    target.write_text(
+        json.dumps({"argv": argv, "display_name": "wheel", "language": "python"})
+    )
 
 
 def main() -> int:
@@ -103,12 +127,28 @@ def main() -> int:
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(notebook), encoding="utf-8")
-        (folder / "nbs/conftest.py").write_text((ROOT / "nbs/conftest.py").read_text(encoding="utf-8"))
+        (folder / "nbs/conftest.py").write_text(
+            (ROOT / "nbs/conftest.py").read_text(encoding="utf-8")
+        )
         (folder / "pytest.ini").write_text("[pytest]\n")
-        print(f"{exported} exported cells replaced by imports from {Path(wheel).name}", flush=True)
+        print(
+            f"{exported} exported cells replaced by imports from {Path(wheel).name}",
+            flush=True,
+        )
         kernel(python, folder / "jupyter")
-        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name", "wheel", *arguments, "nbs"]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JUPYTER_PATH": str(folder / "jupyter")}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--nbval",
+            "--nbval-kernel-name",
+            "wheel",
+            *arguments,
+            "nbs",
+        ]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+            "JUPYTER_PATH": str(folder / "jupyter")
+        }
         return subprocess.run(command, cwd=folder, env=environment).returncode
 
 

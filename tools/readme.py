@@ -23,7 +23,10 @@ def text_of(value: str | list[str]) -> str:
 
 def markdown(cell: dict) -> str:
     """A text cell; its links to notebooks, relative to nbs/, become relative to the top folder."""
-    source = LINK.sub(lambda m: f"{m[1]}{m[3]}" if m[2] else f"{m[1]}nbs/{m[3]}", text_of(cell["source"]))
+    source = LINK.sub(
+        lambda m: f"{m[1]}{m[3]}" if m[2] else f"{m[1]}nbs/{m[3]}",
+        text_of(cell["source"]),
+    )
     return source.replace("](../", "](").strip()
 
 
@@ -52,7 +55,9 @@ def code(cell: dict, figures: dict[str, bytes]) -> str:
 def convert(notebook: dict) -> tuple[str, dict[str, bytes]]:
     """README text and the figure files it links to."""
     figures: dict[str, bytes] = {}
-    parts = ["<!-- Written by tools/readme.py from nbs/index.ipynb: change that file. -->"]
+    parts = [
+        "<!-- Written by tools/readme.py from nbs/index.ipynb: change that file. -->"
+    ]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             parts.append(markdown(cell))
@@ -62,12 +67,20 @@ def convert(notebook: dict) -> tuple[str, dict[str, bytes]]:
 
 
 def main() -> None:
-    text, figures = convert(json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8")))
+    text, figures = convert(
+        json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    )
     files = {"README.md": text.encode(), **figures}
     if "--check" in sys.argv:
-        stale = [f for f, data in files.items() if not (ROOT / f).is_file() or (ROOT / f).read_bytes() != data]
+        stale = [
+            f
+            for f, data in files.items()
+            if not (ROOT / f).is_file() or (ROOT / f).read_bytes() != data
+        ]
         if stale:
-            sys.exit(f"not as nbs/index.ipynb has it: {', '.join(stale)}. Run `python tools/readme.py`.")
+            sys.exit(
+                f"not as nbs/index.ipynb has it: {', '.join(stale)}. Run `python tools/readme.py`."
+            )
         return
     for old in (ROOT / FIGURES).glob("readme-*.png"):
         old.unlink()

@@ -25,12 +25,18 @@ KERNEL = {  # as in nbs/conftest.py
 def execute(path: Path) -> None:
     """Run a notebook from its own folder and save its outputs; cells marked `#| eval: false` are left out."""
     notebook = nbformat.read(path, as_version=4)
-    skipped = {c.id: c.source for c in notebook.cells if c.cell_type == "code" and "#| eval: false" in c.source}
+    skipped = {
+        c.id: c.source
+        for c in notebook.cells
+        if c.cell_type == "code" and "#| eval: false" in c.source
+    }
     for cell in notebook.cells:
         if cell.id in skipped:
             cell.source = ""
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
+    NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources=resources
+    ).execute()
     for cell in notebook.cells:
         cell.source = skipped.get(cell.id, cell.source)
         cell.metadata.pop("execution", None)
@@ -39,8 +45,16 @@ def execute(path: Path) -> None:
 
 def site_order() -> list[Path]:
     """Every notebook, those of _quarto.yml first and in its order."""
-    listed = [ROOT / name for name in re.findall(r"nbs/\S+\.ipynb", (ROOT / "_quarto.yml").read_text()) if "*" not in name]
-    return listed + sorted(p for p in set((ROOT / "nbs").rglob("*.ipynb")) - set(listed) if "checkpoint" not in p.name)
+    listed = [
+        ROOT / name
+        for name in re.findall(r"nbs/\S+\.ipynb", (ROOT / "_quarto.yml").read_text())
+        if "*" not in name
+    ]
+    return listed + sorted(
+        p
+        for p in set((ROOT / "nbs").rglob("*.ipynb")) - set(listed)
+        if "checkpoint" not in p.name
+    )
 
 
 def main() -> None:

@@ -19,9 +19,11 @@ from ._wiring import Project, attend, mlp_out, projector
 
 # %% ../../nbs/library/circuits/steps.ipynb #c004
 class Changes:
-    """What senders write now minus what they wrote when the stage began, in the order in which they are computed.
+    """What senders write now minus what they wrote when the stage began, in the order
+    in which they are computed.
 
-    Several circuits can be computed at once: their prompts stand one after the other, `copies` times the batch.
+    Several circuits can be computed at once: their prompts stand one after the other,
+    `copies` times the batch.
     """
 
     def __init__(self, window: Window, copies: int = 1):
@@ -43,10 +45,12 @@ class Changes:
             parts[:] = [torch.cat(parts)]
         return parts[0]
 
-# %% ../../nbs/library/circuits/steps.ipynb #c005
+
 @dataclass(frozen=True)
 class Mix:
-    """Some readers' streams: what they read when the stage began, plus the changes of their parents."""
+    """Some readers' streams: what they read when the stage began, plus the changes of
+    their parents.
+    """
 
     receivers: list[str]
     x: Float[Tensor, "n batch row d"]
@@ -58,15 +62,21 @@ class Mix:
         if not self.weights.shape[1]:
             return x
         y, changed = x.flatten(1), changes.stacked(self.wide).flatten(1)
-        return (y.addmm_ if changes.copies > 1 else y.addmm)(self.weights, changed).view_as(x)
+        return (y.addmm_ if changes.copies > 1 else y.addmm)(
+            self.weights, changed
+        ).view_as(x)
 
 
-def _repeated(x: Float[Tensor, "n batch row d"], copies: int) -> Float[Tensor, "n batch2 row d"]:
+def _repeated(
+    x: Float[Tensor, "n batch row d"], copies: int
+) -> Float[Tensor, "n batch2 row d"]:
     """The same prompts `copies` times."""
     return x if copies == 1 else x.repeat(1, copies, 1, 1)
 
 
-def _copy(x: Float[Tensor, "n batch2 row d"], number: int, copies: int) -> Float[Tensor, "n batch row d"]:
+def _copy(
+    x: Float[Tensor, "n batch2 row d"], number: int, copies: int
+) -> Float[Tensor, "n batch row d"]:
     """The prompts of one copy."""
     return x if copies == 1 else x.chunk(copies, dim=1)[number]
 
@@ -88,12 +98,13 @@ class Projection:
         x = x if self.take is None else x[self.take]
         return self.project(x if self.pick is None else x[:, :, self.pick])
 
-# %% ../../nbs/library/circuits/steps.ipynb #c008
+
 @dataclass(frozen=True)
 class Heads:
     """Heads computed together, with their q, k, v and z as the stage began.
 
-    `updates` are (part, number of the projection, which of these heads, which of the projection's); `None`: all in order.
+    `updates` are (part, number of the projection, which of these heads, which of the
+    projection's); `None`: all in order.
     """
 
     index: Tensor
@@ -105,23 +116,43 @@ class Heads:
     mask: Tensor
     updates: list[tuple[str, int, Tensor | None, Tensor | None]]
 
-    def run(self, state: "State", layer: int, new: Sequence[Tensor], copies: int) -> tuple[Tensor, Tensor]:
+    def run(
+        self, state: "State", layer: int, new: Sequence[Tensor], copies: int
+    ) -> tuple[Tensor, Tensor]:
         """These heads' z, and what they write differently."""
         values = dict(self.values)
         for part, number, to, source in self.updates:
-            fresh, start = new[number] if source is None else new[number][source], 0 if part == "q" else state.window.start
+            fresh, start = (
+                new[number] if source is None else new[number][source],
+                0 if part == "q" else state.window.start,
+            )
             if to is not None or start:
                 all_of_it = values[part].repeat(1, copies, 1, 1)
                 all_of_it[slice(None) if to is None else to, :, start:] = fresh
                 fresh = all_of_it
             values[part] = fresh
         updated = {part for part, *_ in self.updates}
-        values |= {part: _repeated(x, copies) for part, x in self.values.items() if part not in updated}
-        z = attend(state.contrast.wiring, layer, values["q"], values["k"], values["v"], self.mask)
-        change = torch.bmm((z - _repeated(self.z, copies)).flatten(1, 2), self.weight).unflatten(1, z.shape[1:3])
-        return z, change if self.gain is None else change * _repeated(self.gain[None], copies)
+        values |= {
+            part: _repeated(x, copies)
+            for part, x in self.values.items()
+            if part not in updated
+        }
+        z = attend(
+            state.contrast.wiring,
+            layer,
+            values["q"],
+            values["k"],
+            values["v"],
+            self.mask,
+        )
+        change = torch.bmm(
+            (z - _repeated(self.z, copies)).flatten(1, 2), self.weight
+        ).unflatten(1, z.shape[1:3])
+        return z, (
+            change if self.gain is None else change * _repeated(self.gain[None], copies)
+        )
 
-# %% ../../nbs/library/circuits/steps.ipynb #c009
+
 @dataclass
 class AttentionStep:
     """The heads of a layer that hear of a change."""
@@ -132,11 +163,17 @@ class AttentionStep:
     groups: list[Heads] = field(default_factory=list)
     last: tuple = ()
 
-    def run(self, state: "State", changes: Changes, streams: Sequence[Tensor] | None = None) -> None:
-        """Compute the heads, push what they change, and remember what was computed in `last`."""
+    def run(
+        self, state: "State", changes: Changes, streams: Sequence[Tensor] | None = None
+    ) -> None:
+        """Compute the heads, push what they change, and remember what was computed in
+        `last`.
+        """
         streams = [mix(changes) for mix in self.sources] if streams is None else streams
         new = [p(streams) for p in self.projections]
-        done = [group.run(state, self.layer, new, changes.copies) for group in self.groups]
+        done = [
+            group.run(state, self.layer, new, changes.copies) for group in self.groups
+        ]
         for group, (_, change) in zip(self.groups, done, strict=True):
             changes.push(change, group.wide)
         self.last = (streams, new, [z for z, _ in done])
@@ -149,16 +186,30 @@ class AttentionStep:
         """Make what was computed the state."""
         streams, new, zs = last
         for group, z in zip(self.groups, zs, strict=True):
-            _put(state.z[self.layer], group.index, z, None if group.wide else state.window.seen)
+            _put(
+                state.z[self.layer],
+                group.index,
+                z,
+                None if group.wide else state.window.seen,
+            )
         for mix, x in zip(self.sources, streams, strict=False):
             state.x.update(zip(mix.receivers, x, strict=True))
         for p, value in zip(self.projections, new, strict=True):
             target = state.qkv[self.layer][p.part]
-            _put(target if p.part == "q" else target[:, :, state.window.start :], p.heads, value, p.rows)
+            _put(
+                target if p.part == "q" else target[:, :, state.window.start :],
+                p.heads,
+                value,
+                p.rows,
+            )
 
     def writes(self) -> list[tuple[str, bool]]:
         """The senders that are computed here, and whether in all rows."""
-        return [(f"a{self.layer}.{h}", group.wide) for group in self.groups for h in group.index.tolist()]
+        return [
+            (f"a{self.layer}.{h}", group.wide)
+            for group in self.groups
+            for h in group.index.tolist()
+        ]
 
 # %% ../../nbs/library/circuits/steps.ipynb #c010
 @dataclass
@@ -170,11 +221,17 @@ class MLPStep:
     out: Float[Tensor, "batch row d"]  # what it writes as the stage begins
     last: tuple = ()
 
-    def run(self, state: "State", changes: Changes, streams: Sequence[Tensor] | None = None) -> None:
-        """Compute the MLP, push what it changes, and remember what was computed in `last`."""
+    def run(
+        self, state: "State", changes: Changes, streams: Sequence[Tensor] | None = None
+    ) -> None:
+        """Compute the MLP, push what it changes, and remember what was computed in
+        `last`.
+        """
         x = (self.source(changes) if streams is None else streams[0])[0]
         new = mlp_out(state.contrast.wiring, self.layer, x)
-        changes.push(new[None] - _repeated(self.out[None], changes.copies), self.source.wide)
+        changes.push(
+            new[None] - _repeated(self.out[None], changes.copies), self.source.wide
+        )
         self.last = (x, new)
 
     def one(self, number: int, copies: int) -> tuple:
@@ -194,20 +251,38 @@ class MLPStep:
 
 # %% ../../nbs/library/circuits/steps.ipynb #c012
 class State:
-    """The values of the circuit so far; for what has not been visited they are those of the clean run."""
+    """The values of the circuit so far; for what has not been visited they are those of
+    the clean run.
+    """
 
     def __init__(self, contrast: Contrast, cuts: Cuts):
-        self.contrast, self.cuts, self.graph, self.window = contrast, cuts, contrast.graph, contrast.window
-        self.differences = {True: contrast.differences, False: contrast.differences[:, :, self.window.seen]}
-        self.live: list[str] = []  # readers that were visited and that somebody listens to
+        self.contrast, self.cuts, self.graph, self.window = (
+            contrast,
+            cuts,
+            contrast.graph,
+            contrast.window,
+        )
+        self.differences = {
+            True: contrast.differences,
+            False: contrast.differences[:, :, self.window.seen],
+        }
+        self.live: list[
+            str
+        ] = []  # readers that were visited and that somebody listens to
         self._wide: dict[str, bool] = {}
         self.clear()
 
     def clear(self) -> None:
         """Back to the clean run."""
         clean = self.contrast.clean
-        self.qkv = [{part: value.clone() for part, value in values.items()} for values in clean.qkv]
-        self.z, self.mlps = [z.clone() for z in clean.z], [m.clone() for m in clean.mlps]
+        self.qkv = [
+            {part: value.clone() for part, value in values.items()}
+            for values in clean.qkv
+        ]
+        self.z, self.mlps = (
+            [z.clone() for z in clean.z],
+            [m.clone() for m in clean.mlps],
+        )
         self.x: dict[str, Tensor] = {}
 
     def heard(self, sender: str) -> bool:
@@ -215,14 +290,25 @@ class State:
         return bool(self.cuts.sums[:, self.graph.sender_index[sender]].any())
 
     def is_wide(self, sender: str) -> bool:
-        """Whether any listener needs this sender in other rows than those that the metric reads."""
+        """Whether any listener needs this sender in other rows than those that the
+        metric reads.
+        """
         if sender not in self._wide:
-            listeners = self.cuts.sums[:, self.graph.sender_index[sender]].nonzero().flatten().tolist()
-            self._wide[sender] = any(self.reads_wide(self.graph.receivers[i]) for i in listeners)
+            listeners = (
+                self.cuts.sums[:, self.graph.sender_index[sender]]
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
+            self._wide[sender] = any(
+                self.reads_wide(self.graph.receivers[i]) for i in listeners
+            )
         return self._wide[sender]
 
     def reads_wide(self, receiver: str) -> bool:
-        """Keys and values are read in all rows; queries and MLPs if somebody listens to all rows."""
+        """Keys and values are read in all rows; queries and MLPs if somebody listens to
+        all rows.
+        """
         if self.window.all_read or receiver == "out":
             return self.window.all_read
         narrow = receiver.startswith("m") or receiver.endswith(".q_in")
@@ -231,16 +317,26 @@ class State:
     def clean_stream(self, receiver: str) -> Float[Tensor, "batch row d"]:
         """What a reader reads in the clean run, in the rows that it needs."""
         layer, clean = layer_of(receiver), self.contrast.clean
-        x = clean.out if layer is None else (clean.mlp_in if receiver.startswith("m") else clean.attn_in)[layer]
+        x = (
+            clean.out
+            if layer is None
+            else (clean.mlp_in if receiver.startswith("m") else clean.attn_in)[layer]
+        )
         return x if self.reads_wide(receiver) else x[:, self.window.seen]
 
     def difference(self, sender: int, wide: bool) -> Float[Tensor, "batch row d"]:
-        """What a sender writes in the clean run minus what it writes in the corrupted one."""
+        """What a sender writes in the clean run minus what it writes in the corrupted
+        one.
+        """
         return self.differences[wide][sender]
 
-# %% ../../nbs/library/circuits/steps.ipynb #c013
-def _put(target: Tensor, heads: Tensor, value: Tensor, rows: slice | Tensor | None) -> None:
-    """Write `value` `[n, batch, row, d]` into some heads of the state, in all rows or in some."""
+
+def _put(
+    target: Tensor, heads: Tensor, value: Tensor, rows: slice | Tensor | None
+) -> None:
+    """Write `value` `[n, batch, row, d]` into some heads of the state, in all rows or
+    in some.
+    """
     if rows is None:
         target[heads] = value
     elif isinstance(rows, slice):
@@ -254,7 +350,10 @@ class Plan:
 
     def __init__(self, state: State, layer: int):
         self.state, self.first = state, layer
-        self.dirty: dict[bool, list[int]] = {True: [], False: []}  # wide ones; all of them
+        self.dirty: dict[bool, list[int]] = {
+            True: [],
+            False: [],
+        }  # wide ones; all of them
         self.steps: list[AttentionStep | MLPStep] = []
 
     def add(self, step: "AttentionStep | MLPStep") -> None:
@@ -269,49 +368,82 @@ class Plan:
     def reached(self, readers: Sequence[str]) -> list[str]:
         """Those of the readers that are live and listen to somebody who changed."""
         live = [r for r in readers if r in self.state.x]
-        heard = self.state.cuts.sums[[self.state.graph.receiver_index[r] for r in live]][:, self.dirty[False]].any(1)
+        heard = self.state.cuts.sums[
+            [self.state.graph.receiver_index[r] for r in live]
+        ][:, self.dirty[False]].any(1)
         return [r for r, yes in zip(live, heard.tolist(), strict=True) if yes]
 
     def mix(self, readers: list[str]) -> Mix:
         """The readers' streams as a function of what has changed so far."""
         wide = self.state.reads_wide(readers[0])
-        found, rows = [self.state.x[r] for r in readers], [self.state.graph.receiver_index[r] for r in readers]
+        found, rows = (
+            [self.state.x[r] for r in readers],
+            [self.state.graph.receiver_index[r] for r in readers],
+        )
         x = torch.stack(found) if len(found) > 1 else found[0][None]
-        weights = self.state.cuts.sums[rows][:, self.dirty[wide or self.state.window.all_read]]
+        weights = self.state.cuts.sums[rows][
+            :, self.dirty[wide or self.state.window.all_read]
+        ]
         return Mix(readers, x, weights.to(x), wide)
 
     def follow(self, mlp_too: bool) -> None:
-        """Add every step behind the ones there are; `mlp_too` if the first layer's MLP comes behind them."""
+        """Add every step behind the ones there are; `mlp_too` if the first layer's MLP
+        comes behind them.
+        """
         graph = self.state.graph
         for layer in range(self.first, graph.n_layers):
             readers = [r for r in graph.readers(layer) if r.startswith("a")]
             if layer > self.first and (found := self.reached(readers)):
                 self.add(attention_step(self, layer, found))
-            if (layer > self.first or mlp_too) and (found := self.reached([f"m{layer}.in"])):
-                self.add(MLPStep(layer, self.mix(found), mlp_now(self.state, layer, found[0])))
+            if (layer > self.first or mlp_too) and (
+                found := self.reached([f"m{layer}.in"])
+            ):
+                self.add(
+                    MLPStep(
+                        layer, self.mix(found), mlp_now(self.state, layer, found[0])
+                    )
+                )
 
-# %% ../../nbs/library/circuits/steps.ipynb #c016
+
 def mlp_now(state: State, layer: int, receiver: str) -> Tensor:
-    return state.mlps[layer] if state.reads_wide(receiver) else state.mlps[layer][:, state.window.seen]
+    return (
+        state.mlps[layer]
+        if state.reads_wide(receiver)
+        else state.mlps[layer][:, state.window.seen]
+    )
 
-# %% ../../nbs/library/circuits/steps.ipynb #c017
-def attention_step(plan: Plan, layer: int, readers: list[str], touched: Sequence[int] = ()) -> AttentionStep:
-    """The step of a layer whose `readers` get something new, and whose heads `touched` have a new q, k or v already."""
+
+def attention_step(
+    plan: Plan, layer: int, readers: list[str], touched: Sequence[int] = ()
+) -> AttentionStep:
+    """The step of a layer whose `readers` get something new, and whose heads `touched`
+    have a new q, k or v already.
+    """
     state, graph, step = plan.state, plan.state.graph, AttentionStep(layer)
     by_part: dict[str, list[int]] = {part: [] for part in "qkv"}
     for reader in readers:
         for part in reader.split(".")[2][0] if graph.split_qkv else "kv":
             by_part[part].append(int(reader.split(".")[1]))
-    heads = {*touched, *by_part["q"], *(h for part in "kv" for g in by_part[part] for h in graph.group(g))}
+    heads = {
+        *touched,
+        *by_part["q"],
+        *(h for part in "kv" for g in by_part[part] for h in graph.group(g)),
+    }
     heads = {h for h in heads if state.heard(f"a{layer}.{h}")}
-    numbers = {part: _add_projection(plan, step, part, by_part[part]) for part in "kv" if by_part[part]}
+    numbers = {
+        part: _add_projection(plan, step, part, by_part[part])
+        for part in "kv"
+        if by_part[part]
+    }
     for wide in (True, False):
         if mine := sorted(h for h in heads if state.is_wide(f"a{layer}.{h}") == wide):
             _add_group(plan, step, mine, wide, by_part, numbers)
     return step
 
-# %% ../../nbs/library/circuits/steps.ipynb #c018
-def _add_projection(plan: Plan, step: AttentionStep, part: str, heads: list[int], wide: bool = True) -> int:
+
+def _add_projection(
+    plan: Plan, step: AttentionStep, part: str, heads: list[int], wide: bool = True
+) -> int:
     """Add q, k or v of some heads to a step; returns the number of the projection."""
     state, device = plan.state, plan.state.window.rows.device
     rows, reads, take = state.window.rows, None if wide else state.window.seen, None
@@ -319,23 +451,46 @@ def _add_projection(plan: Plan, step: AttentionStep, part: str, heads: list[int]
         step.sources.append(plan.mix([f"a{step.layer}.{h}.{part}_in" for h in heads]))
         source, reads_source = len(step.sources) - 1, None
     else:
-        inputs = [int(state.contrast.wiring.kv_of_head[h]) if part == "q" else h for h in heads]
+        inputs = [
+            int(state.contrast.wiring.kv_of_head[h]) if part == "q" else h
+            for h in heads
+        ]
         if not step.sources:
-            step.sources.append(plan.mix([f"a{step.layer}.{g}.in" for g in sorted(set(inputs))]))
+            step.sources.append(
+                plan.mix([f"a{step.layer}.{g}.in" for g in sorted(set(inputs))])
+            )
         names = [r.split(".")[1] for r in step.sources[0].receivers]
         source, reads_source = 0, reads
         take = torch.tensor([names.index(str(i)) for i in inputs], device=device)
     index = torch.tensor(heads, device=device)
-    project = projector(state.contrast.wiring, step.layer, part, index, rows if reads is None else rows[reads])
-    step.projections.append(Projection(part, index, source, take, reads_source, reads, project))
+    project = projector(
+        state.contrast.wiring,
+        step.layer,
+        part,
+        index,
+        rows if reads is None else rows[reads],
+    )
+    step.projections.append(
+        Projection(part, index, source, take, reads_source, reads, project)
+    )
     return len(step.projections) - 1
 
 # %% ../../nbs/library/circuits/steps.ipynb #c019
-def _add_group(plan: Plan, step: AttentionStep, heads: list[int], wide: bool, by_part: dict[str, list[int]],
-               numbers: dict[str, int]) -> None:  # fmt: skip
+def _add_group(
+    plan: Plan,
+    step: AttentionStep,
+    heads: list[int],
+    wide: bool,
+    by_part: dict[str, list[int]],
+    numbers: dict[str, int],
+) -> None:
     """Add heads that are computed together to a step."""
     state, layer = plan.state, step.layer
-    window, wiring, device = state.window, state.contrast.wiring, state.window.rows.device
+    window, wiring, device = (
+        state.window,
+        state.contrast.wiring,
+        state.window.rows.device,
+    )
     kv = [int(wiring.kv_of_head[h]) for h in heads]
     asked = {"q": heads, "k": kv, "v": kv}
     fresh = dict(by_part)
@@ -350,17 +505,32 @@ def _add_group(plan: Plan, step: AttentionStep, heads: list[int], wide: bool, by
         to = [i for i, h in enumerate(asked[part]) if h in fresh[part]]
         source = [fresh[part].index(asked[part][i]) for i in to]
         if to:
-            updates.append((part, number, _some(to, len(heads), device), _some(source, len(fresh[part]), device)))
+            updates.append(
+                (
+                    part,
+                    number,
+                    _some(to, len(heads), device),
+                    _some(source, len(fresh[part]), device),
+                )
+            )
     index, now = torch.tensor(heads, device=device), state.qkv[layer]
     rows = slice(None) if wide else window.seen
     gain = state.contrast.clean.gains[layer]
     values = {"q": now["q"][index][:, :, rows], "k": now["k"][kv], "v": now["v"][kv]}
-    step.groups.append(Heads(
-        index, wide, values, state.z[layer][index][:, :, rows], wiring.outputs[layer][index],
-        None if gain is None else gain[:, window.rows][:, rows], wiring.masks[layer][window.rows][rows], updates,
-    ))  # fmt: skip
+    step.groups.append(
+        Heads(
+            index,
+            wide,
+            values,
+            state.z[layer][index][:, :, rows],
+            wiring.outputs[layer][index],
+            None if gain is None else gain[:, window.rows][:, rows],
+            wiring.masks[layer][window.rows][rows],
+            updates,
+        )
+    )
 
-# %% ../../nbs/library/circuits/steps.ipynb #c019a
+
 def _some(numbers: list[int], n: int, device: torch.device) -> Tensor | None:
     """These of `n` as an index; `None` for all of them in order."""
     return None if numbers == [*range(n)] else torch.tensor(numbers, device=device)

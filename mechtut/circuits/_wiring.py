@@ -24,33 +24,47 @@ from ..models.hooks import attention_tap
 # %% ../../nbs/library/circuits/wiring.ipynb #c004
 @dataclass(frozen=True)
 class Wires:
-    """What a graph needs to know of a family beyond `mechtut.models.loading.Family`; module paths below a block."""
+    """What a graph needs to know of a family beyond `mechtut.models.loading.Family`;
+    module paths below a block.
+    """
 
     norm_attn: str | None = "input_layernorm"
     norm_mlp: str | None = "post_attention_layernorm"
     parallel: bool = False
-    positions: str | None = None  # the learned position embedding, from the model's root
+    positions: str | None = (
+        None  # the learned position embedding, from the model's root
+    )
     first_position: int = 0  # its row for position 0
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c005
+
 WIRES: dict[str, Wires] = {
     "gpt2": Wires("ln_1", "ln_2", positions="transformer.wpe"),
-    "opt": Wires("self_attn_layer_norm", "final_layer_norm", positions="model.decoder.embed_positions", first_position=2),
+    "opt": Wires(
+        "self_attn_layer_norm",
+        "final_layer_norm",
+        positions="model.decoder.embed_positions",
+        first_position=2,
+    ),
     "gpt_neox": Wires(parallel=True),
     "phi": Wires(norm_mlp="input_layernorm", parallel=True),
     "gemma2": Wires(norm_mlp="pre_feedforward_layernorm"),
     "gemma3_text": Wires(norm_mlp="pre_feedforward_layernorm"),
     "olmo2": Wires(None, None),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Wires()),
-}  # fmt: skip
+}
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c006
+
 def find_wires(model: Model) -> Wires:
-    """The wiring row of a model. Raises `NotImplementedError` for a family that has none (GPT-J)."""
+    """The wiring row of a model.
+
+    Raises `NotImplementedError` for a family that has none (GPT-J).
+    """
     kind = model.config.model_type
     if kind not in WIRES:
-        raise NotImplementedError(f"no wiring for model_type {kind!r}; known: {', '.join(sorted(WIRES))}. "
-                                  f"Add mechtut.circuits._wiring.WIRES[{kind!r}] = Wires(...)")  # fmt: skip
+        raise NotImplementedError(
+            f"no wiring for model_type {kind!r}; known: {', '.join(sorted(WIRES))}. "
+            f"Add mechtut.circuits._wiring.WIRES[{kind!r}] = Wires(...)"
+        )
     wires = WIRES[kind]
     if kind == "gpt_neox" and not model.config.use_parallel_residual:
         return Wires(wires.norm_attn, wires.norm_mlp)
@@ -58,40 +72,72 @@ def find_wires(model: Model) -> Wires:
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c008
 def _matrix(module: Any) -> Any:
-    """A linear layer's weight as input × output (GPT-2's Conv1D stores it so, `nn.Linear` the other way round)."""
+    """A linear layer's weight as input × output (GPT-2's Conv1D stores it so,
+    `nn.Linear` the other way round).
+    """
     return module.weight if type(module).__name__ == "Conv1D" else module.weight.t()
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c009
-def _by_head(weight: Tensor, bias: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
-    heads = rearrange(weight, "d (head d_head) -> head d d_head", head=n).contiguous()
-    return heads, None if bias is None else rearrange(bias, "(head d_head) -> head 1 d_head", head=n)
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c010
-def qkv_weights(model: Model, layer: int) -> dict[str, tuple[Float[Tensor, "head d d_head"], Tensor | None]]:
+def _by_head(
+    weight: Tensor, bias: Tensor | None, n: int
+) -> tuple[Tensor, Tensor | None]:
+    heads = rearrange(weight, "d (head d_head) -> head d d_head", head=n).contiguous()
+    return heads, (
+        None
+        if bias is None
+        else rearrange(bias, "(head d_head) -> head 1 d_head", head=n)
+    )
+
+
+def qkv_weights(
+    model: Model, layer: int
+) -> dict[str, tuple[Float[Tensor, "head d d_head"], Tensor | None]]:
     """Weights and biases of a layer's queries, keys and values, one matrix per head."""
     attn: Any = model.part(layer, model.family.attn)
     biases: Any
     weights: Any
     counts = {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
     if hasattr(attn, "c_attn"):  # GPT-2: side by side in one matrix
-        weights, biases = _matrix(attn.c_attn).chunk(3, dim=1), attn.c_attn.bias.chunk(3)
-    elif hasattr(attn, "query_key_value"):  # GPT-NeoX: q, k and v of one head after another
+        weights, biases = (
+            _matrix(attn.c_attn).chunk(3, dim=1),
+            attn.c_attn.bias.chunk(3),
+        )
+    elif hasattr(
+        attn, "query_key_value"
+    ):  # GPT-NeoX: q, k and v of one head after another
         fused, heads = attn.query_key_value, {"head": model.n_heads, "part": 3}
-        weights = list(rearrange(_matrix(fused), "d (head part d_head) -> part d (head d_head)", **heads))
+        weights = list(
+            rearrange(
+                _matrix(fused), "d (head part d_head) -> part d (head d_head)", **heads
+            )
+        )
         biases = [None] * 3
         if fused.bias is not None:
-            biases = list(rearrange(fused.bias, "(head part d_head) -> part (head d_head)", **heads))
+            biases = list(
+                rearrange(
+                    fused.bias, "(head part d_head) -> part (head d_head)", **heads
+                )
+            )
     else:
         projections = [attn.q_proj, attn.k_proj, attn.v_proj]
-        weights, biases = [_matrix(p) for p in projections], [p.bias for p in projections]
-    return {name: _by_head(w, b, n) for (name, n), w, b in zip(counts.items(), weights, biases, strict=True)}
+        weights, biases = (
+            [_matrix(p) for p in projections],
+            [p.bias for p in projections],
+        )
+    return {
+        name: _by_head(w, b, n)
+        for (name, n), w, b in zip(counts.items(), weights, biases, strict=True)
+    }
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c012
 Module = Callable[[Tensor], Tensor]
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c013
+
 class Wiring:
-    """A model taken apart for prompts of one length. Its weights are the model's own."""
+    """A model taken apart for prompts of one length.
+
+    Its weights are the model's own.
+    """
 
     def __init__(self, model: Model, tokens: Int[Tensor, "batch pos"]):
         self.model, self.wires = model, find_wires(model)
@@ -102,44 +148,75 @@ class Wiring:
         self.parts = [_parts(model, self.wires, layer) for layer in layers]
         self.weights = [qkv_weights(model, layer) for layer in layers]
         self.outputs = [_output_weights(model, layer) for layer in layers]
-        self.masks = [_mask(model, layer, first.arguments[layer], self.n_pos) for layer in layers]
-        self.rotary = [first.arguments[layer].get("position_embeddings") for layer in layers]
-        self.kv_of_head = torch.arange(model.n_heads, device=model.device) // (model.n_heads // model.n_kv_heads)
+        self.masks = [
+            _mask(model, layer, first.arguments[layer], self.n_pos) for layer in layers
+        ]
+        self.rotary = [
+            first.arguments[layer].get("position_embeddings") for layer in layers
+        ]
+        self.kv_of_head = torch.arange(model.n_heads, device=model.device) // (
+            model.n_heads // model.n_kv_heads
+        )
         # In an attention-only model the MLPs were taken out or zeroed; one zero MLP among others is still a node.
         self.has_mlp = any(_writes(self, layer) for layer in layers)
 
     def graph(self, split_qkv: bool = True, split_positions: bool = False) -> Graph:
         """The graph of this model."""
         if split_positions and self.wires.positions is None:
-            raise ValueError(f"{self.model.config.model_type} has no learned position embedding to split off")
+            raise ValueError(
+                f"{self.model.config.model_type} has no learned position embedding to"
+                " split off"
+            )
         model = self.model
-        return Graph(model.n_layers, model.n_heads, model.n_kv_heads, self.has_mlp, self.wires.parallel, split_qkv,
-                     split_positions)  # fmt: skip
+        return Graph(
+            model.n_layers,
+            model.n_heads,
+            model.n_kv_heads,
+            self.has_mlp,
+            self.wires.parallel,
+            split_qkv,
+            split_positions,
+        )
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c014
+
 def _output_weights(model: Model, layer: int) -> Float[Tensor, "head d_head d"]:
     projection = model.part(layer, model.family.attn_proj)
-    return rearrange(_matrix(projection), "(head d_head) d -> head d_head d", head=model.n_heads).contiguous()
+    return rearrange(
+        _matrix(projection), "(head d_head) d -> head d_head d", head=model.n_heads
+    ).contiguous()
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c015
-def _mask(model: Model, layer: int, arguments: dict[str, Any], n_pos: int) -> Float[Tensor, "pos pos"]:
-    """What attention adds to its scores: 0 where a query may look, minus infinity elsewhere."""
+
+def _mask(
+    model: Model, layer: int, arguments: dict[str, Any], n_pos: int
+) -> Float[Tensor, "pos pos"]:
+    """What attention adds to its scores: 0 where a query may look, minus infinity
+    elsewhere.
+    """
     mask, attn = arguments.get("attention_mask"), model.part(layer, model.family.attn)
     if mask is None:
         seen = torch.ones(n_pos, n_pos, dtype=torch.bool, device=model.device)
         seen = seen.tril() if getattr(attn, "is_causal", True) else seen
     else:
         seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
-    return torch.zeros(n_pos, n_pos, dtype=model.dtype, device=model.device).masked_fill(~seen, -torch.inf)
+    return torch.zeros(
+        n_pos, n_pos, dtype=model.dtype, device=model.device
+    ).masked_fill(~seen, -torch.inf)
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c016
+
 def _writes(wiring: Wiring, layer: int) -> bool:
     """Whether this layer's MLP writes anything, given noise."""
-    noise = torch.randn(1, 256, wiring.model.d_model, generator=torch.Generator().manual_seed(0))
-    noise = noise * torch.logspace(0, 3, 256)[:, None]  # loud enough for any neuron's threshold
-    return any(bool(mlp_out(wiring, layer, some.to(wiring.model.embed.weight)).any()) for some in noise.split(32, dim=1))
+    noise = torch.randn(
+        1, 256, wiring.model.d_model, generator=torch.Generator().manual_seed(0)
+    )
+    noise = (
+        noise * torch.logspace(0, 3, 256)[:, None]
+    )  # loud enough for any neuron's threshold
+    return any(
+        bool(mlp_out(wiring, layer, some.to(wiring.model.embed.weight)).any())
+        for some in noise.split(32, dim=1)
+    )
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c017
+
 @dataclass(frozen=True)
 class _Parts:
     """The modules of a block that are used as they are."""
@@ -148,64 +225,94 @@ class _Parts:
     mlp: tuple[Module, ...]  # one after the other, norms included
     attn: Any
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c018
+
 def _parts(model: Model, wires: Wires, layer: int) -> _Parts:
     def part(path: str | None) -> Module:
         return nn.Identity() if path is None else model.part(layer, path)
 
     block = model.blocks[layer]
     # OPT's block calls the two layers of its MLP itself
-    inside = (block.fc1, block.activation_fn, block.fc2) if model.config.model_type == "opt" else (part("mlp"),)
-    after = (part(model.family.mlp_out),) if model.family.mlp_out.endswith("norm") else ()
-    return _Parts(part(wires.norm_attn), (part(wires.norm_mlp), *inside, *after), part(model.family.attn))
+    inside = (
+        (block.fc1, block.activation_fn, block.fc2)
+        if model.config.model_type == "opt"
+        else (part("mlp"),)
+    )
+    after = (
+        (part(model.family.mlp_out),) if model.family.mlp_out.endswith("norm") else ()
+    )
+    return _Parts(
+        part(wires.norm_attn),
+        (part(wires.norm_mlp), *inside, *after),
+        part(model.family.attn),
+    )
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c019
+
 @torch.no_grad()
-def mlp_out(wiring: Wiring, layer: int, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+def mlp_out(
+    wiring: Wiring, layer: int, x: Float[Tensor, "batch pos d"]
+) -> Float[Tensor, "batch pos d"]:
     """What the MLP of a layer writes, given the stream before its norm."""
     return apply_mlp(wiring, layer, x)
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c020
+
 def apply_mlp(wiring: Wiring, layer: int, x: Tensor) -> Tensor:
     """The same, with gradients where they are on."""
     for module in wiring.parts[layer].mlp:
         x = module(x)
     return x
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c021
-Project = Callable[[Float[Tensor, "n batch pos d"]], Float[Tensor, "n batch pos d_head"]]
+
+Project = Callable[
+    [Float[Tensor, "n batch pos d"]], Float[Tensor, "n batch pos d_head"]
+]
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c022
-def projector(wiring: Wiring, layer: int, part: str, heads: Tensor, rows: Tensor) -> Project:
-    """The function from `heads`' own copies of the stream at positions `rows` to their q, k or v, norm included.
+def projector(
+    wiring: Wiring, layer: int, part: str, heads: Tensor, rows: Tensor
+) -> Project:
+    """The function from `heads`' own copies of the stream at positions `rows` to their
+    q, k or v, norm included.
 
     One copy serves all heads where there is only one.
     """
     parts, (weight, bias) = wiring.parts[layer], wiring.weights[layer][part]
     norm, mine = _head_norm(parts.attn, part), weight[heads]
-    offset, index = None if bias is None else bias[heads], torch.arange(len(heads), device=weight.device)
+    offset, index = (
+        None if bias is None else bias[heads],
+        torch.arange(len(heads), device=weight.device),
+    )
     turn = _rotation(wiring, layer, rows) if part != "v" else None
 
     def apply(x: Tensor) -> Tensor:
         y = parts.norm_attn(x).expand(len(mine), *x.shape[1:])
-        if norm is not None and norm.weight.numel() > weight.shape[-1]:  # OLMo 2 normalises all heads together
+        if (
+            norm is not None and norm.weight.numel() > weight.shape[-1]
+        ):  # OLMo 2 normalises all heads together
             every = torch.einsum("nbpd,hde->nbphe", y, weight)
             out = norm(every.flatten(-2)).view_as(every)[index, :, :, heads]
         else:
-            out = torch.bmm(y.flatten(1, 2), mine) if offset is None else torch.baddbmm(offset, y.flatten(1, 2), mine)
+            out = (
+                torch.bmm(y.flatten(1, 2), mine)
+                if offset is None
+                else torch.baddbmm(offset, y.flatten(1, 2), mine)
+            )
             out = out.unflatten(1, x.shape[1:3])
             out = out if norm is None else norm(out)
         return out if turn is None else turn(out)
 
     return apply
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c023
+
 def _head_norm(attn: Any, part: str) -> Any:
     """The norm of queries or keys, in the families that have one."""
-    return getattr(attn, f"{part}_norm", None) or getattr(attn, f"{part}_layernorm", None)
+    return getattr(attn, f"{part}_norm", None) or getattr(
+        attn, f"{part}_layernorm", None
+    )
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c024
-def _rotation(wiring: Wiring, layer: int, rows: Tensor) -> Callable[[Tensor], Tensor] | None:
+
+def _rotation(
+    wiring: Wiring, layer: int, rows: Tensor
+) -> Callable[[Tensor], Tensor] | None:
     """The rotary embedding of a layer at some positions, if it has one."""
     tables = wiring.rotary[layer]
     if tables is None:
@@ -215,15 +322,21 @@ def _rotation(wiring: Wiring, layer: int, rows: Tensor) -> Callable[[Tensor], Te
     def turn(x: Float[Tensor, "n batch pos d_head"]) -> Tensor:
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         left, right = turned.chunk(2, dim=-1)
-        return torch.cat([turned * cos + torch.cat([-right, left], dim=-1) * sin, rest], dim=-1)
+        return torch.cat(
+            [turned * cos + torch.cat([-right, left], dim=-1) * sin, rest], dim=-1
+        )
 
     return turn
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c025
+
 def attend(
-    wiring: Wiring, layer: int, q: Float[Tensor, "n batch row d_head"], k: Float[Tensor, "n batch pos d_head"],
-    v: Float[Tensor, "n batch pos d_head"], mask: Float[Tensor, "row pos"],
-) -> Float[Tensor, "n batch row d_head"]:  # fmt: skip
+    wiring: Wiring,
+    layer: int,
+    q: Float[Tensor, "n batch row d_head"],
+    k: Float[Tensor, "n batch pos d_head"],
+    v: Float[Tensor, "n batch pos d_head"],
+    mask: Float[Tensor, "row pos"],
+) -> Float[Tensor, "n batch row d_head"]:
     """z of some heads; `mask` is what is added to their scores."""
     attn = wiring.parts[layer].attn
     scale, cap = float(attn.scaling), getattr(attn, "attn_logit_softcapping", None)
@@ -234,12 +347,15 @@ def attend(
         scores = torch.tanh(q.flatten(0, 1) @ keys * (scale / cap)) * cap + mask
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c026
-def attention_gain(wiring: Wiring, layer: int, z: Float[Tensor, "head batch pos d_head"]) -> Tensor | None:
-    """What the norm behind attention multiplies each head's output with, in families that have one (Gemma, OLMo 2).
 
-    It divides the *sum* of the heads by its size. Here that size is a fixed number, taken from this run, so that each head
-    still adds its own share.
+def attention_gain(
+    wiring: Wiring, layer: int, z: Float[Tensor, "head batch pos d_head"]
+) -> Tensor | None:
+    """What the norm behind attention multiplies each head's output with, in families
+    that have one (Gemma, OLMo 2).
+
+    It divides the *sum* of the heads by its size. Here that size is a fixed number,
+    taken from this run, so that each head still adds its own share.
     """
     model = wiring.model
     if not model.family.attn_out.endswith("norm"):
@@ -253,9 +369,14 @@ def attention_gain(wiring: Wiring, layer: int, z: Float[Tensor, "head batch pos 
 # %% ../../nbs/library/circuits/wiring.ipynb #c028
 @dataclass(frozen=True)
 class Run:
-    """Every value of one run of the model. Heads first: q, k, v and z are `[head, batch, pos, d_head]`."""
+    """Every value of one run of the model.
 
-    attn_in: list[Float[Tensor, "batch pos d"]]  # the stream that attention reads, by layer
+    Heads first: q, k, v and z are `[head, batch, pos, d_head]`.
+    """
+
+    attn_in: list[
+        Float[Tensor, "batch pos d"]
+    ]  # the stream that attention reads, by layer
     mlp_in: list[Float[Tensor, "batch pos d"]]
     out: Float[Tensor, "batch pos d"]
     qkv: list[dict[str, Tensor]]
@@ -263,33 +384,61 @@ class Run:
     gains: list[Tensor | None]
     mlps: list[Tensor]  # what each MLP writes; empty where there is none
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c029
+
 def run(
-    wiring: Wiring, x: Float[Tensor, "batch pos d"], add: dict[str, Tensor] | None = None,
+    wiring: Wiring,
+    x: Float[Tensor, "batch pos d"],
+    add: dict[str, Tensor] | None = None,
     write: dict[int, Tensor] | None = None,
-) -> Run:  # fmt: skip
+) -> Run:
     """Run the model from the input of block 0. Gradients flow if asked for.
 
-    `add` has tensors to be added to what is read (`"q.3"`, `"m.3"`, `"out"`), which is how gradients are taken; `write` has
-    tensors to be added to the stream after attention (key 2·layer) or after the MLP (2·layer + 1) of a layer.
+    `add` has tensors to be added to what is read (`"q.3"`, `"m.3"`, `"out"`), which is
+    how gradients are taken; `write` has tensors to be added to the stream after
+    attention (key 2·layer) or after the MLP (2·layer + 1) of a layer.
     """
     add, write, model = add or {}, write or {}, wiring.model
     found = Run([], [], x, [], [], [], [])
     for layer in range(model.n_layers):
         found.attn_in.append(x)
         z = _attention(wiring, layer, x, add, found)
-        gain = attention_gain(wiring, layer, z.detach())  # a fixed number, also for gradients
+        gain = attention_gain(
+            wiring, layer, z.detach()
+        )  # a fixed number, also for gradients
         found.gains.append(gain)
         heads = torch.einsum("hbpe,hed->bpd", z, wiring.outputs[layer])
-        middle = x + (heads if gain is None else heads * gain) + attention_bias(model, layer) + write.get(2 * layer, 0)
+        middle = (
+            x
+            + (heads if gain is None else heads * gain)
+            + attention_bias(model, layer)
+            + write.get(2 * layer, 0)
+        )
         source = x if wiring.wires.parallel else middle
         found.mlp_in.append(source)
-        found.mlps.append(apply_mlp(wiring, layer, source + add.get(f"m.{layer}", 0)) if wiring.has_mlp else x[:0])
-        x = middle + (found.mlps[-1] if wiring.has_mlp else 0) + write.get(2 * layer + 1, 0)
-    return Run(found.attn_in, found.mlp_in, x + add.get("out", 0), found.qkv, found.z, found.gains, found.mlps)
+        found.mlps.append(
+            apply_mlp(wiring, layer, source + add.get(f"m.{layer}", 0))
+            if wiring.has_mlp
+            else x[:0]
+        )
+        x = (
+            middle
+            + (found.mlps[-1] if wiring.has_mlp else 0)
+            + write.get(2 * layer + 1, 0)
+        )
+    return Run(
+        found.attn_in,
+        found.mlp_in,
+        x + add.get("out", 0),
+        found.qkv,
+        found.z,
+        found.gains,
+        found.mlps,
+    )
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c030
-def _attention(wiring: Wiring, layer: int, x: Tensor, add: dict[str, Tensor], found: Run) -> Tensor:
+
+def _attention(
+    wiring: Wiring, layer: int, x: Tensor, add: dict[str, Tensor], found: Run
+) -> Tensor:
     rows, values = torch.arange(wiring.n_pos, device=x.device), {}
     for part, (weight, _) in wiring.weights[layer].items():
         n = weight.shape[0]
@@ -301,7 +450,7 @@ def _attention(wiring: Wiring, layer: int, x: Tensor, add: dict[str, Tensor], fo
     found.z.append(attend(wiring, layer, values["q"], k, v, wiring.masks[layer]))
     return found.z[-1]
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c031
+
 def attention_bias(model: Model, layer: int) -> Tensor | float:
     """The bias that a layer's attention adds once, whatever its heads write."""
     bias = getattr(model.part(layer, model.family.attn_proj), "bias", None)

@@ -32,9 +32,11 @@ from ._wiring import projector, run
 # %% ../../nbs/library/circuits/attribution.ipynb #c004
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EdgeScores(Result):
-    """Scores of all edges that carry sums; behaves like a dictionary from (parent, child) to score.
+    """Scores of all edges that carry sums; behaves like a dictionary from (parent,
+    child) to score.
 
-    `direct` are the graph's edges from x_in to x, which have no score of their own and come along with what they carry.
+    `direct` are the graph's edges from x_in to x, which have no score of their own and
+    come along with what they carry.
     """
 
     names: tuple[tuple[str, str], ...] = field(repr=False)
@@ -57,7 +59,10 @@ class EdgeScores(Result):
 
     @cached_property
     def _by_edge(self) -> dict[tuple[str, str], float]:
-        return {(a, b): s for (a, b), s in zip(self.names, self.scores.tolist(), strict=True)}
+        return {
+            (a, b): s
+            for (a, b), s in zip(self.names, self.scores.tolist(), strict=True)
+        }
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per edge, strongest first."""
@@ -71,21 +76,40 @@ class EdgeScores(Result):
         return [Edge(*self.names[i]) for i in order]
 
 # %% ../../nbs/library/circuits/attribution.ipynb #c006
-def _gradients(contrast: Contrast, x: Tensor, write: dict[int, Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """The metric's gradient at every reader, for a run from `x`: pairs of rows of `Cuts.sums` and `[n, batch, row, d]`."""
+def _gradients(
+    contrast: Contrast, x: Tensor, write: dict[int, Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
+    """The metric's gradient at every reader, for a run from `x`: pairs of rows of
+    `Cuts.sums` and `[n, batch, row, d]`.
+    """
     wiring, graph, rows = contrast.wiring, contrast.graph, contrast.window.rows
     first = run(wiring, x, write=write)
-    places = {f"{part}.{i}": v for i, values in enumerate(first.qkv) for part, v in values.items()}
-    places |= {f"m.{i}": v for i, v in enumerate(first.mlp_in) if graph.has_mlp} | {"out": first.out}
-    leaves = {name: torch.zeros_like(v, requires_grad=True) for name, v in places.items()}
+    places = {
+        f"{part}.{i}": v
+        for i, values in enumerate(first.qkv)
+        for part, v in values.items()
+    }
+    places |= {f"m.{i}": v for i, v in enumerate(first.mlp_in) if graph.has_mlp} | {
+        "out": first.out
+    }
+    leaves = {
+        name: torch.zeros_like(v, requires_grad=True) for name, v in places.items()
+    }
     with torch.enable_grad():
         end = run(wiring, x, leaves, write).out
-        metric = contrast.metric(contrast.model.unembed(end[:, contrast.metric.columns]))
-        found = dict(zip(leaves, torch.autograd.grad(metric, list(leaves.values())), strict=True))
+        metric = contrast.metric(
+            contrast.model.unembed(end[:, contrast.metric.columns])
+        )
+        found = dict(
+            zip(leaves, torch.autograd.grad(metric, list(leaves.values())), strict=True)
+        )
     cuts = Cuts(graph)
     for layer in range(graph.n_layers):
         x_in = first.attn_in[layer]
-        pulled = {part: _pull_back(contrast, layer, part, x_in, found[f"{part}.{layer}"]) for part in "qkv"}
+        pulled = {
+            part: _pull_back(contrast, layer, part, x_in, found[f"{part}.{layer}"])
+            for part in "qkv"
+        }
         if not graph.split_qkv:
             grouped = pulled["q"].unflatten(0, (graph.count("k"), -1)).sum(1)
             pulled = {"": grouped + pulled["k"] + pulled["v"]}
@@ -96,30 +120,49 @@ def _gradients(contrast: Contrast, x: Tensor, write: dict[int, Tensor]) -> Itera
     last = len(graph.receivers) - 1
     yield slice(last, last + 1), found["out"][None, :, rows]
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c007
+
 def _pull_back(
-    contrast: Contrast, layer: int, part: str, x: Tensor, gradient: Float[Tensor, "n batch pos d_head"]
-) -> Float[Tensor, "n batch pos d"]:  # fmt: skip
-    """The gradient at the heads' own copies of the stream, given that at their q, k or v."""
+    contrast: Contrast,
+    layer: int,
+    part: str,
+    x: Tensor,
+    gradient: Float[Tensor, "n batch pos d_head"],
+) -> Float[Tensor, "n batch pos d"]:
+    """The gradient at the heads' own copies of the stream, given that at their q, k or
+    v.
+    """
     n, rows = gradient.shape[0], torch.arange(x.shape[1], device=x.device)
     with torch.enable_grad():
         copies = x.detach().expand(n, *x.shape).clone().requires_grad_()
-        out = projector(contrast.wiring, layer, part, torch.arange(n, device=x.device), rows)(copies)
+        out = projector(
+            contrast.wiring, layer, part, torch.arange(n, device=x.device), rows
+        )(copies)
         return torch.autograd.grad(out, copies, gradient)[0]
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c008
-Contract = Callable[[Float[Tensor, "n batch row d"], Float[Tensor, "sender batch row d"]], Float[Tensor, "n sender *more"]]
+
+Contract = Callable[
+    [Float[Tensor, "n batch row d"], Float[Tensor, "sender batch row d"]],
+    Float[Tensor, "n sender *more"],
+]
 
 
-def over_all(gradient: Float[Tensor, "n batch row d"], written: Float[Tensor, "sender batch row d"]) -> Tensor:
+def over_all(
+    gradient: Float[Tensor, "n batch row d"],
+    written: Float[Tensor, "sender batch row d"],
+) -> Tensor:
     """Products summed over prompts and positions: one number per reader and sender."""
     return gradient.flatten(1) @ written.flatten(1).T
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c009
+
 def _pass(
-    contrast: Contrast, contract: Contract, x: Tensor, write: dict[int, Tensor] | None = None
+    contrast: Contrast,
+    contract: Contract,
+    x: Tensor,
+    write: dict[int, Tensor] | None = None,
 ) -> Float[Tensor, "receiver sender *more"]:
-    """Scores from one backward pass: what each sender writes differently, times the gradient at each receiver."""
+    """Scores from one backward pass: what each sender writes differently, times the
+    gradient at each receiver.
+    """
     graph, parts = contrast.graph, []
     for rows, gradient in _gradients(contrast, x, write or {}):
         n = graph.n_parents(graph.receivers[rows][0])
@@ -132,90 +175,141 @@ def _pass(
 def _eap(contrast: Contrast, _steps: int, contract: Contract) -> Tensor:
     if contrast.metric.flat_at_clean:
         raise ValueError(
-            f"the gradient of {contrast.metric.name!r} is zero at the clean prompt, where it is smallest, so plain EAP "
-            "would rank rounding errors: use method='eap-ig-inputs', or a metric such as logit_diff"
+            f"the gradient of {contrast.metric.name!r} is zero at the clean prompt,"
+            " where it is smallest, so plain EAP would rank rounding errors: use"
+            " method='eap-ig-inputs', or a metric such as logit_diff"
         )
     return _pass(contrast, contract, contrast.inputs[0]["embed"])
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c012
+
 def _clean_corrupted(contrast: Contrast, _steps: int, contract: Contract) -> Tensor:
-    clean, corrupted = (_pass(contrast, contract, given["embed"]) for given in contrast.inputs)
+    clean, corrupted = (
+        _pass(contrast, contract, given["embed"]) for given in contrast.inputs
+    )
     return (clean + corrupted) / 2
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c013
+
 def _ig_inputs(contrast: Contrast, steps: int, contract: Contract) -> Tensor:
     clean, corrupted = (given["embed"] for given in contrast.inputs)
     points = (corrupted + k / steps * (clean - corrupted) for k in range(steps))
     return torch.stack([_pass(contrast, contract, x) for x in points]).mean(0)
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c014
+
 def _ig_activations(contrast: Contrast, steps: int, contract: Contract) -> Tensor:
     graph, clean, total = contrast.graph, contrast.inputs[0]["embed"], torch.zeros(())
     groups: list[tuple[int, list[str]]] = [(-1, list(graph.embeddings))]
     for layer in range(graph.n_layers):
         writers = graph.writers(layer)
-        groups += [(2 * layer, writers[: graph.n_heads]), *([(2 * layer + 1, writers[-1:])] if graph.has_mlp else [])]
+        groups += [
+            (2 * layer, writers[: graph.n_heads]),
+            *([(2 * layer + 1, writers[-1:])] if graph.has_mlp else []),
+        ]
     for place, senders in groups:
         mine = [graph.sender_index[s] for s in senders]
         away = torch.zeros_like(clean)
         away[:, contrast.window.rows] = contrast.differences[mine].sum(0)
-        moved = (_moved(clean, place, away * (k / steps - 1)) for k in range(1, steps + 1))
-        scores = torch.stack([_pass(contrast, contract, *where) for where in moved]).mean(0)
+        moved = (
+            _moved(clean, place, away * (k / steps - 1)) for k in range(1, steps + 1)
+        )
+        scores = torch.stack(
+            [_pass(contrast, contract, *where) for where in moved]
+        ).mean(0)
         only = torch.zeros(len(graph.senders))
         only[mine] = 1
         total = total + scores * only.view(-1, *[1] * (scores.ndim - 2))
     return total
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c015
+
 def _moved(clean: Tensor, place: int, by: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
     return (clean + by, {}) if place < 0 else (clean, {place: by})
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c016
+
 _METHODS: dict[str, Callable[[Contrast, int, Contract], Tensor]] = {
-    "eap": _eap, "clean-corrupted": _clean_corrupted, "eap-ig-inputs": _ig_inputs, "eap-ig-activations": _ig_activations,
-}  # fmt: skip
+    "eap": _eap,
+    "clean-corrupted": _clean_corrupted,
+    "eap-ig-inputs": _ig_inputs,
+    "eap-ig-activations": _ig_activations,
+}
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c017
+
 def attribution_scores(
-    model: Model, clean: Tensor, corrupted: Tensor, metric: str | Metric | Callable = "kl", *, method: str = "eap-ig-inputs",
-    steps: int = 5, positions: Positions | None = None, labels: Any = None, ablation: Ablation = "resample",
-    split_qkv: bool = True, split_positions: bool = False,
-) -> EdgeScores:  # fmt: skip
-    """Estimated effect of cutting each edge, by gradients; see `acdc` for the arguments.
+    model: Model,
+    clean: Tensor,
+    corrupted: Tensor,
+    metric: str | Metric | Callable = "kl",
+    *,
+    method: str = "eap-ig-inputs",
+    steps: int = 5,
+    positions: Positions | None = None,
+    labels: Any = None,
+    ablation: Ablation = "resample",
+    split_qkv: bool = True,
+    split_positions: bool = False,
+) -> EdgeScores:
+    """Estimated effect of cutting each edge, by gradients; see `acdc` for the
+    arguments.
 
-    Raises `ValueError` for plain EAP with a metric that is flat at the clean prompt, and where every gradient is zero.
+    Raises `ValueError` for plain EAP with a metric that is flat at the clean prompt,
+    and where every gradient is zero.
     """
     contrast = Contrast(
-        model, clean, corrupted, metric, positions, labels=labels, ablation=ablation, split_qkv=split_qkv,
+        model,
+        clean,
+        corrupted,
+        metric,
+        positions,
+        labels=labels,
+        ablation=ablation,
+        split_qkv=split_qkv,
         split_positions=split_positions,
-    )  # fmt: skip
+    )
     return contrast_scores(contrast, method, steps)
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c018
-def contrast_scores(contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5) -> EdgeScores:
+
+def contrast_scores(
+    contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5
+) -> EdgeScores:
     """The same for a `Contrast` that is there already."""
     edges, scores = raw_scores(contrast, method, steps)
-    made = provenance(contrast.model, method=method, steps=steps, metric=contrast.metric.name, ablation=contrast.ablation)
+    made = provenance(
+        contrast.model,
+        method=method,
+        steps=steps,
+        metric=contrast.metric.name,
+        ablation=contrast.ablation,
+    )
     direct = tuple((e.parent, e.child) for e in contrast.graph.direct)
-    return EdgeScores(names=edges, scores=scores, direct=direct, method=method, provenance=made)
+    return EdgeScores(
+        names=edges, scores=scores, direct=direct, method=method, provenance=made
+    )
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c019
+
 def raw_scores(
     contrast: Contrast, method: str, steps: int, contract: Contract = over_all
 ) -> tuple[tuple[tuple[str, str], ...], Float[Tensor, "edge *more"]]:
     """All edges that carry sums and their scores; `contract` says what is summed over."""
     if method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(_METHODS)}")
+        raise ValueError(
+            f"unknown method {method!r}; expected one of {', '.join(_METHODS)}"
+        )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     with fast_matmul(contrast.model), torch.no_grad():
         scores = _METHODS[method](contrast, steps, contract)
     graph = contrast.graph
-    flat = torch.stack([scores[graph.receiver_index[r], graph.sender_index[s]] for s, r in graph.sums])
+    flat = torch.stack(
+        [scores[graph.receiver_index[r], graph.sender_index[s]] for s, r in graph.sums]
+    )
     if not torch.isfinite(flat).all():
-        raise ValueError(f"{method} gave scores that are not finite: check the metric {contrast.metric.name!r}")
+        raise ValueError(
+            f"{method} gave scores that are not finite: check the metric"
+            f" {contrast.metric.name!r}"
+        )
     if not flat.any():
-        raise ValueError(f"every gradient of metric {contrast.metric.name!r} is zero: {method} has nothing to rank by")
+        raise ValueError(
+            f"every gradient of metric {contrast.metric.name!r} is zero: {method} has"
+            " nothing to rank by"
+        )
     return graph.sums, flat
 
 # %% ../../nbs/library/circuits/attribution.ipynb #c020
@@ -228,32 +322,49 @@ def random_scores(graph: Graph, seed: int = 0) -> EdgeScores:
 
 # %% ../../nbs/library/circuits/attribution.ipynb #c027
 def select(
-    scores: EdgeScores, *, n: int | None = None, threshold: float | None = None, greedy: bool = False
+    scores: EdgeScores,
+    *,
+    n: int | None = None,
+    threshold: float | None = None,
+    greedy: bool = False,
 ) -> list[Edge]:
-    """The `n` edges with the largest absolute scores, or those of at least `threshold`; direct edges come along.
+    """The `n` edges with the largest absolute scores, or those of at least `threshold`;
+    direct edges come along.
 
-    `greedy` grows the circuit from the output and takes only edges into nodes that are already in it.
+    `greedy` grows the circuit from the output and takes only edges into nodes that are
+    already in it.
     """
-    if (n is None) == (threshold is None) or (n is not None and n < 0) or (threshold is not None and threshold < 0):
-        raise ValueError(f"give either n or threshold, not negative; got n={n}, threshold={threshold}")
+    if (
+        (n is None) == (threshold is None)
+        or (n is not None and n < 0)
+        or (threshold is not None and threshold < 0)
+    ):
+        raise ValueError(
+            f"give either n or threshold, not negative; got n={n},"
+            f" threshold={threshold}"
+        )
     limit = len(scores) if n is None else n
     ranked = _greedy(scores) if greedy else iter(scores.ranked())
     chosen: list[Edge] = []
     for edge in ranked:
-        if len(chosen) >= limit or (threshold is not None and abs(scores[edge]) < threshold and not greedy):
+        if len(chosen) >= limit or (
+            threshold is not None and abs(scores[edge]) < threshold and not greedy
+        ):
             break
         if threshold is None or abs(scores[edge]) >= threshold:
             chosen.append(edge)
     return chosen + _carried(scores, chosen)
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c028
+
 def _carried(scores: EdgeScores, chosen: Sequence[Edge]) -> list[Edge]:
     readers = {e.child for e in chosen}
     return [Edge(*e) for e in scores.direct if e[0] in readers]
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c029
+
 def _greedy(scores: EdgeScores) -> Iterator[Edge]:
-    """Edges by strength among those that lead into the circuit so far, which begins as `out`."""
+    """Edges by strength among those that lead into the circuit so far, which begins as
+    `out`.
+    """
     into: dict[str, list[tuple[float, str, str]]] = {}
     for (parent, child), score in scores.items():
         part = ".".join(child.split(".")[: 2 if child.startswith("a") else 1])
@@ -270,10 +381,12 @@ def _greedy(scores: EdgeScores) -> Iterator[Edge]:
 # %% ../../nbs/library/circuits/attribution.ipynb #c032
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c033
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Faithfulness(Result):
-    """Faithfulness of nested circuits by their share of all edges, and the two areas of the benchmark."""
+    """Faithfulness of nested circuits by their share of all edges, and the two areas of
+    the benchmark.
+    """
 
     shares: tuple[float, ...]
     values: tuple[float, ...]
@@ -291,16 +404,28 @@ class Faithfulness(Result):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per circuit size."""
-        return pd.DataFrame({"share": self.shares, "faithfulness": self.values, "method": self.name})
+        return pd.DataFrame(
+            {"share": self.shares, "faithfulness": self.values, "method": self.name}
+        )
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c034
+
 def faithfulness(
-    contrast: Contrast, scores: EdgeScores, *, greedy: bool = False, shares: Sequence[float] = SHARES
+    contrast: Contrast,
+    scores: EdgeScores,
+    *,
+    greedy: bool = False,
+    shares: Sequence[float] = SHARES,
 ) -> Faithfulness:
-    """Faithfulness of the best edges for each share of the edges. Raises `ValueError` if there is nothing to lose."""
+    """Faithfulness of the best edges for each share of the edges.
+
+    Raises `ValueError` if there is nothing to lose.
+    """
     lost = circuit_metric(contrast, Cuts.only(contrast.graph, []))
     if lost == contrast.metric_full:
-        raise ValueError("the metric is the same for the clean and the corrupted run: faithfulness has no scale")
+        raise ValueError(
+            "the metric is the same for the clean and the corrupted run: faithfulness"
+            " has no scale"
+        )
     values = []
     for share in shares:
         edges = select(scores, n=round(share * len(scores)), greedy=greedy)
@@ -308,7 +433,7 @@ def faithfulness(
         values.append((value - lost) / (contrast.metric_full - lost))
     return Faithfulness(shares=tuple(shares), values=tuple(values), name=scores.method)
 
-# %% ../../nbs/library/circuits/attribution.ipynb #c035
+
 def plot_faithfulness(curves: Sequence[Faithfulness], ax: Any = None) -> Any:
     """Faithfulness by circuit size, one line per method."""
     if ax is None:

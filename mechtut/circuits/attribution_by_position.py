@@ -30,7 +30,7 @@ class PlacedEdge(NamedTuple):
     child: str
     position: int
 
-# %% ../../nbs/library/circuits/attribution_by_position.ipynb #c005
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Placed(Result):
     """What there is for each edge and position, and what follows from it."""
@@ -44,77 +44,145 @@ class _Placed(Result):
     def total(self) -> EdgeScores:
         """The scores of whole edges: sums over positions."""
         total, made = self.scores.sum(1), self.provenance
-        return EdgeScores(names=self.names, scores=total, direct=self.direct, method=self.method, provenance=made)
+        return EdgeScores(
+            names=self.names,
+            scores=total,
+            direct=self.direct,
+            method=self.method,
+            provenance=made,
+        )
 
     def ranked(self, n: int | None = None) -> list[PlacedEdge]:
-        """The best `n` pairs of edge and position (all of them by default) by absolute score."""
-        order = self.scores.abs().flatten().argsort(descending=True, stable=True)[:n].tolist()
+        """The best `n` pairs of edge and position (all of them by default) by absolute
+        score.
+        """
+        order = (
+            self.scores.abs()
+            .flatten()
+            .argsort(descending=True, stable=True)[:n]
+            .tolist()
+        )
         width = len(self.positions)
         found = ((self.names[i // width], self.positions[i % width]) for i in order)
-        return [PlacedEdge(parent, child, position) for (parent, child), position in found]
+        return [
+            PlacedEdge(parent, child, position) for (parent, child), position in found
+        ]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per edge and position, strongest first."""
         order = self.scores.abs().flatten().argsort(descending=True, stable=True)
-        return pd.DataFrame(self.ranked()).assign(score=self.scores.flatten()[order].numpy())
+        return pd.DataFrame(self.ranked()).assign(
+            score=self.scores.flatten()[order].numpy()
+        )
 
-# %% ../../nbs/library/circuits/attribution_by_position.ipynb #c006
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PositionScores(_Placed):
-    """Scores of all edges that carry sums at every position where they can differ; the same scores as `EdgeScores`."""
+    """Scores of all edges that carry sums at every position where they can differ; the
+    same scores as `EdgeScores`.
+    """
 
     def by_span(self, spans: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-        """Scores per named group of positions, one row per edge. Raises `ValueError` if two groups share a position."""
+        """Scores per named group of positions, one row per edge.
+
+        Raises `ValueError` if two groups share a position.
+        """
         given = [p for span in spans.values() for p in span]
         if len(set(given)) < len(given):
-            raise ValueError(f"a position is in two spans: {sorted(p for p in set(given) if given.count(p) > 1)}")
-        columns = {name: [i for i, p in enumerate(self.positions) if p in set(span)] for name, span in spans.items()}
-        sums = {name: self.scores[:, places].sum(1).tolist() for name, places in columns.items()}
-        return pd.DataFrame(sums, index=pd.MultiIndex.from_tuples(self.names, names=["parent", "child"]))
+            raise ValueError(
+                "a position is in two spans:"
+                f" {sorted(p for p in set(given) if given.count(p) > 1)}"
+            )
+        columns = {
+            name: [i for i, p in enumerate(self.positions) if p in set(span)]
+            for name, span in spans.items()
+        }
+        sums = {
+            name: self.scores[:, places].sum(1).tolist()
+            for name, places in columns.items()
+        }
+        return pd.DataFrame(
+            sums, index=pd.MultiIndex.from_tuples(self.names, names=["parent", "child"])
+        )
 
     def plot(self, n: int = 12, tokens: Sequence[str] | None = None) -> plt.Axes:
-        """The `n` edges with the largest score at any position, as a table of colours; `tokens` are names of positions."""
-        best = self.scores.abs().amax(1).argsort(descending=True, stable=True)[:n].tolist()
+        """The `n` edges with the largest score at any position, as a table of colours;
+        `tokens` are names of positions.
+        """
+        best = (
+            self.scores.abs().amax(1).argsort(descending=True, stable=True)[:n].tolist()
+        )
         values = self.scores[best]
-        _, ax = plt.subplots(figsize=(1.5 + 0.45 * len(self.positions), 0.6 + 0.24 * len(best)), layout="constrained")
+        _, ax = plt.subplots(
+            figsize=(1.5 + 0.45 * len(self.positions), 0.6 + 0.24 * len(best)),
+            layout="constrained",
+        )
         top = float(values.abs().max())
         image = ax.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
-        ax.set_yticks(range(len(best)), [f"{a} → {b}" for a, b in (self.names[i] for i in best)], fontsize=8)
+        ax.set_yticks(
+            range(len(best)),
+            [f"{a} → {b}" for a, b in (self.names[i] for i in best)],
+            fontsize=8,
+        )
         labels = [tokens[p] if tokens else str(p) for p in self.positions]
         ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
         ax.figure.colorbar(image, ax=ax, label="score")
         return ax
 
-# %% ../../nbs/library/circuits/attribution_by_position.ipynb #c007
+
 def over_prompts(
-    gradient: Float[Tensor, "n batch row d"], written: Float[Tensor, "sender batch row d"]
+    gradient: Float[Tensor, "n batch row d"],
+    written: Float[Tensor, "sender batch row d"],
 ) -> Float[Tensor, "n sender row"]:
     """Products summed over prompts only."""
     return torch.einsum("nbrd,sbrd->nsr", gradient, written)
 
-# %% ../../nbs/library/circuits/attribution_by_position.ipynb #c008
-def attribution_by_position(contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5) -> PositionScores:
-    """The scores of `mechtut.circuits.attribution.contrast_scores`, for each position; summed over positions they are the same.
 
-    Columns are the positions that can differ and that the metric can see. Prompts must be aligned: position 5 should mean
-    the same in all of them. Raises the errors of `contrast_scores`.
+def attribution_by_position(
+    contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5
+) -> PositionScores:
+    """The scores of `mechtut.circuits.attribution.contrast_scores`, for each position;
+    summed over positions they are the same.
+
+    Columns are the positions that can differ and that the metric can see. Prompts must
+    be aligned: position 5 should mean the same in all of them. Raises the errors of
+    `contrast_scores`.
     """
     names, scores = raw_scores(contrast, method, steps, over_prompts)
-    made = provenance(contrast.model, method=method, steps=steps, metric=contrast.metric.name, ablation=contrast.ablation)
+    made = provenance(
+        contrast.model,
+        method=method,
+        steps=steps,
+        metric=contrast.metric.name,
+        ablation=contrast.ablation,
+    )
     direct = tuple((e.parent, e.child) for e in contrast.graph.direct)
     return PositionScores(
-        names=names, scores=scores, positions=tuple(contrast.window.rows.tolist()), direct=direct, method=method,
+        names=names,
+        scores=scores,
+        positions=tuple(contrast.window.rows.tolist()),
+        direct=direct,
+        method=method,
         provenance=made,
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/library/circuits/attribution_by_position.ipynb #c010
 def cut_at(contrast: Contrast, edge: Sequence[str], position: int) -> float:
-    """The metric with one edge cut at one position only. Raises `ValueError` for an edge that carries no sum."""
+    """The metric with one edge cut at one position only.
+
+    Raises `ValueError` for an edge that carries no sum.
+    """
     graph, places = contrast.graph, contrast.window.rows.tolist()
     if edge[1] not in graph.receiver_index:
-        raise ValueError(f"{edge[1]!r} reads no sum: edges by position end at nodes such as {graph.receivers[0]}")
+        raise ValueError(
+            f"{edge[1]!r} reads no sum: edges by position end at nodes such as"
+            f" {graph.receivers[0]}"
+        )
     if position not in places:
-        raise ValueError(f"position {position} is outside {places[0]}..{places[-1]}, where it can matter")
+        raise ValueError(
+            f"position {position} is outside {places[0]}..{places[-1]}, where it can"
+            " matter"
+        )
     alone, cuts = copy(contrast), Cuts(graph)
     alone.differences = torch.zeros_like(contrast.differences)
     at = places.index(position)

@@ -30,50 +30,99 @@ from ._wiring import apply_mlp, attend, attention_bias, projector
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c004
 def maskable(graph: Graph) -> tuple[str, ...]:
-    """The nodes that get a mask: `a0.1.q`, `a0.1.k`, `a0.1.v` (whole heads `a0.1` in an unsplit graph), and `m0`."""
+    """The nodes that get a mask: `a0.1.q`, `a0.1.k`, `a0.1.v` (whole heads `a0.1` in an
+    unsplit graph), and `m0`.
+    """
     found: list[str] = []
     for layer in range(graph.n_layers):
         if graph.split_qkv:
-            found += [f"a{layer}.{h}.{part}" for part in "qkv" for h in range(graph.count(part))]
+            found += [
+                f"a{layer}.{h}.{part}"
+                for part in "qkv"
+                for h in range(graph.count(part))
+            ]
         else:
             found += [f"a{layer}.{h}" for h in range(graph.n_heads)]
         found += [f"m{layer}"] * graph.has_mlp
     return tuple(found)
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c005
-def masked_logits(contrast: Contrast, masks: Float[Tensor, "node prompt"]) -> Float[Tensor, "batch column d_vocab"]:
-    """Logits at the metric's columns where each node is mask · (its own value) + (1 - mask) · (its corrupted value).
 
-    `masks` has a row for each of `maskable(graph)`, and a column for each prompt or one for all. Gradients flow. Under zero
-    ablation, the corrupted q, k and v are what the biases alone make; what an MLP or a whole head writes becomes zero.
+def masked_logits(
+    contrast: Contrast, masks: Float[Tensor, "node prompt"]
+) -> Float[Tensor, "batch column d_vocab"]:
+    """Logits at the metric's columns where each node is mask · (its own value) + (1 -
+    mask) · (its corrupted value).
+
+    `masks` has a row for each of `maskable(graph)`, and a column for each prompt or one
+    for all. Gradients flow. Under zero ablation, the corrupted q, k and v are what the
+    biases alone make; what an MLP or a whole head writes becomes zero.
     """
     graph, rows = contrast.graph, contrast.window.rows
-    if masks.ndim != 2 or len(masks) != len(maskable(graph)) or masks.shape[1] not in (1, len(contrast.tokens[0])):
-        raise ValueError(f"masks must be [{len(maskable(graph))} nodes, prompts or 1], not {tuple(masks.shape)}")
+    if (
+        masks.ndim != 2
+        or len(masks) != len(maskable(graph))
+        or masks.shape[1] not in (1, len(contrast.tokens[0]))
+    ):
+        raise ValueError(
+            f"masks must be [{len(maskable(graph))} nodes, prompts or 1], not"
+            f" {tuple(masks.shape)}"
+        )
     x = contrast.inputs[0]["embed"][:, rows]
     for layer in range(graph.n_layers):
-        middle = x + _masked_heads(contrast, layer, x, masks).sum(0) + attention_bias(contrast.model, layer)
+        middle = (
+            x
+            + _masked_heads(contrast, layer, x, masks).sum(0)
+            + attention_bias(contrast.model, layer)
+        )
         source = x if graph.parallel else middle
-        x = middle + _masked_mlp(contrast, layer, source, masks) if graph.has_mlp else middle
+        x = (
+            middle + _masked_mlp(contrast, layer, source, masks)
+            if graph.has_mlp
+            else middle
+        )
     return contrast.read(x[:, contrast.window.reads])
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c006
-def _masked_mlp(contrast: Contrast, layer: int, x: Tensor, masks: Tensor) -> Float[Tensor, "batch row d"]:
-    was = contrast.clean.mlps[layer] - contrast.differences[contrast.graph.sender_index[f"m{layer}"]]
-    return torch.lerp(was, apply_mlp(contrast.wiring, layer, x), _rows(contrast.graph, masks, f"m{layer}", 1)[0])
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c007
-def _rows(graph: Graph, masks: Tensor, first: str, n: int) -> Float[Tensor, "n prompt 1 1"]:
+def _masked_mlp(
+    contrast: Contrast, layer: int, x: Tensor, masks: Tensor
+) -> Float[Tensor, "batch row d"]:
+    was = (
+        contrast.clean.mlps[layer]
+        - contrast.differences[contrast.graph.sender_index[f"m{layer}"]]
+    )
+    return torch.lerp(
+        was,
+        apply_mlp(contrast.wiring, layer, x),
+        _rows(contrast.graph, masks, f"m{layer}", 1)[0],
+    )
+
+
+def _rows(
+    graph: Graph, masks: Tensor, first: str, n: int
+) -> Float[Tensor, "n prompt 1 1"]:
     start = maskable(graph).index(first)
     return masks[start : start + n, :, None, None]
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c008
-def _masked_heads(contrast: Contrast, layer: int, x: Tensor, masks: Tensor) -> Float[Tensor, "head batch row d"]:
+
+def _masked_heads(
+    contrast: Contrast, layer: int, x: Tensor, masks: Tensor
+) -> Float[Tensor, "head batch row d"]:
     """What the heads of a layer write."""
-    wiring, graph, rows, gain = contrast.wiring, contrast.graph, contrast.window.rows, contrast.clean.gains[layer]
+    wiring, graph, rows, gain = (
+        contrast.wiring,
+        contrast.graph,
+        contrast.window.rows,
+        contrast.clean.gains[layer],
+    )
     values = {part: _masked_values(contrast, layer, part, x, masks) for part in "qkv"}
     k, v = (values[part][wiring.kv_of_head] for part in "kv")
-    own = heads_write(wiring, layer, attend(wiring, layer, values["q"], k, v, wiring.masks[layer][rows]), gain, rows)
+    own = heads_write(
+        wiring,
+        layer,
+        attend(wiring, layer, values["q"], k, v, wiring.masks[layer][rows]),
+        gain,
+        rows,
+    )
     if graph.split_qkv:
         return own
     first = graph.sender_index[f"a{layer}.0"]
@@ -81,45 +130,67 @@ def _masked_heads(contrast: Contrast, layer: int, x: Tensor, masks: Tensor) -> F
     corrupted = clean - contrast.differences[first : first + graph.n_heads]
     return torch.lerp(corrupted, own, _rows(graph, masks, f"a{layer}.0", graph.n_heads))
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c009
+
 def _masked_values(
     contrast: Contrast, layer: int, part: str, x: Tensor, masks: Tensor
 ) -> Float[Tensor, "n batch pos d_head"]:
     """Queries, keys or values; those before the window are the same in both runs."""
     graph, rows, n = contrast.graph, contrast.window.rows, contrast.graph.count(part)
-    value = projector(contrast.wiring, layer, part, torch.arange(n, device=x.device), rows)(x[None])
+    value = projector(
+        contrast.wiring, layer, part, torch.arange(n, device=x.device), rows
+    )(x[None])
     if graph.split_qkv:
         corrupted = contrast.corrupted_qkv[layer][part][:, :, -len(rows) :]
-        value = torch.lerp(corrupted, value, _rows(graph, masks, f"a{layer}.0.{part}", n))
+        value = torch.lerp(
+            corrupted, value, _rows(graph, masks, f"a{layer}.0.{part}", n)
+        )
     clean = contrast.clean.qkv[layer][part]
     return torch.cat([clean[:, :, : clean.shape[2] - len(rows)], value], dim=2)
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c014
 def node_circuit(graph: Graph, nodes: Iterable[str]) -> list[Edge]:
-    """All edges between these nodes (names as in `maskable`; `a0.1` stands for its q, k and v), the embeddings and `out`.
+    """All edges between these nodes (names as in `maskable`; `a0.1` stands for its q, k
+    and v), the embeddings and `out`.
 
     Raises `ValueError` for a name that is not one of the graph's nodes.
     """
     given = set(_check_nodes(graph, nodes))
-    levels = _levels(graph, {node: float(node in given) for node in maskable(graph)}, 1.0)
+    levels = _levels(
+        graph, {node: float(node in given) for node in maskable(graph)}, 1.0
+    )
     return [e for e in graph.edges if levels[e.parent] and levels[e.child]]
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c015
+
 def _check_nodes(graph: Graph, nodes: Iterable[str]) -> Iterator[str]:
     known = maskable(graph)
     for node in nodes:
         if node in (*graph.embeddings, "out"):  # always there
             continue
-        parts = [node] if node in known else [n for p in "qkv" for n in known if node in feeds(graph, n) and n[-1] == p]
+        parts = (
+            [node]
+            if node in known
+            else [
+                n
+                for p in "qkv"
+                for n in known
+                if node in feeds(graph, n) and n[-1] == p
+            ]
+        )
         if not parts:
             close = get_close_matches(str(node), known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else f"; they are {', '.join(known[:3])}, ..."
+            hint = (
+                f"; did you mean {' or '.join(close)}?"
+                if close
+                else f"; they are {', '.join(known[:3])}, ..."
+            )
             raise ValueError(f"{node!r} is not a node with a mask{hint}")
         yield from parts
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c016
+
 def _levels(graph: Graph, scores: Mapping[str, float], top: float) -> dict[str, float]:
-    """The scores of masks, handed on to all nodes of the graph that belong to them; the best, where several do."""
+    """The scores of masks, handed on to all nodes of the graph that belong to them; the
+    best, where several do.
+    """
     levels = dict.fromkeys((*graph.embeddings, "out"), top)
     for node, score in scores.items():
         where, *rest = node.split(".")
@@ -127,7 +198,11 @@ def _levels(graph: Graph, scores: Mapping[str, float], top: float) -> dict[str, 
             reader = f"{node}.in"
         else:
             size = graph.n_heads // graph.count("k")
-            reader = f"{node}_in" if graph.split_qkv else f"{where}.{int(rest[0]) // size}.in"
+            reader = (
+                f"{node}_in"
+                if graph.split_qkv
+                else f"{where}.{int(rest[0]) // size}.in"
+            )
         for name in (node, reader, *feeds(graph, node)):
             levels[name] = max(levels.get(name, score), score)
     return levels
@@ -135,7 +210,9 @@ def _levels(graph: Graph, scores: Mapping[str, float], top: float) -> dict[str, 
 # %% ../../nbs/library/circuits/baselines.ipynb #c019
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NodeScores(Result):
-    """Scores of all nodes with a mask, none negative; behaves like a dictionary from name to score."""
+    """Scores of all nodes with a mask, none negative; behaves like a dictionary from
+    name to score.
+    """
 
     names: tuple[str, ...] = field(repr=False)
     scores: Float[Tensor, "node"] = field(repr=False)
@@ -162,67 +239,128 @@ class NodeScores(Result):
         """One row per node, best first."""
         import pandas as pd
 
-        return pd.DataFrame([(n, self[n]) for n in self.ranked()], columns=["node", "score"])
+        return pd.DataFrame(
+            [(n, self[n]) for n in self.ranked()], columns=["node", "score"]
+        )
 
     def ranked(self) -> list[str]:
         """The nodes, best first; ties keep the graph's order."""
-        return [self.names[i] for i in self.scores.argsort(descending=True, stable=True).tolist()]
+        return [
+            self.names[i]
+            for i in self.scores.argsort(descending=True, stable=True).tolist()
+        ]
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c021
 def edge_scores(graph: Graph, scores: NodeScores) -> EdgeScores:
-    """Scores of edges that rank them as `node_circuit` adds them, best nodes first: the lower score of the two ends."""
+    """Scores of edges that rank them as `node_circuit` adds them, best nodes first: the
+    lower score of the two ends.
+    """
     levels = _levels(graph, dict(scores.items()), float(scores.scores.max()))
-    values = torch.tensor([min(levels[s], levels[r]) for s, r in graph.sums], dtype=torch.float64)
+    values = torch.tensor(
+        [min(levels[s], levels[r]) for s, r in graph.sums], dtype=torch.float64
+    )
     direct = tuple((e.parent, e.child) for e in graph.direct)
-    return EdgeScores(names=graph.sums, scores=values, direct=direct, method=scores.method, provenance=scores.provenance)
+    return EdgeScores(
+        names=graph.sums,
+        scores=values,
+        direct=direct,
+        method=scores.method,
+        provenance=scores.provenance,
+    )
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c023
-def head_importance(contrast: Contrast, *, per_prompt: bool = True, normalise: bool = True) -> NodeScores:
-    """|derivative of the metric by each node's mask| at the model itself, divided by the norm of its layer's scores.
+def head_importance(
+    contrast: Contrast, *, per_prompt: bool = True, normalise: bool = True
+) -> NodeScores:
+    """|derivative of the metric by each node's mask| at the model itself, divided by
+    the norm of its layer's scores.
 
-    The absolute values are taken for each prompt and then added up; with `per_prompt=False`, only of their sum.
-    Raises `ValueError` for a metric that is flat at the clean prompt, and where every gradient is zero.
+    The absolute values are taken for each prompt and then added up; with
+    `per_prompt=False`, only of their sum. Raises `ValueError` for a metric that is flat
+    at the clean prompt, and where every gradient is zero.
     """
     metric, names = contrast.metric, maskable(contrast.graph)
     if metric.flat_at_clean:
         raise ValueError(
-            f"the gradient of {metric.name!r} is zero at the clean prompt, where it is smallest, so head importance "
-            "would rank rounding errors: use a metric such as logit_diff"
+            f"the gradient of {metric.name!r} is zero at the clean prompt, where it is"
+            " smallest, so head importance would rank rounding errors: use a metric"
+            " such as logit_diff"
         )
-    scores = _mask_gradients(contrast, len(contrast.tokens[0]) if per_prompt else 1).abs().sum(1).double().cpu()
+    scores = (
+        _mask_gradients(contrast, len(contrast.tokens[0]) if per_prompt else 1)
+        .abs()
+        .sum(1)
+        .double()
+        .cpu()
+    )
     if not torch.isfinite(scores).all():
-        raise ValueError(f"head importance gave scores that are not finite: check the metric {metric.name!r}")
+        raise ValueError(
+            "head importance gave scores that are not finite: check the metric"
+            f" {metric.name!r}"
+        )
     if not scores.any():
-        raise ValueError(f"every gradient of metric {metric.name!r} is zero: head importance has nothing to rank by")
-    made = provenance(contrast.model, metric=metric.name, ablation=contrast.ablation, per_prompt=per_prompt)
+        raise ValueError(
+            f"every gradient of metric {metric.name!r} is zero: head importance has"
+            " nothing to rank by"
+        )
+    made = provenance(
+        contrast.model,
+        metric=metric.name,
+        ablation=contrast.ablation,
+        per_prompt=per_prompt,
+    )
     scores = _per_layer(names, scores) if normalise else scores
-    return NodeScores(names=names, scores=scores, method="head importance", provenance=made)
+    return NodeScores(
+        names=names, scores=scores, method="head importance", provenance=made
+    )
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c024
+
 def _mask_gradients(contrast: Contrast, n_columns: int) -> Float[Tensor, "node column"]:
     like = contrast.differences
-    masks = torch.ones(len(maskable(contrast.graph)), n_columns, dtype=like.dtype, device=like.device, requires_grad=True)
+    masks = torch.ones(
+        len(maskable(contrast.graph)),
+        n_columns,
+        dtype=like.dtype,
+        device=like.device,
+        requires_grad=True,
+    )
     with fast_matmul(contrast.model), torch.enable_grad():
-        return torch.autograd.grad(contrast.metric(masked_logits(contrast, masks)), masks)[0]
+        return torch.autograd.grad(
+            contrast.metric(masked_logits(contrast, masks)), masks
+        )[0]
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c025
-def _per_layer(names: Iterable[str], scores: Float[Tensor, "node"]) -> Float[Tensor, "node"]:
-    """Each layer's scores divided by their norm (by the authors' 1e-6, where that is larger)."""
+
+def _per_layer(
+    names: Iterable[str], scores: Float[Tensor, "node"]
+) -> Float[Tensor, "node"]:
+    """Each layer's scores divided by their norm (by the authors' 1e-6, where that is
+    larger).
+    """
     layers = torch.tensor([layer_of(n) or 0 for n in names])
-    squares = torch.zeros(int(layers.max()) + 1, dtype=scores.dtype).index_add(0, layers, scores.pow(2))
+    squares = torch.zeros(int(layers.max()) + 1, dtype=scores.dtype).index_add(
+        0, layers, scores.pow(2)
+    )
     return scores / squares.sqrt().clamp(min=1e-6)[layers]
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c030
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature, and how far the sigmoid is stretched
+BETA, GAMMA, ZETA = (
+    2 / 3,
+    -0.1,
+    1.1,
+)  # temperature, and how far the sigmoid is stretched
 PIECE = 100  # steps between two stops
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c031
-def hard_concrete(theta: Float[Tensor, "node"], u: Float[Tensor, "node"] | None = None) -> Float[Tensor, "node"]:
-    """Masks for uniform random numbers `u`; without them, the value that the mask is given after training."""
+
+def hard_concrete(
+    theta: Float[Tensor, "node"], u: Float[Tensor, "node"] | None = None
+) -> Float[Tensor, "node"]:
+    """Masks for uniform random numbers `u`; without them, the value that the mask is
+    given after training.
+    """
     smooth = theta if u is None else (u.log() - (1 - u).log() + theta) / BETA
     return (smooth.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c032
+
 def share_open(theta: Float[Tensor, "node"]) -> Float[Tensor, ""]:
     """The expected share of masks that are not exactly 0: what the regulariser counts."""
     ratio = torch.tensor(-GAMMA / ZETA, dtype=theta.dtype, device=theta.device)
@@ -231,9 +369,13 @@ def share_open(theta: Float[Tensor, "node"]) -> Float[Tensor, ""]:
 # %% ../../nbs/library/circuits/baselines.ipynb #c035
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Subnetwork(NodeScores):
-    """Trained masks; the scores are σ(θ), and a node is kept if its mask, without noise, is above one half."""
+    """Trained masks; the scores are σ(θ), and a node is kept if its mask, without
+    noise, is above one half.
+    """
 
-    history: Float[Tensor, "piece node"] = field(repr=False)  # the scores after every 100 steps
+    history: Float[Tensor, "piece node"] = field(
+        repr=False
+    )  # the scores after every 100 steps
     penalty: float
 
     @property
@@ -244,63 +386,124 @@ class Subnetwork(NodeScores):
     @property
     def kept(self) -> list[str]:
         """The nodes whose masks stayed open."""
-        return [n for n, mask in zip(self.names, self.masks.tolist(), strict=True) if mask > 0.5]
+        return [
+            n
+            for n, mask in zip(self.names, self.masks.tolist(), strict=True)
+            if mask > 0.5
+        ]
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c036
+
 def subnetwork_probing(
-    contrast: Contrast, *, penalty: float = 1.0, steps: int = 3000, lr: float = 1e-3, seed: int = 0,
-    folder: str | Path | None = None, progress: bool | None = None,
-) -> Subnetwork:  # fmt: skip
-    """Train a mask for every node, to keep the metric low with as few open masks as possible.
+    contrast: Contrast,
+    *,
+    penalty: float = 1.0,
+    steps: int = 3000,
+    lr: float = 1e-3,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> Subnetwork:
+    """Train a mask for every node, to keep the metric low with as few open masks as
+    possible.
 
-    `penalty` is in the metric's units: the price of all masks together. `steps` and `lr` are Adam's. With a `folder`,
-    finished pieces of 100 steps are kept there and not done again. Raises `ValueError` for numbers that make no sense, and
-    where the loss is not finite.
+    `penalty` is in the metric's units: the price of all masks together. `steps` and
+    `lr` are Adam's. With a `folder`, finished pieces of 100 steps are kept there and
+    not done again. Raises `ValueError` for numbers that make no sense, and where the
+    loss is not finite.
     """
     if steps < 1 or not penalty >= 0 or not lr > 0:
-        raise ValueError(f"need steps ≥ 1, penalty ≥ 0 and lr > 0; got steps={steps}, penalty={penalty}, lr={lr}")
+        raise ValueError(
+            f"need steps ≥ 1, penalty ≥ 0 and lr > 0; got steps={steps},"
+            f" penalty={penalty}, lr={lr}"
+        )
     store = Store(Path(folder), _key(contrast, penalty, lr, seed)) if folder else None
     names, history = maskable(contrast.graph), []
     state = torch.zeros(3, len(names), dtype=contrast.differences.dtype)
     state[0] = torch.tensor((0.9 - GAMMA) / (ZETA - 0.9)).log()  # masks begin at 0.9
-    bar = tqdm(total=steps, desc="subnetwork probing", unit="step", delay=1, disable=quiet(progress))
+    bar = tqdm(
+        total=steps,
+        desc="subnetwork probing",
+        unit="step",
+        delay=1,
+        disable=quiet(progress),
+    )
     with bar, fast_matmul(contrast.model):
         for first in range(0, steps, PIECE):
             last = min(first + PIECE, steps)
-            piece = partial(_train, contrast, state, range(first, last), penalty, lr, seed)
+            piece = partial(
+                _train, contrast, state, range(first, last), penalty, lr, seed
+            )
             state = store.once(f"steps-{first}-{last}", piece) if store else piece()
             history.append(state[0].double().sigmoid())
             bar.update(last - first)
-    made = {"metric": contrast.metric.name, "ablation": contrast.ablation, "steps": steps, "lr": lr, "seed": seed}
+    made = {
+        "metric": contrast.metric.name,
+        "ablation": contrast.ablation,
+        "steps": steps,
+        "lr": lr,
+        "seed": seed,
+    }
     return Subnetwork(
-        names=names, scores=history[-1], method="subnetwork probing", history=torch.stack(history), penalty=float(penalty),
+        names=names,
+        scores=history[-1],
+        method="subnetwork probing",
+        history=torch.stack(history),
+        penalty=float(penalty),
         provenance=provenance(contrast.model, penalty=penalty, **made),
-    )  # fmt: skip
+    )
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c037
+
 def _key(contrast: Contrast, *settings: Any) -> str:
     """Identifies a training: the weights, the prompts, the metric and the settings."""
     metric = contrast.metric
-    parts = (metric.name, metric.columns, metric.mask, *metric.labels, contrast.ablation, contrast.graph)
-    return fingerprint(weight_fingerprint(contrast.model), *contrast.tokens, *parts, settings)
+    parts = (
+        metric.name,
+        metric.columns,
+        metric.mask,
+        *metric.labels,
+        contrast.ablation,
+        contrast.graph,
+    )
+    return fingerprint(
+        weight_fingerprint(contrast.model), *contrast.tokens, *parts, settings
+    )
 
-# %% ../../nbs/library/circuits/baselines.ipynb #c038
+
 def _train(
-    contrast: Contrast, state: Float[Tensor, "3 node"], steps: range, penalty: float, lr: float, seed: int
+    contrast: Contrast,
+    state: Float[Tensor, "3 node"],
+    steps: range,
+    penalty: float,
+    lr: float,
+    seed: int,
 ) -> Float[Tensor, "3 node"]:
     """Some steps of Adam; `state` has θ and Adam's two averages."""
     draw = torch.Generator().manual_seed(seed * 1_000_003 + steps.start)
     theta = state[0].to(contrast.differences.device).clone().requires_grad_()
     adam = torch.optim.Adam([theta], lr=lr)
-    averages = {name: x.to(theta.device).clone() for name, x in zip(("exp_avg", "exp_avg_sq"), state[1:], strict=True)}
+    averages = {
+        name: x.to(theta.device).clone()
+        for name, x in zip(("exp_avg", "exp_avg_sq"), state[1:], strict=True)
+    }
     adam.state[theta] = {"step": torch.tensor(float(steps.start)), **averages}
     for _ in steps:
-        u = torch.rand(len(theta), generator=draw, dtype=torch.float64).clamp(1e-4, 1 - 1e-4).to(theta)
+        u = (
+            torch.rand(len(theta), generator=draw, dtype=torch.float64)
+            .clamp(1e-4, 1 - 1e-4)
+            .to(theta)
+        )
         with torch.enable_grad():
-            loss = contrast.metric(masked_logits(contrast, hard_concrete(theta, u)[:, None])) + penalty * share_open(theta)
+            loss = contrast.metric(
+                masked_logits(contrast, hard_concrete(theta, u)[:, None])
+            ) + penalty * share_open(theta)
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {float(loss.detach())}: check the metric {contrast.metric.name!r} on circuits")
+            raise ValueError(
+                f"the loss is {float(loss.detach())}: check the metric"
+                f" {contrast.metric.name!r} on circuits"
+            )
         theta.grad = torch.autograd.grad(loss, theta)[0]
         adam.step()
     averages = adam.state[theta]
-    return torch.stack([theta.detach(), averages["exp_avg"], averages["exp_avg_sq"]]).cpu()
+    return torch.stack(
+        [theta.detach(), averages["exp_avg"], averages["exp_avg_sq"]]
+    ).cpu()

@@ -27,7 +27,9 @@ from ..patching.results import Result
 
 # %% ../../nbs/library/circuits/circuit.ipynb #c005
 class Step(NamedTuple):
-    """One tested edge: the metric without it, how much that is more than before, and whether it was kept."""
+    """One tested edge: the metric without it, how much that is more than before, and
+    whether it was kept.
+    """
 
     parent: str
     child: str
@@ -35,7 +37,7 @@ class Step(NamedTuple):
     delta: float
     kept: bool
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c006
+
 class CircuitEdge(NamedTuple):
     """An edge of a circuit and its effect: how much the metric rose when it was cut."""
 
@@ -43,13 +45,14 @@ class CircuitEdge(NamedTuple):
     child: str
     effect: float
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c007
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Found(Result):
     """What a search found, with every decision on the way there.
 
-    `tested` and `found` name edges as (parent, child); `decisions` has a row per tested edge: metric without it, change,
-    and 1 if it was kept. `found` are the kept edges whose child is still connected to the output.
+    `tested` and `found` name edges as (parent, child); `decisions` has a row per tested
+    edge: metric without it, change, and 1 if it was kept. `found` are the kept edges
+    whose child is still connected to the output.
     """
 
     tested: tuple[tuple[str, str], ...] = field(repr=False)
@@ -66,7 +69,10 @@ class _Found(Result):
     def log(self) -> list[Step]:
         """Every tested edge in order."""
         rows = zip(self.tested, self.decisions.tolist(), strict=True)
-        return [Step(*edge, without, delta, bool(kept)) for edge, (without, delta, kept) in rows]
+        return [
+            Step(*edge, without, delta, bool(kept))
+            for edge, (without, delta, kept) in rows
+        ]
 
     @property
     def edges(self) -> list[CircuitEdge]:
@@ -79,10 +85,12 @@ class _Found(Result):
         """Heads, MLPs and embeddings that take part, from first to last."""
         return drawing.in_order({component(n) for edge in self.found for n in edge})
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c008
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Circuit(_Found):
-    """A subgraph found by a search: `edges`, the `log` of all decisions, the metric before and after, ways to show it."""
+    """A subgraph found by a search: `edges`, the `log` of all decisions, the metric
+    before and after, ways to show it.
+    """
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per tested edge."""
@@ -98,17 +106,28 @@ class Circuit(_Found):
 
     def to_json(self) -> str:
         """Nodes, edges with effects, and the numbers of the search."""
-        numbers = {"threshold": self.threshold, "metric_full": self.metric_full, "metric_final": self.metric_final}
+        numbers = {
+            "threshold": self.threshold,
+            "metric_full": self.metric_full,
+            "metric_final": self.metric_final,
+        }
         edges = [e._asdict() for e in self.edges]
-        return json.dumps({**numbers, "settings": self.settings, "nodes": self.nodes, "edges": edges})
+        return json.dumps(
+            {**numbers, "settings": self.settings, "nodes": self.nodes, "edges": edges}
+        )
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
-        """A matplotlib drawing: heads and MLPs by layer; see `mechtut.circuits.drawing.plot`."""
+        """A matplotlib drawing: heads and MLPs by layer; see
+        `mechtut.circuits.drawing.plot`.
+        """
         return drawing.plot(self.edges, ax=ax, **options)
 
     def to_html(self) -> str:
         """A self-contained drawing for a browser, with every edge's effect on hover."""
-        title = f"{len(self.found)} of {self.n_edges_full} edges, threshold {self.threshold:g}"
+        title = (
+            f"{len(self.found)} of {self.n_edges_full} edges, threshold"
+            f" {self.threshold:g}"
+        )
         return drawing.to_html(self.edges, title=title)
 
     def _repr_html_(self) -> str:
@@ -116,28 +135,49 @@ class Circuit(_Found):
 
 # %% ../../nbs/library/circuits/circuit.ipynb #c012
 def evaluate_circuit(
-    model: Model, circuit: Circuit | Iterable[Sequence[Any]], clean: Tensor, corrupted: Tensor,
-    metric: str | Metric | Callable = "kl", *, positions: Positions | None = None, labels: Any = None,
-    ablation: Ablation | None = None, complement: bool = False,
-) -> float:  # fmt: skip
-    """The metric of a circuit on any prompts: its edges stay, all others carry the corrupted run.
+    model: Model,
+    circuit: Circuit | Iterable[Sequence[Any]],
+    clean: Tensor,
+    corrupted: Tensor,
+    metric: str | Metric | Callable = "kl",
+    *,
+    positions: Positions | None = None,
+    labels: Any = None,
+    ablation: Ablation | None = None,
+    complement: bool = False,
+) -> float:
+    """The metric of a circuit on any prompts: its edges stay, all others carry the
+    corrupted run.
 
-    `circuit` is a `Circuit` or edges (parent, child, ...). With `complement` the circuit itself is cut and the rest stays,
-    which tests whether the circuit is complete. Raises `ValueError` for edges that the model's graph does not have.
+    `circuit` is a `Circuit` or edges (parent, child, ...). With `complement` the
+    circuit itself is cut and the rest stays, which tests whether the circuit is
+    complete. Raises `ValueError` for edges that the model's graph does not have.
     """
     settings = circuit.settings if isinstance(circuit, Circuit) else {}
     edges = list(circuit.found if isinstance(circuit, Circuit) else circuit)
     names = {n for e in edges for n in e[:2]}
     unsplit = any(n.startswith("a") and n.endswith(".in") for n in names)
-    graph = settings.get("graph", {"split_qkv": not unsplit, "split_positions": bool(names & {"tok", "pos"})})
+    graph = settings.get(
+        "graph",
+        {"split_qkv": not unsplit, "split_positions": bool(names & {"tok", "pos"})},
+    )
     contrast = Contrast(
-        model, clean, corrupted, metric, positions, labels=labels, ablation=ablation or settings.get("ablation", "resample"),
-        split_qkv=graph["split_qkv"], split_positions=graph["split_positions"],
-    )  # fmt: skip
+        model,
+        clean,
+        corrupted,
+        metric,
+        positions,
+        labels=labels,
+        ablation=ablation or settings.get("ablation", "resample"),
+        split_qkv=graph["split_qkv"],
+        split_positions=graph["split_positions"],
+    )
     return circuit_metric(contrast, _chosen(contrast, edges, complement))
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c013
-def _chosen(contrast: Contrast, edges: Iterable[Sequence[Any]], complement: bool = False) -> Cuts:
+
+def _chosen(
+    contrast: Contrast, edges: Iterable[Sequence[Any]], complement: bool = False
+) -> Cuts:
     cuts = Cuts.only(contrast.graph, edges)
     if complement:
         whole = Cuts(contrast.graph)
@@ -153,28 +193,49 @@ class Counts(NamedTuple):
     positives: int
     negatives: int
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c016
+
 def _as_nodes(edges: Iterable[Sequence[Any]], merge_qkv: bool) -> set[str]:
-    """The nodes of some edges; `m0.in` is `m0`, and with `merge_qkv` also `a0.0.q_in` is `a0.0.q`."""
-    names = {str(n).removesuffix(".in") if str(n).startswith("m") else str(n) for e in edges for n in e[:2]}
+    """The nodes of some edges; `m0.in` is `m0`, and with `merge_qkv` also `a0.0.q_in`
+    is `a0.0.q`.
+    """
+    names = {
+        str(n).removesuffix(".in") if str(n).startswith("m") else str(n)
+        for e in edges
+        for n in e[:2]
+    }
     return {n.removesuffix("_in") for n in names} if merge_qkv else names
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c017
-def counts(found: Iterable[Sequence[Any]], truth: Iterable[Sequence[Any]], graph: Graph) -> Counts:
+
+def counts(
+    found: Iterable[Sequence[Any]], truth: Iterable[Sequence[Any]], graph: Graph
+) -> Counts:
     """How many of the found edges are true."""
     mine, true = set(check_edges(graph, found)), set(check_edges(graph, truth))
-    return Counts(len(mine & true), len(mine - true), len(true), len(graph.edges) - len(true))
+    return Counts(
+        len(mine & true), len(mine - true), len(true), len(graph.edges) - len(true)
+    )
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c018
+
 def node_counts(
-    found: Iterable[Sequence[Any]], truth: Iterable[Sequence[Any]], graph: Graph, merge_qkv: bool = True
+    found: Iterable[Sequence[Any]],
+    truth: Iterable[Sequence[Any]],
+    graph: Graph,
+    merge_qkv: bool = True,
 ) -> Counts:
-    """How many of the found nodes are true. The authors count `a0.0.q_in` and `a0.0.q` as two (`merge_qkv=False`)."""
-    mine, true, every = (_as_nodes(edges, merge_qkv) for edges in (found, truth, graph.edges))
-    every |= _as_nodes([(h, "out") for layer in range(graph.n_layers) for h in graph.writers(layer)], merge_qkv)
+    """How many of the found nodes are true.
+
+    The authors count `a0.0.q_in` and `a0.0.q` as two (`merge_qkv=False`).
+    """
+    mine, true, every = (
+        _as_nodes(edges, merge_qkv) for edges in (found, truth, graph.edges)
+    )
+    every |= _as_nodes(
+        [(h, "out") for layer in range(graph.n_layers) for h in graph.writers(layer)],
+        merge_qkv,
+    )
     return Counts(len(mine & true), len(mine - true), len(true), len(every) - len(true))
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c019
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Roc(Result):
     """True against false positive rates of edges and nodes, from (0, 0) to (1, 1)."""
@@ -184,7 +245,9 @@ class Roc(Result):
 
     @property
     def edge_auc(self) -> float:
-        """Pessimistic area under the edges' curve: between two circuits the worse is assumed."""
+        """Pessimistic area under the edges' curve: between two circuits the worse is
+        assumed.
+        """
         return pessimistic_auc(self.edges)
 
     @property
@@ -197,39 +260,61 @@ class Roc(Result):
         if ax is None:
             _, ax = plt.subplots(figsize=(3.2, 3), layout="constrained")
         x, y = zip(*self.edges, strict=True)
-        ax.step(x, y, where="post", marker=".", lw=1.4, label=f"{label} (AUC {self.edge_auc:.2f})".strip())
-        ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        ax.step(
+            x,
+            y,
+            where="post",
+            marker=".",
+            lw=1.4,
+            label=f"{label} (AUC {self.edge_auc:.2f})".strip(),
+        )
+        ax.set(
+            xlabel="false positive rate",
+            ylabel="true positive rate",
+            xlim=(-0.02, 1.02),
+            ylim=(-0.02, 1.02),
+        )
         ax.legend(fontsize=8, frameon=False, loc="lower right")
         return ax
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c020
+
 def pessimistic_auc(points: Sequence[tuple[float, float]]) -> float:
     """Σ (1 − x at the next point) · rise, over points (x, y) from (0, 0) to (1, 1)."""
     return sum((1 - x1) * (y1 - y0) for (_, y0), (x1, y1) in pairwise(points))
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c021
+
 def roc(
-    circuits: Iterable[Circuit | Iterable[Sequence[Any]]], truth: Iterable[Sequence[Any]], *, graph: Graph | None = None,
+    circuits: Iterable[Circuit | Iterable[Sequence[Any]]],
+    truth: Iterable[Sequence[Any]],
+    *,
+    graph: Graph | None = None,
     merge_qkv: bool = True,
-) -> Roc:  # fmt: skip
-    """The curve of several circuits (of a sweep, or lists of edges with their `graph`) against the true edges."""
+) -> Roc:
+    """The curve of several circuits (of a sweep, or lists of edges with their `graph`)
+    against the true edges.
+    """
     circuits, truth = list(circuits), list(truth)
     if not circuits or not truth:
         raise ValueError("roc needs at least one circuit and one true edge")
     first = circuits[0]
     if graph is None and not isinstance(first, Circuit):
-        raise ValueError("plain lists of edges need graph=..., which says how many edges there could be")
+        raise ValueError(
+            "plain lists of edges need graph=..., which says how many edges there"
+            " could be"
+        )
     graph = graph or _graph_of(first)
     found = [c.found if isinstance(c, Circuit) else list(c) for c in circuits]
     rates = [_rates(counts(edges, truth, graph)) for edges in found]
-    node_rates = [_rates(node_counts(edges, truth, graph, merge_qkv)) for edges in found]
+    node_rates = [
+        _rates(node_counts(edges, truth, graph, merge_qkv)) for edges in found
+    ]
     return Roc(edges=_curve(rates), nodes=_curve(node_rates))
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c022
+
 def _rates(c: Counts) -> tuple[float, float]:
     return c.false_positive / max(1, c.negatives), c.true_positive / c.positives
 
-# %% ../../nbs/library/circuits/circuit.ipynb #c023
+
 def _curve(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
     return (0.0, 0.0), *sorted(points), (1.0, 1.0)
 

@@ -20,76 +20,135 @@ COLOURS = {"q": "#d1495b", "k": "#2e86c1", "v": "#2a9d5c", "": "#8a8a8a"}
 _WORDS = {"q": "query", "k": "key", "v": "value", "": "sum"}
 Arrow = tuple[str, str, str, float]  # parent, child, q/k/v or nothing, effect
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c005
+
 def arrows(edges: Iterable[Sequence[Any]]) -> list[Arrow]:
     """Edges (parent, child, effect) between parts; a missing effect counts as 1."""
     found: list[Arrow] = []
     for parent, child, *effect in edges:
         if component(parent) != component(child):
-            part = child.split(".")[2][0] if child.endswith(("q_in", "k_in", "v_in")) else ""
-            found.append((component(parent), component(child), part, float(effect[0]) if effect else 1.0))
+            part = (
+                child.split(".")[2][0]
+                if child.endswith(("q_in", "k_in", "v_in"))
+                else ""
+            )
+            found.append(
+                (
+                    component(parent),
+                    component(child),
+                    part,
+                    float(effect[0]) if effect else 1.0,
+                )
+            )
     return found
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c006
+
 def in_order(nodes: Iterable[str]) -> list[str]:
     """Nodes from first to last: embeddings, then heads and MLP of each layer, `out`."""
     return sorted(nodes, key=lambda n: (_level(n), n.startswith("pos"), _number(n), n))
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c007
+
 def _level(node: str) -> float:
-    """How high a part is drawn: embeddings at the bottom, MLPs above the heads of their layer."""
+    """How high a part is drawn: embeddings at the bottom, MLPs above the heads of their
+    layer.
+    """
     layer = layer_of(node)
     if layer is None:
         return 1e9 if node == "out" else -1
     return layer + (0.5 if node.startswith("m") else 0)
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c008
+
 def _number(node: str) -> int:
     return int(node.split(".")[1]) if node.startswith("a") else 0
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c009
+
 def places(nodes: Iterable[str]) -> dict[str, tuple[float, float]]:
-    """Where each part is drawn: x centred around 0, y one step per level that is in use."""
+    """Where each part is drawn: x centred around 0, y one step per level that is in
+    use.
+    """
     levels: dict[float, list[str]] = {}
     for node in in_order(nodes):
         levels.setdefault(_level(node), []).append(node)
     found = {}
     for y, level in enumerate(sorted(levels)):
         row = levels[level]
-        shift = 0.25 * (-1) ** y if len(row) == 1 and level not in (-1, 1e9) else 0.0  # so that arrows pass beside it
+        shift = (
+            0.25 * (-1) ** y if len(row) == 1 and level not in (-1, 1e9) else 0.0
+        )  # so that arrows pass beside it
         for i, node in enumerate(row):
             found[node] = (i - (len(row) - 1) / 2 + shift, float(y))
     return found
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c012
-def plot(edges: Iterable[Sequence[Any]], ax: Any = None, title: str | None = None, labels: bool = True) -> Any:
-    """Draw edges (parent, child, effect) with matplotlib: colours are query, key, value; width grows with the effect."""
+def plot(
+    edges: Iterable[Sequence[Any]],
+    ax: Any = None,
+    title: str | None = None,
+    labels: bool = True,
+) -> Any:
+    """Draw edges (parent, child, effect) with matplotlib: colours are query, key,
+    value; width grows with the effect.
+    """
     found = arrows(edges)
     at = places({n for a in found for n in a[:2]} or {"embed", "out"})
     if ax is None:
-        across, up = max(x for x, _ in at.values()) * 2 + 1.6, max(y for _, y in at.values()) + 1
-        _, ax = plt.subplots(figsize=(min(14, max(3.0, 1.0 * across)), min(12, 0.5 * up + 0.7)), layout="constrained")
+        across, up = (
+            max(x for x, _ in at.values()) * 2 + 1.6,
+            max(y for _, y in at.values()) + 1,
+        )
+        _, ax = plt.subplots(
+            figsize=(min(14, max(3.0, 1.0 * across)), min(12, 0.5 * up + 0.7)),
+            layout="constrained",
+        )
     largest = max((abs(e) for *_, e in found), default=1.0) or 1.0
     for parent, child, part, effect in found:
         bend = {"q": 0.08, "k": 0.0, "v": -0.08, "": 0.04}[part]
-        ax.add_patch(FancyArrowPatch(
-            at[parent], at[child], connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=7, shrinkA=9,
-            shrinkB=9, lw=0.6 + 2.6 * abs(effect) / largest, color=COLOURS[part], alpha=0.8, zorder=1,
-        ))  # fmt: skip
+        ax.add_patch(
+            FancyArrowPatch(
+                at[parent],
+                at[child],
+                connectionstyle=f"arc3,rad={bend}",
+                arrowstyle="-|>",
+                mutation_scale=7,
+                shrinkA=9,
+                shrinkB=9,
+                lw=0.6 + 2.6 * abs(effect) / largest,
+                color=COLOURS[part],
+                alpha=0.8,
+                zorder=1,
+            )
+        )
     for node, (x, y) in at.items():
         box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.4", "lw": 0.8}
-        ax.text(x, y, node if labels else "", ha="center", va="center", fontsize=8, bbox=box, zorder=2)
+        ax.text(
+            x,
+            y,
+            node if labels else "",
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox=box,
+            zorder=2,
+        )
     for part in sorted({p for *_, p, _ in found} - {""}):
         ax.plot([], [], color=COLOURS[part], label=_WORDS[part])
     if any(p for *_, p, _ in found):
-        ax.legend(fontsize=7, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.02))
-    ax.set(xlim=_padded([x for x, _ in at.values()]), ylim=_padded([y for _, y in at.values()]))
+        ax.legend(
+            fontsize=7,
+            frameon=False,
+            loc="upper center",
+            ncols=3,
+            bbox_to_anchor=(0.5, 0.02),
+        )
+    ax.set(
+        xlim=_padded([x for x, _ in at.values()]),
+        ylim=_padded([y for _, y in at.values()]),
+    )
     ax.set_axis_off()
     if title:
         ax.set_title(title, fontsize=10)
     return ax
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c013
+
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     return min(values) - 0.6, max(values) + 0.5
 
@@ -102,57 +161,92 @@ _STYLE = """
 .mt-circuit g.e:hover path{opacity:1} .mt-circuit svg:has(g.n:hover) path{opacity:.15}
 """
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c017
+
 def to_html(edges: Iterable[Sequence[Any]], title: str = "") -> str:
     """A self-contained drawing: an SVG with every edge's effect on hover."""
     found = [a for a in arrows(edges)]
     at = places({n for a in found for n in a[:2]} or {"embed", "out"})
     left, top = min(x for x, _ in at.values()), max(y for _, y in at.values())
     spot = {n: (70 * (x - left) + 60, 64 * (top - y) + 40) for n, (x, y) in at.items()}
-    width, height = max(x for x, _ in spot.values()) + 60, max(y for _, y in spot.values()) + 40
+    width, height = (
+        max(x for x, _ in spot.values()) + 60,
+        max(y for _, y in spot.values()) + 40,
+    )
     largest = max((abs(e) for *_, e in found), default=1.0) or 1.0
     lines = [_line(spot, arrow, largest) for arrow in found]
     boxes = [_box(node, x, y, found) for node, (x, y) in spot.items()]
     light = "".join(
-        f".mt-circuit svg:has(#n-{_id(n)}:hover) path.{side}-{_id(n)}{{opacity:1}}" for n in spot for side in ("from", "to")
+        f".mt-circuit svg:has(#n-{_id(n)}:hover) path.{side}-{_id(n)}{{opacity:1}}"
+        for n in spot
+        for side in ("from", "to")
     )
     caption = f"<div>{html.escape(title)}</div>" if title else ""
-    key = " ".join(f'<span style="color:{c}">&#9632; {_WORDS[p]}</span>' for p, c in COLOURS.items())
-    return (f'<div class="mt-circuit"><style>{_STYLE}{light}</style>{caption}<div>{key}</div>'
-            f'<svg width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img">'
-            f"{''.join(lines)}{''.join(boxes)}</svg></div>")  # fmt: skip
+    key = " ".join(
+        f'<span style="color:{c}">&#9632; {_WORDS[p]}</span>'
+        for p, c in COLOURS.items()
+    )
+    return (
+        "<div"
+        f' class="mt-circuit"><style>{_STYLE}{light}</style>{caption}<div>{key}</div>'
+        f'<svg width="{width:.0f}" height="{height:.0f}" viewBox="0 0'
+        f' {width:.0f} {height:.0f}" role="img">'
+        f"{''.join(lines)}{''.join(boxes)}</svg></div>"
+    )
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c018
+
 def _id(node: str) -> str:
     return node.replace(".", "-")
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c019
+
 def _line(spot: dict[str, tuple[float, float]], arrow: Arrow, largest: float) -> str:
     parent, child, part, effect = arrow
     (x0, y0), (x1, y1) = spot[parent], spot[child]
     shift = {"q": -9, "k": 0, "v": 9, "": 4}[part]
-    text = f"{parent} → {child}" + (f" ({_WORDS[part]})" if part else "") + f": {effect:.4g}"
+    text = (
+        f"{parent} → {child}"
+        + (f" ({_WORDS[part]})" if part else "")
+        + f": {effect:.4g}"
+    )
     bend = f"C{x0 + shift:.0f},{(y0 + y1) / 2:.0f} {x1 + shift:.0f},{(y0 + y1) / 2:.0f}"
     path = f"M{x0:.0f},{y0 - 11:.0f} {bend} {x1 + shift:.0f},{y1 + 11:.0f}"
-    return (f'<path class="from-{_id(parent)} to-{_id(child)}" d="{path}" stroke="{COLOURS[part]}" '
-            f'stroke-width="{1 + 3 * abs(effect) / largest:.1f}"><title>{html.escape(text)}</title></path>')  # fmt: skip
+    return (
+        f'<path class="from-{_id(parent)} to-{_id(child)}" d="{path}"'
+        f' stroke="{COLOURS[part]}" '
+        f'stroke-width="{1 + 3 * abs(effect) / largest:.1f}"><title>{html.escape(text)}</title></path>'
+    )
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c020
+
 def _box(node: str, x: float, y: float, found: Sequence[Arrow]) -> str:
     incoming = sum(child == node for _, child, _, _ in found)
-    text = f"{node}: {incoming} edges in, {sum(parent == node for parent, *_ in found)} out"
-    return (f'<g class="n" id="n-{_id(node)}"><title>{text}</title><rect x="{x - 24:.0f}" y="{y - 11:.0f}" width="48" '
-            f'height="22" rx="6"/><text x="{x:.0f}" y="{y + 4:.0f}">{node}</text></g>')  # fmt: skip
+    text = (
+        f"{node}: {incoming} edges in,"
+        f" {sum(parent == node for parent, *_ in found)} out"
+    )
+    return (
+        f'<g class="n" id="n-{_id(node)}"><title>{text}</title><rect x="{x - 24:.0f}"'
+        f' y="{y - 11:.0f}" width="48" height="22" rx="6"/><text x="{x:.0f}"'
+        f' y="{y + 4:.0f}">{node}</text></g>'
+    )
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c023
 def to_dot(edges: Iterable[Sequence[Any]]) -> str:
     """Graphviz source, at the level of heads and MLPs."""
-    lines = [f'  "{a}" -> "{b}" [color="{COLOURS[p]}", tooltip="{effect:.4g}"];' for a, b, p, effect in arrows(edges)]
-    return "digraph circuit {\n  rankdir=BT; node [shape=box];\n" + "\n".join(lines) + "\n}\n"
+    lines = [
+        f'  "{a}" -> "{b}" [color="{COLOURS[p]}", tooltip="{effect:.4g}"];'
+        for a, b, p, effect in arrows(edges)
+    ]
+    return (
+        "digraph circuit {\n  rankdir=BT; node [shape=box];\n"
+        + "\n".join(lines)
+        + "\n}\n"
+    )
 
-# %% ../../nbs/library/circuits/drawing.ipynb #c024
+
 def to_networkx(edges: Iterable[Sequence[Any]]) -> Any:
-    """A `networkx.DiGraph` of all nodes with `effect` on the edges. Raises `ImportError` with the fix without networkx."""
+    """A `networkx.DiGraph` of all nodes with `effect` on the edges.
+
+    Raises `ImportError` with the fix without networkx.
+    """
     try:
         import networkx  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:

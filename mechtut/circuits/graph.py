@@ -21,29 +21,41 @@ class Edge(NamedTuple):
     parent: str
     child: str
 
-# %% ../../nbs/library/circuits/graph.ipynb #c005
-_NODE = re.compile(r"embed|tok|pos|out|m(?P<mlp>\d+)(\.in)?|a(?P<layer>\d+)\.\d+(\.([qkv]|[qkv]_in|in))?")
+
+_NODE = re.compile(
+    r"embed|tok|pos|out|m(?P<mlp>\d+)(\.in)?|a(?P<layer>\d+)\.\d+(\.([qkv]|[qkv]_in|in))?"
+)
 
 
 def layer_of(node: str) -> int | None:
-    """The layer in a node's name; `None` for `embed`, `tok`, `pos` and `out`. Raises `ValueError` for other words."""
+    """The layer in a node's name; `None` for `embed`, `tok`, `pos` and `out`.
+
+    Raises `ValueError` for other words.
+    """
     match = _NODE.fullmatch(node)
     if match is None:
-        raise ValueError(f"{node!r} is not the name of a node; names look like embed, a0.1, a0.1.q_in, m0, m0.in, out")
+        raise ValueError(
+            f"{node!r} is not the name of a node; names look like embed, a0.1,"
+            " a0.1.q_in, m0, m0.in, out"
+        )
     number = match["mlp"] or match["layer"]
     return None if number is None else int(number)
 
 
 def component(node: str) -> str:
-    """The part of the model that a node belongs to: `a3.1` of `a3.1.q_in`, `m3` of `m3.in`."""
+    """The part of the model that a node belongs to: `a3.1` of `a3.1.q_in`, `m3` of
+    `m3.in`.
+    """
     return ".".join(node.split(".")[: 2 if node.startswith("a") else 1])
 
 # %% ../../nbs/library/circuits/graph.ipynb #c008
 @dataclass(frozen=True)
 class Order:
-    """In which order a reader's parents are tested: `groups` and `heads` are each "reverse", "forward" or "shuffle".
+    """In which order a reader's parents are tested: `groups` and `heads` are each
+    "reverse", "forward" or "shuffle".
 
-    "reverse" is from the output back, as the authors' command line does. Their class has `heads="forward"` by default.
+    "reverse" is from the output back, as the authors' command line does. Their class
+    has `heads="forward"` by default.
     """
 
     groups: str = "reverse"
@@ -53,31 +65,51 @@ class Order:
     def __post_init__(self) -> None:
         for value in (self.groups, self.heads):
             if value not in ("reverse", "forward", "shuffle"):
-                raise ValueError(f"an order is 'reverse', 'forward' or 'shuffle', not {value!r}")
+                raise ValueError(
+                    f"an order is 'reverse', 'forward' or 'shuffle', not {value!r}"
+                )
 
     def arrange(self, groups: Iterable[list[str]]) -> list[str]:
         """The parents in order, given groups that are in the authors' order already."""
         draw = random.Random(self.seed)
 
         def turned(items: list, how: str) -> list:
-            return items if how == "reverse" else items[::-1] if how == "forward" else draw.sample(items, len(items))
+            return (
+                items
+                if how == "reverse"
+                else items[::-1]
+                if how == "forward"
+                else draw.sample(items, len(items))
+            )
 
-        return [node for group in turned(list(groups), self.groups) for node in turned(group, self.heads)]
+        return [
+            node
+            for group in turned(list(groups), self.groups)
+            for node in turned(group, self.heads)
+        ]
 
-# %% ../../nbs/library/circuits/graph.ipynb #c009
+
 _ORDERS = {
-    "reverse": ("reverse", "reverse"), "forward": ("forward", "forward"), "shuffle": ("shuffle", "shuffle"),
-    "forward-groups": ("forward", "reverse"), "forward-heads": ("reverse", "forward"),
-}  # fmt: skip
+    "reverse": ("reverse", "reverse"),
+    "forward": ("forward", "forward"),
+    "shuffle": ("shuffle", "shuffle"),
+    "forward-groups": ("forward", "reverse"),
+    "forward-heads": ("reverse", "forward"),
+}
 
 
 def parse_order(order: str | Order) -> Order:
-    """An `Order` from its name: reverse, forward, forward-groups, forward-heads, shuffle, or shuffle:SEED."""
+    """An `Order` from its name: reverse, forward, forward-groups, forward-heads,
+    shuffle, or shuffle:SEED.
+    """
     if isinstance(order, Order):
         return order
     name, _, seed = str(order).partition(":")
     if name not in _ORDERS or (seed and not (name == "shuffle" and seed.isdigit())):
-        raise ValueError(f"unknown order {order!r}; expected one of {', '.join(_ORDERS)}, shuffle:SEED, or an Order")
+        raise ValueError(
+            f"unknown order {order!r}; expected one of {', '.join(_ORDERS)},"
+            " shuffle:SEED, or an Order"
+        )
     return Order(*_ORDERS[name], seed=int(seed or 0))
 
 # %% ../../nbs/library/circuits/graph.ipynb #c012
@@ -107,7 +139,7 @@ class Layout:
         size = self.n_heads // self.count("k")
         return range(kv_head * size, (kv_head + 1) * size)
 
-# %% ../../nbs/library/circuits/graph.ipynb #c013
+
 @dataclass(frozen=True)
 class Nodes(Layout):
     """The nodes that write to the stream and those that read from it."""
@@ -119,22 +151,34 @@ class Nodes(Layout):
 
     def writers(self, layer: int) -> list[str]:
         """What a layer writes: its heads, then its MLP."""
-        return [f"a{layer}.{h}" for h in range(self.n_heads)] + [f"m{layer}"] * self.has_mlp
+        return [f"a{layer}.{h}" for h in range(self.n_heads)] + [
+            f"m{layer}"
+        ] * self.has_mlp
 
     def readers(self, layer: int) -> list[str]:
         """What reads in a layer: queries, keys and values of its heads, then the MLP."""
-        found = [f"a{layer}.{h}.{kind}" for kind in self.kinds for h in range(self.count(kind))]
+        found = [
+            f"a{layer}.{h}.{kind}"
+            for kind in self.kinds
+            for h in range(self.count(kind))
+        ]
         return found + [f"m{layer}.in"] * self.has_mlp
 
     @cached_property
     def senders(self) -> tuple[str, ...]:
         """Everything that writes to the stream, from first to last."""
-        return (*self.embeddings, *(s for layer in range(self.n_layers) for s in self.writers(layer)))
+        return (
+            *self.embeddings,
+            *(s for layer in range(self.n_layers) for s in self.writers(layer)),
+        )
 
     @cached_property
     def receivers(self) -> tuple[str, ...]:
         """Everything that reads a sum, from first to last."""
-        return (*(r for layer in range(self.n_layers) for r in self.readers(layer)), "out")
+        return (
+            *(r for layer in range(self.n_layers) for r in self.readers(layer)),
+            "out",
+        )
 
     @cached_property
     def sender_index(self) -> dict[str, int]:
@@ -157,8 +201,12 @@ class Graph(Nodes):
 
     @cached_property
     def sums(self) -> tuple[tuple[str, str], ...]:
-        """The edges that carry sums, those that the scores of gradients are about, as pairs of names."""
-        return tuple((s, r) for r in self.receivers for s in self.senders[: self.n_parents(r)])
+        """The edges that carry sums, those that the scores of gradients are about, as
+        pairs of names.
+        """
+        return tuple(
+            (s, r) for r in self.receivers for s in self.senders[: self.n_parents(r)]
+        )
 
     @cached_property
     def _counts(self) -> dict[str, int]:
@@ -173,26 +221,41 @@ class Graph(Nodes):
     def parents(self, receiver: str, order: Order | None = None) -> list[str]:
         """The writers that feed a reader, in search order."""
         groups: dict[str, list[str]] = {}
-        for sender in reversed(self.senders[len(self.embeddings) : self.n_parents(receiver)]):
+        for sender in reversed(
+            self.senders[len(self.embeddings) : self.n_parents(receiver)]
+        ):
             groups.setdefault(sender.split(".")[0], []).append(sender)
-        return (order or Order()).arrange([*groups.values(), *([e] for e in self.embeddings)])
+        return (order or Order()).arrange(
+            [*groups.values(), *([e] for e in self.embeddings)]
+        )
 
     @cached_property
     def direct(self) -> tuple[Edge, ...]:
         """The edges x_in → x of queries, keys and values."""
         kinds = self.kinds if self.split_qkv else ()
-        nodes = [f"a{layer}.{h}.{k}" for layer in range(self.n_layers) for k in kinds for h in range(self.count(k))]
+        nodes = [
+            f"a{layer}.{h}.{k}"
+            for layer in range(self.n_layers)
+            for k in kinds
+            for h in range(self.count(k))
+        ]
         return tuple(Edge(node, node.removesuffix("_in")) for node in nodes)
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge that can be cut."""
-        sums = (Edge(s, r) for r in self.receivers for s in self.senders[: self.n_parents(r)])
+        sums = (
+            Edge(s, r)
+            for r in self.receivers
+            for s in self.senders[: self.n_parents(r)]
+        )
         return (*sums, *self.direct)
 
-# %% ../../nbs/library/circuits/graph.ipynb #c015
+
 def feeds(graph: Graph, node: str) -> list[str]:
-    """The nodes behind a node's placeholder edges: the heads that read `a0.0.k`, the MLP that reads `m0.in`."""
+    """The nodes behind a node's placeholder edges: the heads that read `a0.0.k`, the
+    MLP that reads `m0.in`.
+    """
     where, *rest = node.split(".")
     if node == f"{where}.in":
         return [where]
@@ -201,7 +264,7 @@ def feeds(graph: Graph, node: str) -> list[str]:
     heads = [int(rest[0])] if rest[1] == "q" else graph.group(int(rest[0]))
     return [f"{where}.{h}" for h in heads]
 
-# %% ../../nbs/library/circuits/graph.ipynb #c016
+
 def visits(graph: Graph) -> Iterator[str]:
     """All nodes in search order, from the output back."""
     yield "out"
@@ -211,12 +274,16 @@ def visits(graph: Graph) -> Iterator[str]:
             yield from (f"m{layer}", f"m{layer}.in")
         yield from (f"a{layer}.{h}" for h in reversed(range(graph.n_heads)))
         for part in parts:
-            yield from (f"a{layer}.{h}.{part}" for h in reversed(range(graph.count(part))))
+            yield from (
+                f"a{layer}.{h}.{part}" for h in reversed(range(graph.count(part)))
+            )
     yield from reversed(graph.embeddings)
 
-# %% ../../nbs/library/circuits/graph.ipynb #c017
+
 def check_edges(graph: Graph, edges: Iterable[Sequence[Any]]) -> list[Edge]:
-    """The edges (parent, child, ...) as `Edge`s; raises `ValueError` for one that this graph does not have."""
+    """The edges (parent, child, ...) as `Edge`s; raises `ValueError` for one that this
+    graph does not have.
+    """
     known, names, found = set(graph.edges), {n for e in graph.edges for n in e}, []
     for parent, child, *_ in edges:
         for node in (parent, child):
@@ -225,6 +292,8 @@ def check_edges(graph: Graph, edges: Iterable[Sequence[Any]]) -> list[Edge]:
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
                 raise ValueError(f"this graph has no node {node!r}{hint}")
         if (parent, child) not in known:
-            raise ValueError(f"there is no edge {parent} → {child}: {parent} does not feed {child}")
+            raise ValueError(
+                f"there is no edge {parent} → {child}: {parent} does not feed {child}"
+            )
         found.append(Edge(parent, child))
     return found

@@ -19,10 +19,12 @@ from ..models.loading import Model, load_model
 # %% ../../nbs/library/circuits/known.ipynb #c004
 @dataclass(frozen=True, eq=False)
 class Handmade:
-    """A model with known weights, prompts that show what it does, and the edges that do it.
+    """A model with known weights, prompts that show what it does, and the edges that do
+    it.
 
-    `mask` says at which positions the model has an answer. The edges use split positions (`tok` and `pos`) if any of them
-    starts there, and are those that matter under zero ablation.
+    `mask` says at which positions the model has an answer. The edges use split
+    positions (`tok` and `pos`) if any of them starts there, and are those that matter
+    under zero ablation.
     """
 
     model: Model
@@ -32,15 +34,27 @@ class Handmade:
     truth: tuple[Edge, ...]
     answers: Int[Tensor, "batch pos"]
 
-# %% ../../nbs/library/circuits/known.ipynb #c005
-def blank(n_layers: int, n_heads: int, d_model: int, n_tokens: int, n_pos: int, d_mlp: int = 1) -> Any:
-    """A Hugging Face GPT-2 whose weights are all zero, without norms and with ReLU neurons."""
+
+def blank(
+    n_layers: int, n_heads: int, d_model: int, n_tokens: int, n_pos: int, d_mlp: int = 1
+) -> Any:
+    """A Hugging Face GPT-2 whose weights are all zero, without norms and with ReLU
+    neurons.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_layer=n_layers, n_head=n_heads, n_embd=d_model, vocab_size=n_tokens, n_positions=n_pos, n_inner=d_mlp,
-        activation_function="relu", bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_embd=d_model,
+        vocab_size=n_tokens,
+        n_positions=n_pos,
+        n_inner=d_mlp,
+        activation_function="relu",
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
     hf: Any = GPT2LMHeadModel(config)
     hf.transformer.ln_f = nn.Identity()
     for block in hf.transformer.h:
@@ -49,23 +63,37 @@ def blank(n_layers: int, n_heads: int, d_model: int, n_tokens: int, n_pos: int, 
         nn.init.zeros_(weight)
     return hf
 
-# %% ../../nbs/library/circuits/known.ipynb #c006
+
 SHARP = 40.0  # how strongly a head prefers what it looks for, in units of its scores
 LOUD = 12.0  # logit of an answer
 
-# %% ../../nbs/library/circuits/known.ipynb #c007
+
 def field(d_model: int, start: int, size: int) -> Float[Tensor, "d_model size"]:
     """The part of the stream that begins at `start`, as a matrix that reads it."""
     return torch.eye(d_model)[:, start : start + size]
 
-# %% ../../nbs/library/circuits/known.ipynb #c008
+
 @torch.no_grad()
 def write_head(
-    hf: Any, layer: int, head: int, ask: Tensor, seek: Tensor, take: Tensor, put: Float[Tensor, "d_model size"]
-) -> None:  # fmt: skip
-    """Give a head its task: queries `x @ ask`, keys `x @ seek`, and what it carries, from `x @ take` to the field `put`."""
-    attn, d_model, d_head = hf.transformer.h[layer].attn, hf.config.n_embd, hf.transformer.h[layer].attn.head_dim
-    for number, (matrix, scale) in enumerate([(ask, SHARP * d_head**0.5), (seek, 1.0), (take, 1.0)]):
+    hf: Any,
+    layer: int,
+    head: int,
+    ask: Tensor,
+    seek: Tensor,
+    take: Tensor,
+    put: Float[Tensor, "d_model size"],
+) -> None:
+    """Give a head its task: queries `x @ ask`, keys `x @ seek`, and what it carries,
+    from `x @ take` to the field `put`.
+    """
+    attn, d_model, d_head = (
+        hf.transformer.h[layer].attn,
+        hf.config.n_embd,
+        hf.transformer.h[layer].attn.head_dim,
+    )
+    for number, (matrix, scale) in enumerate(
+        [(ask, SHARP * d_head**0.5), (seek, 1.0), (take, 1.0)]
+    ):
         first = number * d_model + head * d_head
         attn.c_attn.weight[:, first : first + matrix.shape[1]] = matrix * scale
     first = head * d_head
@@ -74,41 +102,76 @@ def write_head(
 # %% ../../nbs/library/circuits/known.ipynb #c010
 @torch.no_grad()
 def induction(
-    n_prompts: int = 20, n_tokens: int = 12, n_pos: int = 10, seed: int = 0, negative: bool = False
+    n_prompts: int = 20,
+    n_tokens: int = 12,
+    n_pos: int = 10,
+    seed: int = 0,
+    negative: bool = False,
 ) -> Handmade:
-    """An induction circuit of two layers: a previous-token head and an induction head, each next to an idle head.
+    """An induction circuit of two layers: a previous-token head and an induction head,
+    each next to an idle head.
 
-    With `negative` the second layer's other head does the same as the induction head and argues against it, half as loud.
+    With `negative` the second layer's other head does the same as the induction head
+    and argues against it, half as loud.
     """
     size = max(n_tokens, n_pos)
-    d_model = 6 * size  # fields: token, position, previous token, answer, and two that nobody reads
+    d_model = (
+        6 * size
+    )  # fields: token, position, previous token, answer, and two that nobody reads
     hf = blank(2, 2, d_model, n_tokens, n_pos)
-    token, position, previous, answer, junk, more = (field(d_model, i * size, size) for i in range(6))
+    token, position, previous, answer, junk, more = (
+        field(d_model, i * size, size) for i in range(6)
+    )
     hf.transformer.wte.weight.copy_(token.T[:n_tokens])
     hf.transformer.wpe.weight.copy_(position.T[:n_pos])
-    back = torch.roll(torch.eye(size), 1, dims=1)  # key of position p answers the query of p + 1
+    back = torch.roll(
+        torch.eye(size), 1, dims=1
+    )  # key of position p answers the query of p + 1
     write_head(hf, 0, 0, position, position @ back, token, previous)
     write_head(hf, 0, 1, 0 * token, 0 * token, token, junk)
     write_head(hf, 1, 0, token, previous, token, answer)
-    write_head(hf, 1, 1, token, previous if negative else token, token, -answer / 2 if negative else more)
+    write_head(
+        hf,
+        1,
+        1,
+        token,
+        previous if negative else token,
+        token,
+        -answer / 2 if negative else more,
+    )
     hf.lm_head.weight.copy_(LOUD * answer.T[:n_tokens])
     clean, corrupted, answers = _repeats(n_prompts, n_tokens, n_pos, seed)
     mask = torch.zeros_like(clean, dtype=torch.bool)
     mask[:, -1] = True
     edges = [("pos", "a0.0.q_in"), ("pos", "a0.0.k_in"), ("tok", "a0.0.v_in")]
     for head in ("a1.0", "a1.1") if negative else ("a1.0",):
-        edges += [("tok", f"{head}.q_in"), ("a0.0", f"{head}.k_in"), ("tok", f"{head}.v_in"), (head, "out")]
-    return Handmade(load_model(hf), clean, corrupted, mask, _with_direct(edges), answers)
+        edges += [
+            ("tok", f"{head}.q_in"),
+            ("a0.0", f"{head}.k_in"),
+            ("tok", f"{head}.v_in"),
+            (head, "out"),
+        ]
+    return Handmade(
+        load_model(hf), clean, corrupted, mask, _with_direct(edges), answers
+    )
 
-# %% ../../nbs/library/circuits/known.ipynb #c011
+
 def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
     """The edges and, for each q, k, v that is fed, the direct edge behind it."""
-    direct = [(child, child.removesuffix("_in")) for _, child in edges if child.endswith("_in")]
+    direct = [
+        (child, child.removesuffix("_in"))
+        for _, child in edges
+        if child.endswith("_in")
+    ]
     return tuple(Edge(*e) for e in dict.fromkeys([*edges, *direct]))
 
-# %% ../../nbs/library/circuits/known.ipynb #c012
-def _repeats(n: int, n_tokens: int, n_pos: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Different tokens, the last of which repeats an earlier one; what followed it there; and other prompts of the kind."""
+
+def _repeats(
+    n: int, n_tokens: int, n_pos: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Different tokens, the last of which repeats an earlier one; what followed it
+    there; and other prompts of the kind.
+    """
     draw, rows = torch.Generator().manual_seed(seed), []
     for _ in range(2 * n):
         row = torch.randperm(n_tokens, generator=draw)[:n_pos]
@@ -122,8 +185,12 @@ def _repeats(n: int, n_tokens: int, n_pos: int, seed: int) -> tuple[Tensor, Tens
 
 # %% ../../nbs/library/circuits/known.ipynb #c015
 @torch.no_grad()
-def reverse(n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 0) -> Handmade:
-    """One layer that reverses: the head at position t of the second half copies the token of position n_pos - 1 - t."""
+def reverse(
+    n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 0
+) -> Handmade:
+    """One layer that reverses: the head at position t of the second half copies the
+    token of position n_pos - 1 - t.
+    """
     size = max(n_tokens, n_pos)
     d_model = 4 * size
     hf = blank(1, 2, d_model, n_tokens, n_pos)
@@ -133,7 +200,15 @@ def reverse(n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 
     mirror = torch.eye(size)
     mirror[:n_pos, :n_pos] = torch.eye(n_pos).flip(0)
     write_head(hf, 0, 0, position @ mirror, position, token, answer)
-    write_head(hf, 0, 1, position, position @ torch.roll(torch.eye(size), 1, dims=1), token, junk)
+    write_head(
+        hf,
+        0,
+        1,
+        position,
+        position @ torch.roll(torch.eye(size), 1, dims=1),
+        token,
+        junk,
+    )
     hf.lm_head.weight.copy_(LOUD * answer.T[:n_tokens])
     draw = torch.Generator().manual_seed(seed)
     both = torch.randint(0, n_tokens, (2 * n_prompts, n_pos), generator=draw)
@@ -141,15 +216,24 @@ def reverse(n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 
     mask = torch.zeros_like(clean, dtype=torch.bool)
     mask[:, (n_pos + 1) // 2 :] = True
     answers[mask] = clean.flip(1)[mask]
-    edges = [("pos", "a0.0.q_in"), ("pos", "a0.0.k_in"), ("tok", "a0.0.v_in"), ("a0.0", "out")]
-    return Handmade(load_model(hf), clean, both[n_prompts:], mask, _with_direct(edges), answers)
+    edges = [
+        ("pos", "a0.0.q_in"),
+        ("pos", "a0.0.k_in"),
+        ("tok", "a0.0.v_in"),
+        ("a0.0", "out"),
+    ]
+    return Handmade(
+        load_model(hf), clean, both[n_prompts:], mask, _with_direct(edges), answers
+    )
 
 # %% ../../nbs/library/circuits/known.ipynb #c018
 @torch.no_grad()
 def gate(kind: str = "or", n_prompts: int = 8) -> Handmade:
-    """A gate of two bits: tokens 0 and 1 at positions 0 and 1, the result (token 0 or 1) at position 2, where token 2 asks.
+    """A gate of two bits: tokens 0 and 1 at positions 0 and 1, the result (token 0 or
+    1) at position 2, where token 2 asks.
 
-    `kind` is "or" or "and". All clean prompts have both bits set, all corrupted ones neither.
+    `kind` is "or" or "and". All clean prompts have both bits set, all corrupted ones
+    neither.
     """
     if kind not in ("or", "and"):
         raise ValueError(f"kind must be 'or' or 'and', not {kind!r}")
@@ -160,22 +244,42 @@ def gate(kind: str = "or", n_prompts: int = 8) -> Handmade:
     hf.transformer.wpe.weight.copy_(position.T)
     for head in range(2):  # whoever asks, the key of position `head` answers
         one = position[:, head : head + 1]
-        write_head(hf, 0, head, position.sum(1, keepdim=True), one, token[:, 1:2], bits[:, head : head + 1])
+        write_head(
+            hf,
+            0,
+            head,
+            position.sum(1, keepdim=True),
+            one,
+            token[:, 1:2],
+            bits[:, head : head + 1],
+        )
     mlp = hf.transformer.h[0].mlp
     mlp.c_fc.weight.copy_(bits[:, :2].sum(1, keepdim=True).expand(-1, 2))
-    mlp.c_fc.bias.copy_(torch.tensor([0.0, -1.0 if kind == "or" else -1.5]))  # how many bits, and how many too many
+    mlp.c_fc.bias.copy_(
+        torch.tensor([0.0, -1.0 if kind == "or" else -1.5])
+    )  # how many bits, and how many too many
     weights = torch.tensor([1.0, -1.0]) if kind == "or" else torch.tensor([0.0, 2.0])
     mlp.c_proj.weight.copy_(weights[:, None] * result[:, 0])
     hf.lm_head.weight[1] = LOUD * result[:, 0]
     hf.lm_head.weight[0] = -LOUD * result[:, 0]
     return _gate_prompts(hf, n_prompts)
 
-# %% ../../nbs/library/circuits/known.ipynb #c019
+
 def _gate_prompts(hf: Any, n: int) -> Handmade:
     clean, corrupted = torch.tensor([[1, 1, 2]] * n), torch.tensor([[0, 0, 2]] * n)
     mask = torch.zeros_like(clean, dtype=torch.bool)
     mask[:, 2] = True
     answers = torch.where(mask, 1, -1)
-    edges = [e for h in range(2) for e in (("pos", f"a0.{h}.q_in"), ("pos", f"a0.{h}.k_in"), ("tok", f"a0.{h}.v_in"))]
+    edges = [
+        e
+        for h in range(2)
+        for e in (
+            ("pos", f"a0.{h}.q_in"),
+            ("pos", f"a0.{h}.k_in"),
+            ("tok", f"a0.{h}.v_in"),
+        )
+    ]
     edges += [("a0.0", "m0.in"), ("a0.1", "m0.in"), ("m0", "out")]
-    return Handmade(load_model(hf), clean, corrupted, mask, _with_direct(edges), answers)
+    return Handmade(
+        load_model(hf), clean, corrupted, mask, _with_direct(edges), answers
+    )

@@ -18,83 +18,116 @@ from torch import Tensor
 # %% ../../nbs/library/circuits/metrics.ipynb #c004
 Positions = str | int | Sequence[int] | Tensor
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c005
-def find_positions(positions: Positions, tokens: Int[Tensor, "batch pos"]) -> tuple[list[int], Bool[Tensor, "batch read"]]:
+
+def find_positions(
+    positions: Positions, tokens: Int[Tensor, "batch pos"]
+) -> tuple[list[int], Bool[Tensor, "batch read"]]:
     """The columns that are looked at in any row, and which of them count in each row.
 
-    `positions` is "last", "all", one or several positions, or a mask `[batch, pos]`. Raises `ValueError` or `IndexError`
-    for anything else.
+    `positions` is "last", "all", one or several positions, or a mask `[batch, pos]`.
+    Raises `ValueError` or `IndexError` for anything else.
     """
     n_pos = tokens.shape[1]
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
         if positions.shape != tokens.shape or not positions.any():
-            raise ValueError(f"a mask of positions must be {tuple(tokens.shape)} with some True, not {positions.shape}")
+            raise ValueError(
+                f"a mask of positions must be {tuple(tokens.shape)} with some True, not"
+                f" {positions.shape}"
+            )
         columns = positions.any(0).nonzero().flatten().tolist()
         return columns, positions[:, columns].to(tokens.device)
     if isinstance(positions, str) and positions not in ("last", "all"):
-        raise ValueError(f"positions must be 'last', 'all', positions, or a mask [batch, pos]; not {positions!r}")
-    wanted = [-1] if positions == "last" else range(n_pos) if positions == "all" else positions
+        raise ValueError(
+            "positions must be 'last', 'all', positions, or a mask [batch, pos]; not"
+            f" {positions!r}"
+        )
+    wanted = (
+        [-1]
+        if positions == "last"
+        else range(n_pos)
+        if positions == "all"
+        else positions
+    )
     listed = [wanted] if isinstance(wanted, int) else [int(p) for p in wanted]
     outside = [p for p in listed if not -n_pos <= p < n_pos]
     if outside or not listed:
-        raise IndexError(f"positions {outside or listed} are not in a prompt of {n_pos} tokens")
+        raise IndexError(
+            f"positions {outside or listed} are not in a prompt of {n_pos} tokens"
+        )
     columns = sorted({p % n_pos for p in listed})
-    return columns, torch.ones(len(tokens), len(columns), dtype=torch.bool, device=tokens.device)
+    return columns, torch.ones(
+        len(tokens), len(columns), dtype=torch.bool, device=tokens.device
+    )
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c008
 Rows = Float[Tensor, "row d_vocab"]
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c009
+
 def _kl(logits: Rows, log_p: Rows, p: Rows) -> Tensor:
-    """`p` are the model's own probabilities, `log_p` their logarithms: they stay the same for a whole search."""
+    """`p` are the model's own probabilities, `log_p` their logarithms: they stay the
+    same for a whole search.
+    """
     return (log_p - logits.log_softmax(-1)).mul(p).sum(-1)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c010
+
 def _l2(logits: Rows, clean: Rows) -> Tensor:
     return (logits - clean).pow(2).mean(-1)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c011
+
 def _nll(logits: Rows, _clean: Rows, right: Tensor) -> Tensor:
     return -_at(logits.log_softmax(-1), right).mean(-1)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c012
+
 def _match_nll(logits: Rows, clean: Rows, right: Tensor) -> Tensor:
     return _nll(logits, clean, right) - _nll(clean, clean, right)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c013
-def _at(x: Rows, ids: Int[Tensor, "row *k"], missing: float = 0.0) -> Float[Tensor, "row k"]:
+
+def _at(
+    x: Rows, ids: Int[Tensor, "row *k"], missing: float = 0.0
+) -> Float[Tensor, "row k"]:
     """The entries of `ids` in each row; `missing` where the id is -1."""
     ids = ids if ids.ndim == 2 else ids[:, None]
     return x.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, missing)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c014
+
 def _mean_at(x: Rows, ids: Tensor) -> Tensor:
     return _at(x, ids).sum(-1) / (ids if ids.ndim == 2 else ids[:, None]).ge(0).sum(-1)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c015
+
 def _logit_diff(logits: Rows, _clean: Rows, right: Tensor, wrong: Tensor) -> Tensor:
     return _mean_at(logits, wrong) - _mean_at(logits, right)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c016
+
 def _docstring(logits: Rows, _clean: Rows, right: Tensor, wrong: Tensor) -> Tensor:
     return _at(logits, wrong, -torch.inf).amax(-1) - _mean_at(logits, right)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c017
+
 def _greater_than(logits: Rows, _clean: Rows, right: Tensor, wrong: Tensor) -> Tensor:
     p = logits.softmax(-1)
     return _at(p, wrong).sum(-1) - _at(p, right).sum(-1)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c018
-_NAMED: dict[str, tuple[Callable[..., Tensor], int]] = {  # function, and how many sets of labels it needs
-    "kl": (_kl, 0), "l2": (_l2, 0), "nll": (_nll, 1), "match_nll": (_match_nll, 1),
-    "logit_diff": (_logit_diff, 2), "docstring": (_docstring, 2), "greater_than": (_greater_than, 2),
-}  # fmt: skip
-FLAT_AT_CLEAN = ("kl", "l2")  # smallest for the model itself, so their gradient is zero there
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c019
+_NAMED: dict[
+    str, tuple[Callable[..., Tensor], int]
+] = {  # function, and how many sets of labels it needs
+    "kl": (_kl, 0),
+    "l2": (_l2, 0),
+    "nll": (_nll, 1),
+    "match_nll": (_match_nll, 1),
+    "logit_diff": (_logit_diff, 2),
+    "docstring": (_docstring, 2),
+    "greater_than": (_greater_than, 2),
+}
+FLAT_AT_CLEAN = (
+    "kl",
+    "l2",
+)  # smallest for the model itself, so their gradient is zero there
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A named metric with its labels, ids `[batch]`, `[batch, pos]` (one per position) or, with -1 as padding, `[batch, k]`.
+    """A named metric with its labels, ids `[batch]`, `[batch, pos]` (one per position)
+    or, with -1 as padding, `[batch, k]`.
 
     `per_position` says that the second axis of `[batch, pos]` labels is the position.
     """
@@ -105,87 +138,141 @@ class Metric:
 
     def __post_init__(self) -> None:
         if self.name not in _NAMED:
-            raise ValueError(f"unknown metric {self.name!r}; expected one of {', '.join(_NAMED)}, or a function of logits")
+            raise ValueError(
+                f"unknown metric {self.name!r}; expected one of {', '.join(_NAMED)}, or"
+                " a function of logits"
+            )
         needed = _NAMED[self.name][1]
         if len(self.labels) != needed:
-            how = ["without labels", "with the right tokens", "with right and wrong tokens"][needed]
-            raise ValueError(f"metric {self.name!r} is used {how}: pass labels=..., or Metric({self.name!r}, (...))")
+            how = [
+                "without labels",
+                "with the right tokens",
+                "with right and wrong tokens",
+            ][needed]
+            raise ValueError(
+                f"metric {self.name!r} is used {how}: pass labels=..., or"
+                f" Metric({self.name!r}, (...))"
+            )
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c020
+
 def nll(labels: Int[Tensor, "batch pos"]) -> Metric:
-    """Negative log-likelihood of `labels[b, t]` at position t (or `[batch]` at every position that is read)."""
+    """Negative log-likelihood of `labels[b, t]` at position t (or `[batch]` at every
+    position that is read).
+    """
     return Metric("nll", (labels,), labels.ndim == 2)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c021
+
 def match_nll(labels: Int[Tensor, "batch pos"]) -> Metric:
     """How much larger the negative log-likelihood is than the model's own."""
     return Metric("match_nll", (labels,), labels.ndim == 2)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c022
-def logit_diff(right: Int[Tensor, "batch *k"], wrong: Int[Tensor, "batch *k"]) -> Metric:
+
+def logit_diff(
+    right: Int[Tensor, "batch *k"], wrong: Int[Tensor, "batch *k"]
+) -> Metric:
     """Minus the difference of the logits of right and wrong tokens."""
     return Metric("logit_diff", (right, wrong))
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c023
+
 def docstring(right: Int[Tensor, "batch"], wrong: Int[Tensor, "batch k"]) -> Metric:
     """Minus the difference of the right token's logit and the largest wrong one."""
     return Metric("docstring", (right, wrong))
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c024
-def greater_than(right: Int[Tensor, "batch k"], wrong: Int[Tensor, "batch k"]) -> Metric:
+def greater_than(
+    right: Int[Tensor, "batch k"], wrong: Int[Tensor, "batch k"]
+) -> Metric:
     """Minus the difference of the probabilities of right and wrong tokens."""
     return Metric("greater_than", (right, wrong))
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c026
-def _rows(labels: Tensor, columns: list[int], mask: Bool[Tensor, "batch read"], per_position: bool) -> Tensor:
+def _rows(
+    labels: Tensor,
+    columns: list[int],
+    mask: Bool[Tensor, "batch read"],
+    per_position: bool,
+) -> Tensor:
     """The labels of every row that the metric reads."""
     if len(labels) != len(mask):
-        raise ValueError(f"there are labels for {len(labels)} prompts, but {len(mask)} prompts")
+        raise ValueError(
+            f"there are labels for {len(labels)} prompts, but {len(mask)} prompts"
+        )
     labels = labels.to(mask.device)
     if per_position:
         return labels[:, columns][mask]
     return labels[:, None].expand(-1, len(columns), *labels.shape[1:])[mask]
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c027
+
 def finite(value: float, name: str) -> float:
     """The same number. Raises `ValueError` if it is NaN or infinite."""
     if not -torch.inf < value < torch.inf:
-        raise ValueError(f"metric {name!r} is {value}: check the logits, the labels and the metric")
+        raise ValueError(
+            f"metric {name!r} is {value}: check the logits, the labels and the metric"
+        )
     return value
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c027a
-class BoundMetric:
-    """A metric of logits `[batch, read, d_vocab]`, where `columns` are the positions that are read.
 
-    Calling it gives a scalar tensor; `value` a float, with an error if that is not finite.
+class BoundMetric:
+    """A metric of logits `[batch, read, d_vocab]`, where `columns` are the positions
+    that are read.
+
+    Calling it gives a scalar tensor; `value` a float, with an error if that is not
+    finite.
     """
 
-    def __init__(self, metric: str | Metric | Callable, positions: Positions | None, tokens: Int[Tensor, "batch pos"],
-                 labels: Tensor | tuple[Tensor, ...] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        metric: str | Metric | Callable,
+        positions: Positions | None,
+        tokens: Int[Tensor, "batch pos"],
+        labels: Tensor | tuple[Tensor, ...] | None = None,
+    ):
         named = _named(metric, labels)
         positions = positions if positions is not None else "last" if named else "all"
         self.columns, self.mask = find_positions(positions, tokens)
-        self.name = named.name if named else getattr(metric, "__name__", type(metric).__name__)
-        self.flat_at_clean, self._own = self.name in FLAT_AT_CLEAN and named is not None, cast(Callable, metric)
-        self._score: Callable[..., Tensor] | None = _NAMED[named.name][0] if named else None
-        self.labels = [_rows(x, self.columns, self.mask, named.per_position) for x in named.labels] if named else []
+        self.name = (
+            named.name if named else getattr(metric, "__name__", type(metric).__name__)
+        )
+        self.flat_at_clean, self._own = (
+            self.name in FLAT_AT_CLEAN and named is not None,
+            cast(Callable, metric),
+        )
+        self._score: Callable[..., Tensor] | None = (
+            _NAMED[named.name][0] if named else None
+        )
+        self.labels = (
+            [
+                _rows(x, self.columns, self.mask, named.per_position)
+                for x in named.labels
+            ]
+            if named
+            else []
+        )
         self._all = bool(self.mask.all())
         self._clean: tuple[Tensor, ...] = ()
 
     def bind(self, clean: Float[Tensor, "batch read d_vocab"]) -> "BoundMetric":
         """Remember the model's own logits."""
         rows = clean[self.mask].detach()
-        self._clean = (rows.log_softmax(-1), rows.softmax(-1)) if self._score is _kl else (rows,)
+        self._clean = (
+            (rows.log_softmax(-1), rows.softmax(-1)) if self._score is _kl else (rows,)
+        )
         return self
 
-    def __call__(self, logits: Float[Tensor, "batch read d_vocab"]) -> Float[Tensor, ""]:
+    def __call__(
+        self, logits: Float[Tensor, "batch read d_vocab"]
+    ) -> Float[Tensor, ""]:
         if self._score is None:
             return _scalar(self._own(logits), self.name)
         rows = logits.flatten(0, 1) if self._all else logits[self.mask]
         return self._score(rows, *self._clean, *self.labels).mean()
 
-    def each(self, logits: Float[Tensor, "batch2 read d_vocab"], copies: int) -> list[float]:
-        """The metric of several circuits whose logits stand one after the other; numbers that are not finite as they are."""
+    def each(
+        self, logits: Float[Tensor, "batch2 read d_vocab"], copies: int
+    ) -> list[float]:
+        """The metric of several circuits whose logits stand one after the other;
+        numbers that are not finite as they are.
+        """
         if self._score in (_kl, _l2) and self._all:
             rows = logits.reshape(copies, -1, logits.shape[-1])
             return cast(Callable, self._score)(rows, *self._clean).mean(-1).tolist()
@@ -195,21 +282,35 @@ class BoundMetric:
         """The metric as a number. Raises `ValueError` if it is NaN or infinite."""
         return finite(float(self(logits)), self.name)
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c028
+
 def _named(metric: Any, labels: Tensor | tuple[Tensor, ...] | None) -> Metric | None:
     """The metric as a `Metric`; `None` for a function."""
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):
-        given = () if labels is None else (labels,) if isinstance(labels, Tensor) else tuple(labels)
-        return Metric(metric, given, "nll" in metric and bool(given) and given[0].ndim == 2)
+        given = (
+            ()
+            if labels is None
+            else (labels,)
+            if isinstance(labels, Tensor)
+            else tuple(labels)
+        )
+        return Metric(
+            metric, given, "nll" in metric and bool(given) and given[0].ndim == 2
+        )
     if not callable(metric):
-        raise TypeError(f"metric must be a name, a Metric or a function of logits, not {type(metric).__name__}")
+        raise TypeError(
+            "metric must be a name, a Metric or a function of logits, not"
+            f" {type(metric).__name__}"
+        )
     return None
 
-# %% ../../nbs/library/circuits/metrics.ipynb #c029
+
 def _scalar(value: Any, name: str) -> Tensor:
     tensor = torch.as_tensor(value)
     if tensor.numel() != 1:
-        raise ValueError(f"metric {name!r} returned a tensor of shape {tuple(tensor.shape)}; it must return one number")
+        raise ValueError(
+            f"metric {name!r} returned a tensor of shape {tuple(tensor.shape)}; it must"
+            " return one number"
+        )
     return tensor.reshape(())

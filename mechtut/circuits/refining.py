@@ -25,7 +25,9 @@ from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/circuits/refining.ipynb #c006
 class PlacedCuts(Cuts):
-    """Which edges are present at which of the window's positions: `sums` is `[receiver, sender, row]`."""
+    """Which edges are present at which of the window's positions: `sums` is `[receiver,
+    sender, row]`.
+    """
 
     @classmethod
     def of(cls, contrast: Contrast, edges: Iterable[Sequence[Any]]) -> "PlacedCuts":
@@ -36,12 +38,17 @@ class PlacedCuts(Cuts):
 
     def place(self, edge: Edge, rows: Sequence[int], present: bool) -> None:
         """Put an edge back at some rows of the window, or cut it there."""
-        receiver, sender = self.graph.receiver_index[edge.child], self.graph.sender_index[edge.parent]
+        receiver, sender = (
+            self.graph.receiver_index[edge.child],
+            self.graph.sender_index[edge.parent],
+        )
         self.sums[receiver, sender, list(rows)] = present
 
 # %% ../../nbs/library/circuits/refining.ipynb #c008
 class PlacedStep(NamedTuple):
-    """One test: the metric without this edge at this span, how much that is more than before, and whether it was kept."""
+    """One test: the metric without this edge at this span, how much that is more than
+    before, and whether it was kept.
+    """
 
     parent: str
     child: str
@@ -50,13 +57,15 @@ class PlacedStep(NamedTuple):
     delta: float
     kept: bool
 
-# %% ../../nbs/library/circuits/refining.ipynb #c009
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RefinedCircuit(Result):
-    """A circuit whose edges are present at some spans only: every test in order, and the metric before and after.
+    """A circuit whose edges are present at some spans only: every test in order, and
+    the metric before and after.
 
-    `decisions` has a row for each of `tested`: metric without it, change, and 1 if it was kept. `spans` gives the positions
-    of each span; `direct` are the circuit's edges x_in → x, which carry no sum and stay whole.
+    `decisions` has a row for each of `tested`: metric without it, change, and 1 if it
+    was kept. `spans` gives the positions of each span; `direct` are the circuit's edges
+    x_in → x, which carry no sum and stay whole.
     """
 
     tested: tuple[tuple[str, str, str], ...] = field(repr=False)
@@ -72,51 +81,86 @@ class RefinedCircuit(Result):
     def log(self) -> list[PlacedStep]:
         """Every test in order."""
         rows = zip(self.tested, self.decisions.tolist(), strict=True)
-        return [PlacedStep(*names, without, delta, bool(kept)) for names, (without, delta, kept) in rows]
+        return [
+            PlacedStep(*names, without, delta, bool(kept))
+            for names, (without, delta, kept) in rows
+        ]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per edge, one column per span: what cutting the edge there costs, empty where it is cut."""
+        """One row per edge, one column per span: what cutting the edge there costs,
+        empty where it is cut.
+        """
         table = pd.DataFrame(self.log)
         table["effect"] = table["delta"].where(table["kept"])
         edges = pd.MultiIndex.from_frame(table[["parent", "child"]].drop_duplicates())
         wide = table.pivot(index=["parent", "child"], columns="span", values="effect")
-        return wide.reindex(index=edges, columns=pd.Index(self.spans, name="span")).dropna(how="all")
+        return wide.reindex(
+            index=edges, columns=pd.Index(self.spans, name="span")
+        ).dropna(how="all")
 
     def plot(self) -> plt.Axes:
         """The table of `to_pandas` as colours; white where an edge is cut."""
         table = self.to_pandas()
-        _, ax = plt.subplots(figsize=(1.8 + 0.5 * table.shape[1], 0.7 + 0.22 * len(table)), layout="constrained")
+        _, ax = plt.subplots(
+            figsize=(1.8 + 0.5 * table.shape[1], 0.7 + 0.22 * len(table)),
+            layout="constrained",
+        )
         top = float(table.abs().max().max())
         image = ax.imshow(table, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
-        ax.set_yticks(range(len(table)), [f"{a} → {b}" for a, b in table.index], fontsize=8)
-        ax.set_xticks(range(table.shape[1]), table.columns, rotation=60, ha="right", fontsize=8)
+        ax.set_yticks(
+            range(len(table)), [f"{a} → {b}" for a, b in table.index], fontsize=8
+        )
+        ax.set_xticks(
+            range(table.shape[1]), table.columns, rotation=60, ha="right", fontsize=8
+        )
         ax.figure.colorbar(image, ax=ax, label="rise of the metric without it")
         return ax
 
 # %% ../../nbs/library/circuits/refining.ipynb #c011
-def _spans(contrast: Contrast, spans: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
-    """The window's positions in each span; each alone if none are given. Raises `ValueError` for a position given twice."""
+def _spans(
+    contrast: Contrast, spans: Mapping[str, Sequence[int]] | None
+) -> dict[str, list[int]]:
+    """The window's positions in each span; each alone if none are given.
+
+    Raises `ValueError` for a position given twice.
+    """
     window = contrast.window.rows.tolist()
     if spans is None:
         return {str(p): [p] for p in window}
     given = [p for span in spans.values() for p in span]
-    if wrong := sorted({p for p in given if given.count(p) > 1 or not 0 <= p < contrast.tokens[0].shape[1]}):
+    if wrong := sorted(
+        {
+            p
+            for p in given
+            if given.count(p) > 1 or not 0 <= p < contrast.tokens[0].shape[1]
+        }
+    ):
         length = contrast.tokens[0].shape[1]
-        raise ValueError(f"positions {wrong} are in two spans or outside the prompts of {length} tokens")
-    found = {name: [p for p in window if p in set(span)] for name, span in spans.items()}
+        raise ValueError(
+            f"positions {wrong} are in two spans or outside the prompts of"
+            f" {length} tokens"
+        )
+    found = {
+        name: [p for p in window if p in set(span)] for name, span in spans.items()
+    }
     found["other"] = [p for p in window if p not in given]
     return {name: places for name, places in found.items() if places}
 
-# %% ../../nbs/library/circuits/refining.ipynb #c012
-def refine(
-    contrast: Contrast, edges: Iterable[Sequence[Any]], threshold: float, spans: Mapping[str, Sequence[int]] | None = None,
-    progress: bool | None = None,
-) -> RefinedCircuit:  # fmt: skip
-    """Cut the edges (parent, child, ...) of a circuit at every span where that raises the metric by less than `threshold`.
 
-    `spans` names groups of positions; by default each position that can differ is one. The prompts must be aligned: a
-    position has to mean the same in all of them. One forward pass per edge and span. Raises `ValueError` for a negative
-    threshold, an edge that the graph does not have, or spans that overlap.
+def refine(
+    contrast: Contrast,
+    edges: Iterable[Sequence[Any]],
+    threshold: float,
+    spans: Mapping[str, Sequence[int]] | None = None,
+    progress: bool | None = None,
+) -> RefinedCircuit:
+    """Cut the edges (parent, child, ...) of a circuit at every span where that raises
+    the metric by less than `threshold`.
+
+    `spans` names groups of positions; by default each position that can differ is one.
+    The prompts must be aligned: a position has to mean the same in all of them. One
+    forward pass per edge and span. Raises `ValueError` for a negative threshold, an
+    edge that the graph does not have, or spans that overlap.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be a number of at least 0, not {threshold}")
@@ -126,17 +170,34 @@ def refine(
     before = circuit_metric(contrast, cuts)
     tests = list(product(sums, reversed(places)))
     rows = _decide(contrast, cuts, tests, places, before, threshold, quiet(progress))
-    made = provenance(contrast.model, threshold=threshold, metric=contrast.metric.name, ablation=contrast.ablation)
+    made = provenance(
+        contrast.model,
+        threshold=threshold,
+        metric=contrast.metric.name,
+        ablation=contrast.ablation,
+    )
     return RefinedCircuit(
-        tested=tuple((*edge, span) for edge, span in tests), decisions=torch.tensor(rows, dtype=torch.float64).view(-1, 3),
-        direct=tuple((e.parent, e.child) for e in found if e not in sums), spans=places,
-        metric_full=contrast.metric_full, metric_before=before, metric_final=circuit_metric(contrast, cuts),
-        threshold=threshold, provenance=made,
-    )  # fmt: skip
+        tested=tuple((*edge, span) for edge, span in tests),
+        decisions=torch.tensor(rows, dtype=torch.float64).view(-1, 3),
+        direct=tuple((e.parent, e.child) for e in found if e not in sums),
+        spans=places,
+        metric_full=contrast.metric_full,
+        metric_before=before,
+        metric_final=circuit_metric(contrast, cuts),
+        threshold=threshold,
+        provenance=made,
+    )
 
-# %% ../../nbs/library/circuits/refining.ipynb #c013
-def _decide(contrast: Contrast, cuts: PlacedCuts, tests: list[tuple[Edge, str]], places: dict[str, list[int]],
-            current: float, threshold: float, silent: bool) -> list[tuple[float, float, float]]:  # fmt: skip
+
+def _decide(
+    contrast: Contrast,
+    cuts: PlacedCuts,
+    tests: list[tuple[Edge, str]],
+    places: dict[str, list[int]],
+    current: float,
+    threshold: float,
+    silent: bool,
+) -> list[tuple[float, float, float]]:
     """The rule, test by test; `cuts` is what is left in the end."""
     start, rows = contrast.window.start, []
     for edge, span in tqdm(tests, desc="refine", delay=1, disable=silent):

@@ -20,16 +20,33 @@ from ..patching.partial import record_blocks
 from .graph import Edge, Graph, check_edges
 from .metrics import BoundMetric, Metric, Positions
 from ..models.loading import Model
-from ._wiring import Run, Wiring, attention_bias, attend, mlp_out, projector, run
+from mechtut.circuits._wiring import (
+    Run,
+    Wiring,
+    attention_bias,
+    attend,
+    mlp_out,
+    projector,
+    run,
+)
 
 # %% ../../nbs/library/circuits/runs.ipynb #c004
 Ablation = Literal["resample", "zero"]
 
-# %% ../../nbs/library/circuits/runs.ipynb #c005
-def check_prompts(model: Model, clean: Tensor, corrupted: Tensor, ablation: str) -> tuple[Tensor, Tensor]:
-    """Clean and corrupted token ids, checked; raises `ValueError` if they cannot be compared."""
+
+def check_prompts(
+    model: Model, clean: Tensor, corrupted: Tensor, ablation: str
+) -> tuple[Tensor, Tensor]:
+    """Clean and corrupted token ids, checked; raises `ValueError` if they cannot be
+    compared.
+    """
     for name, ids in (("clean", clean), ("corrupted", corrupted)):
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+        if (
+            not isinstance(ids, Tensor)
+            or ids.ndim != 2
+            or ids.numel() == 0
+            or ids.is_floating_point()
+        ):
             shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"{name} must be token ids [batch, pos], not {shape}")
         model.to_tokens(ids[0])  # length
@@ -38,25 +55,38 @@ def check_prompts(model: Model, clean: Tensor, corrupted: Tensor, ablation: str)
             wrong, last = low if low < 0 else high, model.embed.weight.shape[0] - 1
             raise ValueError(f"{name} has token id {wrong}, outside 0..{last}")
     if clean.shape != corrupted.shape:
-        raise ValueError(f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}: prompts are compared token "
-                         "by token, so make them pairs of equal length")  # fmt: skip
+        raise ValueError(
+            f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}:"
+            " prompts are compared token by token, so make them pairs of equal length"
+        )
     if ablation not in ("resample", "zero"):
         raise ValueError(f"ablation must be 'resample' or 'zero', not {ablation!r}")
     return clean.to(model.device), corrupted.to(model.device)
 
-# %% ../../nbs/library/circuits/runs.ipynb #c006
+
 def _check_differ(changed: Bool[Tensor, "pos"]) -> None:
     if not changed.any():
-        raise ValueError("clean and corrupted prompts are the same: there is nothing to contrast (use ablation='zero'?)")
+        raise ValueError(
+            "clean and corrupted prompts are the same: there is nothing to contrast"
+            " (use ablation='zero'?)"
+        )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c007
-def embeddings(wiring: Wiring, tokens: Int[Tensor, "batch pos"], order: Tensor | None = None) -> dict[str, Tensor]:
-    """What the embedding nodes write: `embed` and, where positions are learned, `tok` and `pos` (permuted by `order`)."""
+
+def embeddings(
+    wiring: Wiring, tokens: Int[Tensor, "batch pos"], order: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the embedding nodes write: `embed` and, where positions are learned, `tok`
+    and `pos` (permuted by `order`).
+    """
     model, wires = wiring.model, wiring.wires
     if wires.positions is None:
         return {"embed": record_blocks(model, tokens).resid[0]}
     table: Any = model.hf.get_submodule(wires.positions)
-    rows = torch.arange(tokens.shape[1], device=tokens.device) if order is None else order[: tokens.shape[1]]
+    rows = (
+        torch.arange(tokens.shape[1], device=tokens.device)
+        if order is None
+        else order[: tokens.shape[1]]
+    )
     pos = table.weight[rows + wires.first_position].expand(len(tokens), -1, -1)
     tok = model.embed(tokens)
     return {"tok": tok, "pos": pos, "embed": tok + pos}
@@ -64,7 +94,9 @@ def embeddings(wiring: Wiring, tokens: Int[Tensor, "batch pos"], order: Tensor |
 # %% ../../nbs/library/circuits/runs.ipynb #c009
 @dataclass(frozen=True)
 class Window:
-    """Which positions can matter: `rows` are computed, `reads` (places in `rows`) are seen by the metric."""
+    """Which positions can matter: `rows` are computed, `reads` (places in `rows`) are
+    seen by the metric.
+    """
 
     rows: Int[Tensor, "row"]
     reads: Int[Tensor, "read"]
@@ -83,37 +115,68 @@ class Window:
 
     @cached_property
     def seen(self) -> slice | Tensor:
-        """`reads` for indexing: a slice where they are neighbours, since that gives a view instead of a copy."""
+        """`reads` for indexing: a slice where they are neighbours, since that gives a
+        view instead of a copy.
+        """
         first, last = int(self.reads[0]), int(self.reads[-1]) + 1
         return slice(first, last) if last - first == len(self.reads) else self.reads
 
-# %% ../../nbs/library/circuits/runs.ipynb #c010
-def find_window(wiring: Wiring, changed: Bool[Tensor, "pos"], columns: Sequence[int], trim: bool = True) -> Window:
-    """The window for a metric that reads `columns`, where `changed` says which positions differ; all if not `trim`."""
+
+def find_window(
+    wiring: Wiring,
+    changed: Bool[Tensor, "pos"],
+    columns: Sequence[int],
+    trim: bool = True,
+) -> Window:
+    """The window for a metric that reads `columns`, where `changed` says which
+    positions differ; all if not `trim`.
+    """
     n_full, device = wiring.n_pos, changed.device
-    causal = all(int(mask.triu(1).isinf().sum()) == n_full * (n_full - 1) // 2 for mask in wiring.masks)
+    causal = all(
+        int(mask.triu(1).isinf().sum()) == n_full * (n_full - 1) // 2
+        for mask in wiring.masks
+    )
     stop = max(columns) + 1 if trim and causal else n_full
     start = int(changed.nonzero()[0]) if trim and causal and changed.any() else 0
     start = min(start, max(columns))
     reads = [c - start for c in columns if c >= start]
     rows = torch.arange(start, stop, device=device)
-    return Window(rows, torch.tensor(reads, device=device), len(columns) - len(reads), stop)
+    return Window(
+        rows, torch.tensor(reads, device=device), len(columns) - len(reads), stop
+    )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c011
+
 class Contrast:
-    """A clean and a corrupted run of a model on pairs of prompts, with a metric: everything that running circuits needs.
+    """A clean and a corrupted run of a model on pairs of prompts, with a metric:
+    everything that running circuits needs.
 
-    `clean` and `corrupted` are token ids `[batch, pos]`. `differences[s]` is what sender `s` writes in the clean run minus
-    what it writes in the corrupted one. Raises `ValueError` for prompts that cannot be compared or do not differ.
+    `clean` and `corrupted` are token ids `[batch, pos]`. `differences[s]` is what
+    sender `s` writes in the clean run minus what it writes in the corrupted one. Raises
+    `ValueError` for prompts that cannot be compared or do not differ.
     """
 
     def __init__(
-        self, model: Model, clean: Int[Tensor, "batch pos"], corrupted: Int[Tensor, "batch pos"],
-        metric: str | Metric | Callable = "kl", positions: Positions | None = None, *, labels: Any = None,
-        ablation: Ablation = "resample", split_qkv: bool = True, split_positions: bool = False, trim: bool = True,
-    ):  # fmt: skip
-        clean, corrupted = self.tokens = check_prompts(model, clean, corrupted, ablation)
-        self.model, self.metric, self.ablation = model, BoundMetric(metric, positions, clean, labels), ablation
+        self,
+        model: Model,
+        clean: Int[Tensor, "batch pos"],
+        corrupted: Int[Tensor, "batch pos"],
+        metric: str | Metric | Callable = "kl",
+        positions: Positions | None = None,
+        *,
+        labels: Any = None,
+        ablation: Ablation = "resample",
+        split_qkv: bool = True,
+        split_positions: bool = False,
+        trim: bool = True,
+    ):
+        clean, corrupted = self.tokens = check_prompts(
+            model, clean, corrupted, ablation
+        )
+        self.model, self.metric, self.ablation = (
+            model,
+            BoundMetric(metric, positions, clean, labels),
+            ablation,
+        )
         changed = (clean != corrupted).any(0) | (ablation == "zero") | split_positions
         _check_differ(changed)
         wiring = Wiring(model, clean)
@@ -121,36 +184,71 @@ class Contrast:
         stop = self.window.n_pos
         self.wiring = wiring if stop == wiring.n_pos else Wiring(model, clean[:, :stop])
         self.graph = wiring.graph(split_qkv, split_positions)
-        order = torch.randperm(clean.shape[1], generator=torch.Generator().manual_seed(49)).to(clean.device)
+        order = torch.randperm(
+            clean.shape[1], generator=torch.Generator().manual_seed(49)
+        ).to(clean.device)
         with torch.no_grad():
             ours = embeddings(self.wiring, clean[:, :stop])
-            theirs = embeddings(self.wiring, corrupted[:, :stop], order if split_positions else None)
-            self.inputs = ours, {k: torch.zeros_like(v) for k, v in theirs.items()} if ablation == "zero" else theirs
+            theirs = embeddings(
+                self.wiring, corrupted[:, :stop], order if split_positions else None
+            )
+            self.inputs = (
+                ours,
+                (
+                    {k: torch.zeros_like(v) for k, v in theirs.items()}
+                    if ablation == "zero"
+                    else theirs
+                ),
+            )
             ran, other = _both_runs(self)
             logits = model.unembed(ran.out[:, self.metric.columns])
             self.differences = torch.stack(list(_written_differences(self, ran, other)))
         _check_against_model(model, self.tokens[0], logits, self.metric.columns)
         self.metric.bind(logits)
-        self.constant_logits, self.metric_full = logits[:, : self.window.constant], self.metric.value(logits)
-        self.clean, self.corrupted_qkv = _cut_run(ran, self.window.rows), _cut_run(other, self.window.rows).qkv
+        self.constant_logits, self.metric_full = (
+            logits[:, : self.window.constant],
+            self.metric.value(logits),
+        )
+        self.clean, self.corrupted_qkv = (
+            _cut_run(ran, self.window.rows),
+            _cut_run(other, self.window.rows).qkv,
+        )
 
-    def read(self, x: Float[Tensor, "batch read d"]) -> Float[Tensor, "batch column d_vocab"]:
+    def read(
+        self, x: Float[Tensor, "batch read d"]
+    ) -> Float[Tensor, "batch column d_vocab"]:
         """Logits at the metric's columns, given the last stream at `window.reads`."""
-        logits, copies = self.model.unembed(x), len(x) // len(self.constant_logits)  # of the prompts
-        return torch.cat([self.constant_logits.repeat(copies, 1, 1), logits], dim=1) if self.window.constant else logits
+        logits, copies = (
+            self.model.unembed(x),
+            len(x) // len(self.constant_logits),
+        )  # of the prompts
+        return (
+            torch.cat([self.constant_logits.repeat(copies, 1, 1), logits], dim=1)
+            if self.window.constant
+            else logits
+        )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c012
-def _check_against_model(model: Model, tokens: Tensor, logits: Tensor, columns: list[int]) -> None:
-    """The wiring must be the model's own: a difference beyond rounding means that this model does something else."""
+
+def _check_against_model(
+    model: Model, tokens: Tensor, logits: Tensor, columns: list[int]
+) -> None:
+    """The wiring must be the model's own: a difference beyond rounding means that this
+    model does something else.
+    """
     own = model.logits(tokens[:1])[:, columns]
     worst, scale = float((logits[:1] - own).abs().max()), float(own.abs().max())
     if not worst <= 2e-3 * max(1.0, scale):
-        raise NotImplementedError(f"the graph's logits differ from {model.name}'s by {worst:.2g}: it has parts that the "
-                                  "wiring table does not describe (mechtut.circuits._wiring.WIRES)")  # fmt: skip
+        raise NotImplementedError(
+            f"the graph's logits differ from {model.name}'s by {worst:.2g}: it has"
+            " parts that the wiring table does not describe"
+            " (mechtut.circuits._wiring.WIRES)"
+        )
 
 # %% ../../nbs/library/circuits/runs.ipynb #c013
 def _only_biases(wiring: Wiring, like: Tensor) -> Run:
-    """The run in which no node writes anything: what is left of the stream are the output biases of attention."""
+    """The run in which no node writes anything: what is left of the stream are the
+    output biases of attention.
+    """
     found, x = Run([], [], like, [], [], [], []), torch.zeros_like(like)
     rows = torch.arange(like.shape[1], device=like.device)
     for layer in range(wiring.model.n_layers):
@@ -162,7 +260,7 @@ def _only_biases(wiring: Wiring, like: Tensor) -> Run:
         x = x + attention_bias(wiring.model, layer)
     return found
 
-# %% ../../nbs/library/circuits/runs.ipynb #c014
+
 def _both_runs(contrast: Contrast) -> tuple[Run, Run]:
     ours, theirs = (given["embed"] for given in contrast.inputs)
     if contrast.ablation == "zero":
@@ -174,51 +272,94 @@ def _both_runs(contrast: Contrast) -> tuple[Run, Run]:
 def _some_prompts(run: Run, some: slice) -> Run:
     """A run of fewer prompts."""
     qkv = [{part: x[:, some] for part, x in values.items()} for values in run.qkv]
-    attn_in, mlp_in, mlps = ([x[some] for x in xs] for xs in (run.attn_in, run.mlp_in, run.mlps))
+    attn_in, mlp_in, mlps = (
+        [x[some] for x in xs] for xs in (run.attn_in, run.mlp_in, run.mlps)
+    )
     gains = [None if gain is None else gain[some] for gain in run.gains]
-    return Run(attn_in, mlp_in, run.out[some], qkv, [z[:, some] for z in run.z], gains, mlps)
+    return Run(
+        attn_in, mlp_in, run.out[some], qkv, [z[:, some] for z in run.z], gains, mlps
+    )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c015
-def _written_differences(contrast: Contrast, clean: Run, other: Run) -> Iterable[Float[Tensor, "batch row d"]]:
+
+def _written_differences(
+    contrast: Contrast, clean: Run, other: Run
+) -> Iterable[Float[Tensor, "batch row d"]]:
     """Clean minus corrupted, for every sender in order."""
     zero, rows = contrast.ablation == "zero", contrast.window.rows
     ours, theirs = contrast.inputs
-    yield from (ours[e][:, rows] - theirs[e][:, rows] for e in contrast.graph.embeddings)
+    yield from (
+        ours[e][:, rows] - theirs[e][:, rows] for e in contrast.graph.embeddings
+    )
     for layer in range(contrast.model.n_layers):
         z, gain = clean.z[layer][:, :, rows], clean.gains[layer]
         if zero:
             yield from heads_write(contrast.wiring, layer, z, gain, rows)
         elif gain is None:  # what a head writes is linear in z
-            yield from heads_write(contrast.wiring, layer, z - other.z[layer][:, :, rows], None, rows)
+            yield from heads_write(
+                contrast.wiring, layer, z - other.z[layer][:, :, rows], None, rows
+            )
         else:
-            theirs_write = heads_write(contrast.wiring, layer, other.z[layer][:, :, rows], other.gains[layer], rows)
+            theirs_write = heads_write(
+                contrast.wiring,
+                layer,
+                other.z[layer][:, :, rows],
+                other.gains[layer],
+                rows,
+            )
             yield from heads_write(contrast.wiring, layer, z, gain, rows) - theirs_write
         if contrast.wiring.has_mlp:
-            yield clean.mlps[layer][:, rows] - (0 if zero else other.mlps[layer][:, rows])
+            yield clean.mlps[layer][:, rows] - (
+                0 if zero else other.mlps[layer][:, rows]
+            )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c016
-def heads_write(wiring: Wiring, layer: int, z: Tensor, gain: Tensor | None, rows: Tensor,
-                heads: Tensor | None = None) -> Float[Tensor, "head batch row d"]:  # fmt: skip
-    """What heads add to the stream, given their z at `rows`; `gain` is that of all positions."""
+
+def heads_write(
+    wiring: Wiring,
+    layer: int,
+    z: Tensor,
+    gain: Tensor | None,
+    rows: Tensor,
+    heads: Tensor | None = None,
+) -> Float[Tensor, "head batch row d"]:
+    """What heads add to the stream, given their z at `rows`; `gain` is that of all
+    positions.
+    """
     weight = wiring.outputs[layer] if heads is None else wiring.outputs[layer][heads]
     out = torch.bmm(z.flatten(1, 2), weight).unflatten(1, z.shape[1:3])
     return out if gain is None else out * gain[:, rows]
 
-# %% ../../nbs/library/circuits/runs.ipynb #c017
+
 def _cut_run(run: Run, rows: Tensor) -> Run:
-    """The run at the rows of the window; keys and values keep all positions, to be looked at."""
-    qkv = [{part: x[:, :, rows] if part == "q" else x for part, x in values.items()} for values in run.qkv]
+    """The run at the rows of the window; keys and values keep all positions, to be
+    looked at.
+    """
+    qkv = [
+        {part: x[:, :, rows] if part == "q" else x for part, x in values.items()}
+        for values in run.qkv
+    ]
     cut = [[x[:, rows] for x in xs] for xs in (run.attn_in, run.mlp_in)]
     mlps = [x[:, rows] if len(x) else x for x in run.mlps]
-    return Run(cut[0], cut[1], run.out[:, rows], qkv, [z[:, :, rows] for z in run.z], run.gains, mlps)
+    return Run(
+        cut[0],
+        cut[1],
+        run.out[:, rows],
+        qkv,
+        [z[:, :, rows] for z in run.z],
+        run.gains,
+        mlps,
+    )
 
 # %% ../../nbs/library/circuits/runs.ipynb #c019
 class _Tables:
-    """Which edges of a graph are present: `sums[receiver, sender]` and `direct[i]`, in the graph's own order."""
+    """Which edges of a graph are present: `sums[receiver, sender]` and `direct[i]`, in
+    the graph's own order.
+    """
 
     def __init__(self, graph: Graph):
         self.graph = graph
-        self.sums = torch.zeros(len(graph.receivers), len(graph.senders), dtype=torch.bool)
+        self.sums = torch.zeros(
+            len(graph.receivers), len(graph.senders), dtype=torch.bool
+        )
         for receiver, i in graph.receiver_index.items():
             self.sums[i, : graph.n_parents(receiver)] = True
         self.direct = torch.ones(len(graph.direct), dtype=torch.bool)
@@ -247,15 +388,20 @@ class _Tables:
     def _at(self, edge: Edge) -> tuple[Tensor, Any]:
         if edge.child in self._direct_index:
             return self.direct, self._direct_index[edge.child]
-        return self.sums, (self.graph.receiver_index[edge.child], self.graph.sender_index[edge.parent])
+        return self.sums, (
+            self.graph.receiver_index[edge.child],
+            self.graph.sender_index[edge.parent],
+        )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c020
+
 class Cuts(_Tables):
     """Which edges of a graph are present; at first all of them are."""
 
     @classmethod
     def only(cls, graph: Graph, edges: Iterable[Sequence[Any]]) -> Self:
-        """Everything cut but `edges`; raises `ValueError` for an edge that the graph does not have."""
+        """Everything cut but `edges`; raises `ValueError` for an edge that the graph
+        does not have.
+        """
         cuts = cls(graph)
         cuts.sums[:], cuts.direct[:] = False, False
         for edge in check_edges(graph, edges):
@@ -268,25 +414,39 @@ class Cuts(_Tables):
 
     def rows(self, layer: int, kind: str) -> slice:
         """The rows of `sums` that are the readers of one kind in a layer."""
-        first = self.graph.receiver_index[f"m{layer}.in" if kind == "mlp" else f"a{layer}.0.{kind}"]
+        first = self.graph.receiver_index[
+            f"m{layer}.in" if kind == "mlp" else f"a{layer}.0.{kind}"
+        ]
         return slice(first, first + (1 if kind == "mlp" else self.graph.count(kind)))
 
     def direct_of(self, layer: int, part: str) -> Bool[Tensor, "n"] | None:
-        """Which direct edges of a layer's q, k or v are present; `None` if the graph has none."""
+        """Which direct edges of a layer's q, k or v are present; `None` if the graph
+        has none.
+        """
         first = self._direct_index.get(f"a{layer}.0.{part}")
-        return None if first is None else self.direct[first : first + self.graph.count(part)]
+        return (
+            None
+            if first is None
+            else self.direct[first : first + self.graph.count(part)]
+        )
 
 # %% ../../nbs/library/circuits/runs.ipynb #c022
 class _State:
-    """Where a run of a circuit stands: what each sender writes by now, minus what it writes in the clean run."""
+    """Where a run of a circuit stands: what each sender writes by now, minus what it
+    writes in the clean run.
+    """
 
     def __init__(self, contrast: Contrast, cuts: Cuts, everything: bool):
         self.contrast, self.cuts, self.everything = contrast, cuts, everything
         self.change = torch.zeros_like(contrast.differences)
         self.changed = torch.zeros(len(contrast.differences), dtype=torch.bool)
 
-    def reads(self, rows: slice | list[int], clean: Float[Tensor, "batch row d"]) -> tuple[Tensor, Bool[Tensor, "n"]]:
-        """What these readers (rows of `Cuts.sums`) get, and which of them get something else than in the clean run."""
+    def reads(
+        self, rows: slice | list[int], clean: Float[Tensor, "batch row d"]
+    ) -> tuple[Tensor, Bool[Tensor, "n"]]:
+        """What these readers (rows of `Cuts.sums`) get, and which of them get something
+        else than in the clean run.
+        """
         first = rows.start if isinstance(rows, slice) else rows[0]
         n = self.contrast.graph.n_parents(self.contrast.graph.receivers[first])
         present = self.cuts.sums[rows, :n]
@@ -296,7 +456,9 @@ class _State:
         if not touched.any() and not self.everything:
             return clean.expand(len(present), *clean.shape), touched
         x = clean.flatten().expand(len(present), -1)
-        x = x.addmm((~present).to(clean), self.contrast.differences[:n].flatten(1), alpha=-1)
+        x = x.addmm(
+            (~present).to(clean), self.contrast.differences[:n].flatten(1), alpha=-1
+        )
         moved = (present.any(0) & self.changed[:n]).nonzero().flatten()
         if len(moved):
             x = x.addmm(present[:, moved].to(clean), self.change[moved].flatten(1))
@@ -308,24 +470,48 @@ class _State:
         heard = (heard.any(-1) if heard.ndim == 2 else heard) | self.everything
         return heard.nonzero().flatten().tolist()
 
-    def write(self, senders: slice | list[int], change: Tensor, touched: Tensor) -> None:
+    def write(
+        self, senders: slice | list[int], change: Tensor, touched: Tensor
+    ) -> None:
         """Note what some senders write differently now."""
         self.change[senders], self.changed[senders] = change, touched
 
-# %% ../../nbs/library/circuits/runs.ipynb #c022a
-def _by_position(state: _State, present: Bool[Tensor, "n sender row"], clean: Tensor) -> tuple[Tensor, Bool[Tensor, "n"]]:
-    """What readers get where an edge can be present at some positions only, and which get something else."""
-    n = present.shape[1]
-    touched = (~present).flatten(1).any(1) | (present & state.changed[:n, None]).flatten(1).any(1)
-    x = clean - torch.einsum("nsr,sbrd->nbrd", (~present).to(clean), state.contrast.differences[:n])
-    moved = state.changed[:n].nonzero().flatten()
-    return x + torch.einsum("nsr,sbrd->nbrd", present[:, moved].to(clean), state.change[moved]), touched
 
-# %% ../../nbs/library/circuits/runs.ipynb #c023
+def _by_position(
+    state: _State, present: Bool[Tensor, "n sender row"], clean: Tensor
+) -> tuple[Tensor, Bool[Tensor, "n"]]:
+    """What readers get where an edge can be present at some positions only, and which
+    get something else.
+    """
+    n = present.shape[1]
+    touched = (~present).flatten(1).any(1) | (
+        present & state.changed[:n, None]
+    ).flatten(1).any(1)
+    x = clean - torch.einsum(
+        "nsr,sbrd->nbrd", (~present).to(clean), state.contrast.differences[:n]
+    )
+    moved = state.changed[:n].nonzero().flatten()
+    return (
+        x
+        + torch.einsum(
+            "nsr,sbrd->nbrd", present[:, moved].to(clean), state.change[moved]
+        ),
+        touched,
+    )
+
+
 @torch.no_grad()
-def last_stream(contrast: Contrast, cuts: Cuts, everything: bool = False) -> Float[Tensor, "batch row d"]:
-    """The last residual stream of the circuit; `everything` recomputes even what no cut can reach."""
-    state, graph, clean = _State(contrast, cuts, everything), contrast.graph, contrast.clean
+def last_stream(
+    contrast: Contrast, cuts: Cuts, everything: bool = False
+) -> Float[Tensor, "batch row d"]:
+    """The last residual stream of the circuit; `everything` recomputes even what no cut
+    can reach.
+    """
+    state, graph, clean = (
+        _State(contrast, cuts, everything),
+        contrast.graph,
+        contrast.clean,
+    )
     for layer in range(graph.n_layers):
         if graph.parallel and graph.has_mlp:
             _run_mlp(state, layer)
@@ -335,18 +521,28 @@ def last_stream(contrast: Contrast, cuts: Cuts, everything: bool = False) -> Flo
     last = len(graph.receivers) - 1
     return state.reads(slice(last, last + 1), clean.out)[0][0]
 
-# %% ../../nbs/library/circuits/runs.ipynb #c024
+
 def _run_mlp(state: _State, layer: int) -> None:
     contrast, i = state.contrast, state.contrast.graph.sender_index[f"m{layer}"]
     if not state.needs(slice(i, i + 1)):
         return
-    x, touched = state.reads(state.cuts.rows(layer, "mlp"), contrast.clean.mlp_in[layer])
+    x, touched = state.reads(
+        state.cuts.rows(layer, "mlp"), contrast.clean.mlp_in[layer]
+    )
     if touched.any() or state.everything:
-        state.write(slice(i, i + 1), mlp_out(contrast.wiring, layer, x[0]) - contrast.clean.mlps[layer], touched)
+        state.write(
+            slice(i, i + 1),
+            mlp_out(contrast.wiring, layer, x[0]) - contrast.clean.mlps[layer],
+            touched,
+        )
 
-# %% ../../nbs/library/circuits/runs.ipynb #c025
+
 def _run_heads(state: _State, layer: int) -> None:
-    contrast, wiring, window = state.contrast, state.contrast.wiring, state.contrast.window
+    contrast, wiring, window = (
+        state.contrast,
+        state.contrast.wiring,
+        state.contrast.window,
+    )
     first = contrast.graph.sender_index[f"a{layer}.0"]
     heads = state.needs(slice(first, first + contrast.graph.n_heads))
     if not heads:
@@ -354,7 +550,9 @@ def _run_heads(state: _State, layer: int) -> None:
     groups = [int(wiring.kv_of_head[h]) for h in heads]
     kv = sorted(set(groups))
     back = [kv.index(g) for g in groups]
-    found = {part: _part(state, layer, part, heads if part == "q" else kv) for part in "qkv"}
+    found = {
+        part: _part(state, layer, part, heads if part == "q" else kv) for part in "qkv"
+    }
     moved = found["q"][1] | found["k"][1][back] | found["v"][1][back]
     if not moved.any() and not state.everything:
         return
@@ -362,46 +560,82 @@ def _run_heads(state: _State, layer: int) -> None:
     k, v = (k, v) if back == list(range(len(k))) else (k[back], v[back])
     z = attend(wiring, layer, q, k, v, wiring.masks[layer][window.rows])
     clean = _pick(contrast.clean.z[layer], heads)
-    change = torch.where(moved.to(z.device)[:, None, None, None] | state.everything, z - clean, torch.zeros_like(z))
-    index = None if len(heads) == contrast.graph.n_heads else torch.tensor(heads, device=z.device)
-    wrote = heads_write(wiring, layer, change, contrast.clean.gains[layer], window.rows, index)
+    change = torch.where(
+        moved.to(z.device)[:, None, None, None] | state.everything,
+        z - clean,
+        torch.zeros_like(z),
+    )
+    index = (
+        None
+        if len(heads) == contrast.graph.n_heads
+        else torch.tensor(heads, device=z.device)
+    )
+    wrote = heads_write(
+        wiring, layer, change, contrast.clean.gains[layer], window.rows, index
+    )
     state.write([first + h for h in heads], wrote, moved)
 
 # %% ../../nbs/library/circuits/runs.ipynb #c026
 def _pick(x: Tensor, index: list[int]) -> Tensor:
     return x if len(index) == len(x) else x[index]
 
-# %% ../../nbs/library/circuits/runs.ipynb #c027
+
 def _part(
     state: _State, layer: int, part: str, heads: list[int]
 ) -> tuple[Float[Tensor, "n batch pos d_head"], Bool[Tensor, "n"]]:
-    """Queries, keys or values of some heads in the circuit, and which of them differ from the clean run's."""
-    contrast, graph, window = state.contrast, state.contrast.graph, state.contrast.window
-    readers, first = heads, state.cuts.rows(layer, f"{part}_in" if graph.split_qkv else "in").start
+    """Queries, keys or values of some heads in the circuit, and which of them differ
+    from the clean run's.
+    """
+    contrast, graph, window = (
+        state.contrast,
+        state.contrast.graph,
+        state.contrast.window,
+    )
+    readers, first = (
+        heads,
+        state.cuts.rows(layer, f"{part}_in" if graph.split_qkv else "in").start,
+    )
     if not graph.split_qkv and part == "q":  # one reader for a whole group of heads
         readers = [int(contrast.wiring.kv_of_head[h]) for h in heads]
-    x, touched = state.reads([first + r for r in readers], contrast.clean.attn_in[layer])
-    value, direct = _pick(contrast.clean.qkv[layer][part], heads), state.cuts.direct_of(layer, part)
+    x, touched = state.reads(
+        [first + r for r in readers], contrast.clean.attn_in[layer]
+    )
+    value, direct = (
+        _pick(contrast.clean.qkv[layer][part], heads),
+        state.cuts.direct_of(layer, part),
+    )
     start = 0 if part == "q" else window.start
     if touched.any() or state.everything:
-        new = projector(contrast.wiring, layer, part, torch.tensor(heads, device=x.device), window.rows)(x)
+        new = projector(
+            contrast.wiring,
+            layer,
+            part,
+            torch.tensor(heads, device=x.device),
+            window.rows,
+        )(x)
         where = (touched | state.everything).to(x.device)[:, None, None, None]
         new = torch.where(where, new, value[:, :, start:])
         value = torch.cat([value[:, :, :start], new], dim=2) if start else new
     if direct is not None and not direct[heads].all():
         cut = ~direct[heads]
         value = value.clone()
-        value[cut, :, start:] = contrast.corrupted_qkv[layer][part][heads][cut, :, start:]
+        value[cut, :, start:] = contrast.corrupted_qkv[layer][part][heads][
+            cut, :, start:
+        ]
         touched = touched | cut
     return value, touched
 
-# %% ../../nbs/library/circuits/runs.ipynb #c028
+
 def circuit_metric(contrast: Contrast, cuts: Cuts, everything: bool = False) -> float:
     """The metric of a circuit, by one forward pass."""
     return contrast.metric.value(circuit_logits(contrast, cuts, everything))
 
-# %% ../../nbs/library/circuits/runs.ipynb #c029
+
 @torch.no_grad()
-def circuit_logits(contrast: Contrast, cuts: Cuts, everything: bool = False) -> Float[Tensor, "batch column d_vocab"]:
+def circuit_logits(
+    contrast: Contrast, cuts: Cuts, everything: bool = False
+) -> Float[Tensor, "batch column d_vocab"]:
     """A circuit's logits at the metric's columns."""
-    return contrast.read(last_stream(contrast, cuts, everything)[:, contrast.window.reads])
+    return contrast.read(
+        last_stream(contrast, cuts, everything)[:, contrast.window.reads]
+    )

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .runs import Contrast, Cuts
 from .graph import Edge, feeds, layer_of
-from ._steps import AttentionStep, Changes, MLPStep, Plan, State, attention_step, mlp_now
+from mechtut.circuits._steps import (
+    AttentionStep,
+    Changes,
+    MLPStep,
+    Plan,
+    State,
+    attention_step,
+    mlp_now,
+)
 from ._wiring import projector
 
 # %% ../../nbs/library/circuits/search.ipynb #c004
@@ -29,9 +37,18 @@ class _Pruned:
         self.stage: _StageCuts | None = None
 
     def room(self, wide: bool) -> int:
-        """For how many circuits at once there is room: products of a few hundred rows are the fastest."""
+        """For how many circuits at once there is room: products of a few hundred rows
+        are the fastest.
+        """
         window = self.contrast.window
-        return max(1, ROWS // (len(self.contrast.tokens[0]) * len(window.rows if wide else window.reads)))
+        return max(
+            1,
+            ROWS
+            // (
+                len(self.contrast.tokens[0])
+                * len(window.rows if wide else window.reads)
+            ),
+        )
 
     @torch.no_grad()
     def rebuild(self) -> None:
@@ -39,7 +56,7 @@ class _Pruned:
         self.n_finished, self.stale = 0, False
         _rebuild(self.state)
 
-# %% ../../nbs/library/circuits/search.ipynb #c005
+
 ROWS = 384  # of prompts and positions that one pass computes at most, unless a single circuit has more
 FRESH = 100  # nodes after which the state is computed anew, so that rounding does not pile up
 
@@ -53,9 +70,11 @@ class _Staged(_Pruned):
 
     @torch.no_grad()
     def begin(self, node: str, others: Iterable[str] = ()) -> bool:
-        """Prepare for the tests of a node's incoming edges; `False` if that was done already.
+        """Prepare for the tests of a node's incoming edges; `False` if that was done
+        already.
 
-        `others` come next, are of the same kind and have one edge each; those that can share a pass are prepared as well.
+        `others` come next, are of the same kind and have one edge each; those that can
+        share a pass are prepared as well.
         """
         if self.has(node):
             return False
@@ -64,28 +83,46 @@ class _Staged(_Pruned):
         others = list(others)
         if others:
             wide = _matters_widely(self.state, node)
-            others = list(takewhile(lambda o: self.room(wide) > 1 and _matters_widely(self.state, o) == wide, others))
+            others = list(
+                takewhile(
+                    lambda o: (
+                        self.room(wide) > 1 and _matters_widely(self.state, o) == wide
+                    ),
+                    others,
+                )
+            )
         many = others or node not in self.cuts.graph.receiver_index
-        self.stage = _Inputs(self.state, [node, *others]) if many else _Reader(self.state, node)
+        self.stage = (
+            _Inputs(self.state, [node, *others]) if many else _Reader(self.state, node)
+        )
         return True
 
     def width(self, edges: int) -> int:
         """How many circuits of those with `edges` more cuts can be computed at once."""
         later = self.stage.plan.steps[1:] if self.stage and self.stage.plan else []
-        return min(edges, self.room(any(wide for step in later for _, wide in step.writes())))
+        return min(
+            edges, self.room(any(wide for step in later for _, wide in step.writes()))
+        )
 
     def accept(self, edge: Edge) -> None:
-        """Cut this edge for good. If it is not the next of those asked for, the state has to be computed anew."""
+        """Cut this edge for good.
+
+        If it is not the next of those asked for, the state has to be computed anew.
+        """
         if not (self.stage and self.stage.accept(edge)):
             self.stage, self.stale = None, True
 
 # %% ../../nbs/library/circuits/search.ipynb #c005a
 class Pruner(_Staged):
-    """The metric of a circuit without one more edge, or several, for edges tested from the output back."""
+    """The metric of a circuit without one more edge, or several, for edges tested from
+    the output back.
+    """
 
     @torch.no_grad()
     def finish(self, node: str) -> None:
-        """Leave the node: its value, and what follows from it, become part of the state."""
+        """Leave the node: its value, and what follows from it, become part of the
+        state.
+        """
         if node in self.cuts.graph.receiver_index:
             self.state.live.append(node)
         self.n_finished += 1
@@ -98,9 +135,11 @@ class Pruner(_Staged):
 
     @torch.no_grad()
     def without(self, edges: Sequence[Edge], alone: bool = False) -> list[float | None]:
-        """The metric without the first of these edges, without the first two, and so on, in one pass.
+        """The metric without the first of these edges, without the first two, and so
+        on, in one pass.
 
-        `alone`: without the first, without the second, ... `None` for an edge that carries the same in both runs.
+        `alone`: without the first, without the second, ... `None` for an edge that
+        carries the same in both runs.
         """
         stage = self.stage
         if stage is None:
@@ -119,7 +158,7 @@ class Pruner(_Staged):
         self.rebuild()
         return self.contrast.metric.value(self.contrast.read(self.state.x["out"]))
 
-# %% ../../nbs/library/circuits/search.ipynb #c006
+
 def _taken_away(state: State, receiver: str) -> Tensor | float:
     """What the cut edges of a reader take from its clean stream."""
     n = state.graph.n_parents(receiver)
@@ -129,7 +168,7 @@ def _taken_away(state: State, receiver: str) -> Tensor | float:
     written = state.differences[state.reads_wide(receiver)][:n]
     return (cut.to(written) @ written.flatten(1)).view(written.shape[1:])
 
-# %% ../../nbs/library/circuits/search.ipynb #c007
+
 def _rebuild(state: State) -> None:
     state.clear()
     for receiver in state.live:
@@ -140,19 +179,26 @@ def _rebuild(state: State) -> None:
     if "out" in state.x and plan.dirty[False]:
         state.x["out"] = plan.mix(["out"])(changes)[0]
 
-# %% ../../nbs/library/circuits/search.ipynb #c008
+
 def _rebuild_layer(plan: Plan, layer: int, changes: Changes) -> None:
-    """Compute a layer of the state anew, given the changes of the earlier ones against the clean run."""
+    """Compute a layer of the state anew, given the changes of the earlier ones against
+    the clean run.
+    """
     state, graph, start = plan.state, plan.state.graph, plan.state.window.start
     touched = set[int]()
     for part in "qkv":
         direct = state.cuts.direct_of(layer, part)
         for h in [] if direct is None else (~direct).nonzero().flatten().tolist():
             first = 0 if part == "q" else start
-            state.qkv[layer][part][h, :, first:] = state.contrast.corrupted_qkv[layer][part][h, :, first:]
+            state.qkv[layer][part][h, :, first:] = state.contrast.corrupted_qkv[layer][
+                part
+            ][h, :, first:]
             touched |= {h} if part == "q" else set(graph.group(h))
     live = [r for r in graph.readers(layer) if r in state.x]
-    heads, mlp = [r for r in live if r.startswith("a")], [r for r in live if r.startswith("m")]
+    heads, mlp = (
+        [r for r in live if r.startswith("a")],
+        [r for r in live if r.startswith("m")],
+    )
     if heads or touched:
         step = attention_step(plan, layer, heads, sorted(touched))
         if step.groups:
@@ -167,18 +213,26 @@ def _rebuild_layer(plan: Plan, layer: int, changes: Changes) -> None:
 
 # %% ../../nbs/library/circuits/search.ipynb #c010
 class _Stage:
-    """The tests of some nodes: their values without some edges, what follows from these, and which cuts are accepted."""
+    """The tests of some nodes: their values without some edges, what follows from
+    these, and which cuts are accepted.
+    """
 
     behind = False  # whether edges are gone already that the state does not know of
-    n_own = 0  # of the first steps, those that a stage makes part of the state by itself
+    n_own = (
+        0  # of the first steps, those that a stage makes part of the state by itself
+    )
 
     def __init__(self, state: State, nodes: list[str], readers: list[str]):
         self.state, self.nodes = state, nodes
         self.current = self.start(readers)
         self.plan = _plan(state, readers)
         self.out = self.plan.mix(["out"]) if self.plan else None
-        self.asked: list[tuple[Edge, int | None]] = []  # with the number of the copy, if the edge makes a difference
-        self.copies: list[Tensor] = []  # what stands for the nodes' values without some of those edges
+        self.asked: list[
+            tuple[Edge, int | None]
+        ] = []  # with the number of the copy, if the edge makes a difference
+        self.copies: list[
+            Tensor
+        ] = []  # what stands for the nodes' values without some of those edges
         self.alone = False  # whether each of them is without one edge only
         self.accepted: tuple[list, Tensor] | None = None
 
@@ -194,13 +248,15 @@ class _Stage:
         """Run the first step on all copies."""
         raise NotImplementedError
 
-# %% ../../nbs/library/circuits/search.ipynb #c011
+
 def _plan(state: State, readers: list[str]) -> Plan | None:
     """The steps behind some readers of a layer; `None` for the output."""
     layer = layer_of(readers[0])
     if layer is None:
         return None
-    state.x |= {reader: state.clean_stream(reader) for reader in readers}  # nothing listens to these through the plan itself
+    state.x |= {
+        reader: state.clean_stream(reader) for reader in readers
+    }  # nothing listens to these through the plan itself
     plan = Plan(state, layer)
     if readers[0].startswith("m"):
         plan.add(MLPStep(layer, plan.mix(readers), mlp_now(state, layer, readers[0])))
@@ -211,12 +267,14 @@ def _plan(state: State, readers: list[str]) -> Plan | None:
         del state.x[reader]
     return plan
 
-# %% ../../nbs/library/circuits/search.ipynb #c012
+
 class _StageRuns(_Stage):
     """What follows from the nodes' values."""
 
     def propose(self, edges: Sequence[Edge], alone: bool) -> list[int | None]:
-        """Set `copies` to the values without these edges; returns for each edge its copy, if it changes anything."""
+        """Set `copies` to the values without these edges; returns for each edge its
+        copy, if it changes anything.
+        """
         self.asked, self.copies, self.alone, value = [], [], alone, self.current
         for edge in edges:
             without = self.cut(value, edge)
@@ -243,8 +301,12 @@ class _StageCuts(_StageRuns):
     """Which of the cuts that were tested are made."""
 
     def accept(self, edge: Edge) -> bool:
-        """Remember what the last run computed without this edge, if it was asked for and nothing else has gone since."""
-        place = next((i for i, (asked, _) in enumerate(self.asked) if asked == edge), None)
+        """Remember what the last run computed without this edge, if it was asked for
+        and nothing else has gone since.
+        """
+        place = next(
+            (i for i, (asked, _) in enumerate(self.asked) if asked == edge), None
+        )
         if place is None or (place and not self.alone):
             return False
         number, n = self.asked[place][1], len(self.copies)
@@ -253,7 +315,13 @@ class _StageCuts(_StageRuns):
             self.current = self.copies[number]
             if self.plan is not None:
                 out = self.last_out.chunk(n)[number]
-                self.accepted = [(step, step.one(number, n)) for step in self.plan.steps[self.n_own :]], out
+                self.accepted = (
+                    [
+                        (step, step.one(number, n))
+                        for step in self.plan.steps[self.n_own :]
+                    ],
+                    out,
+                )
         return True
 
     def commit(self) -> None:
@@ -264,7 +332,7 @@ class _StageCuts(_StageRuns):
                 step.commit(self.state, last)
             self.state.x["out"] = out
 
-# %% ../../nbs/library/circuits/search.ipynb #c013
+
 class _Reader(_StageCuts):
     """A reader and all its edges."""
 
@@ -279,7 +347,9 @@ class _Reader(_StageCuts):
         return clean - already if self.behind else clean
 
     def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
-        difference = self.state.difference(self.state.graph.sender_index[edge.parent], self.wide)
+        difference = self.state.difference(
+            self.state.graph.sender_index[edge.parent], self.wide
+        )
         return value - difference if difference.any() else None
 
     def give(self, first: Any, changes: Changes) -> None:
@@ -289,40 +359,65 @@ class _Reader(_StageCuts):
         super().commit()
         self.state.x[self.nodes[0]] = self.current
 
-# %% ../../nbs/library/circuits/search.ipynb #c013a
-class _OneEdgeEach(_StageCuts):
-    """Queries, keys or values of some heads of a layer, or the streams that they are made of, with one edge each.
 
-    The heads of a layer do not hear each other, so each is computed once without its edge; a copy says which of them are.
+class _OneEdgeEach(_StageCuts):
+    """Queries, keys or values of some heads of a layer, or the streams that they are
+    made of, with one edge each.
+
+    The heads of a layer do not hear each other, so each is computed once without its
+    edge; a copy says which of them are.
     """
 
     n_own = 1
 
     def __init__(self, state: State, nodes: list[str]):
         self.direct = nodes[0] not in state.graph.receiver_index
-        self.by_head = sorted(nodes, key=lambda node: int(node.split(".")[1]))  # the order in which a step takes them
-        super().__init__(state, nodes, [f"{n}_in" if self.direct else n for n in self.by_head])
-        if self.plan is None or not isinstance(first := self.plan.steps[0], AttentionStep):
+        self.by_head = sorted(
+            nodes, key=lambda node: int(node.split(".")[1])
+        )  # the order in which a step takes them
+        super().__init__(
+            state, nodes, [f"{n}_in" if self.direct else n for n in self.by_head]
+        )
+        if self.plan is None or not isinstance(
+            first := self.plan.steps[0], AttentionStep
+        ):
             raise TypeError(f"{nodes[0]} is not read by attention")
         self.first = first
-        self.moved = [group.run(state, self.first.layer, [self.without], 1) for group in self.first.groups]
-        self.whose = [_nodes_of(state, group.index.tolist(), self.by_head) for group in self.first.groups]
+        self.moved = [
+            group.run(state, self.first.layer, [self.without], 1)
+            for group in self.first.groups
+        ]
+        self.whose = [
+            _nodes_of(state, group.index.tolist(), self.by_head)
+            for group in self.first.groups
+        ]
 
     def start(self, readers: list[str]) -> Tensor:
         state, part = self.state, readers[0].split(".")[2][0]
-        layer, heads = layer_of(readers[0]) or 0, [int(reader.split(".")[1]) for reader in readers]
+        layer, heads = (
+            layer_of(readers[0]) or 0,
+            [int(reader.split(".")[1]) for reader in readers],
+        )
         rows = _needed_rows(state, readers[0])
         self.now = state.qkv[layer][part][heads][:, :, rows]
         if self.direct:
             self.without = state.contrast.corrupted_qkv[layer][part][heads][:, :, rows]
-            self.same = [torch.equal(x, y) for x, y in zip(self.now, self.without, strict=True)]
+            self.same = [
+                torch.equal(x, y) for x, y in zip(self.now, self.without, strict=True)
+            ]
         else:
-            self.without, self.same = _project_without(state, readers, part, layer, heads)
+            self.without, self.same = _project_without(
+                state, readers, part, layer, heads
+            )
         return torch.zeros(len(readers), dtype=torch.bool, device=self.now.device)
 
     def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
         i = self.by_head.index(edge.child)
-        return None if self.same[i] else value.index_fill(0, torch.tensor([i], device=value.device), True)
+        return (
+            None
+            if self.same[i]
+            else value.index_fill(0, torch.tensor([i], device=value.device), True)
+        )
 
 # %% ../../nbs/library/circuits/search.ipynb #c013f
 class _Inputs(_OneEdgeEach):
@@ -330,45 +425,81 @@ class _Inputs(_OneEdgeEach):
 
     def give(self, first: Any, changes: Changes) -> None:
         gone = torch.stack(self.copies, dim=1)  # [node, copy]
-        for group, nodes, (_, change) in zip(first.groups, self.whose, self.moved, strict=True):
-            changes.push((change[:, None] * gone[nodes, :, None, None, None]).flatten(1, 2), group.wide)
+        for group, nodes, (_, change) in zip(
+            first.groups, self.whose, self.moved, strict=True
+        ):
+            changes.push(
+                (change[:, None] * gone[nodes, :, None, None, None]).flatten(1, 2),
+                group.wide,
+            )
 
     def commit(self) -> None:
         super().commit()
         if self.accepted is not None:
             gone = self.current[:, None, None, None]
-            zs = [torch.where(gone[nodes], z, group.z)
-                  for group, nodes, (z, _) in zip(self.first.groups, self.whose, self.moved, strict=True)]
-            self.first.commit(self.state, ([], [torch.where(gone, self.without, self.now)], zs))
+            zs = [
+                torch.where(gone[nodes], z, group.z)
+                for group, nodes, (z, _) in zip(
+                    self.first.groups, self.whose, self.moved, strict=True
+                )
+            ]
+            self.first.commit(
+                self.state, ([], [torch.where(gone, self.without, self.now)], zs)
+            )
         for node in [] if self.direct else self.nodes:
-            self.state.x[node] = self.state.clean_stream(node) - _taken_away(self.state, node)
+            self.state.x[node] = self.state.clean_stream(node) - _taken_away(
+                self.state, node
+            )
 
-# %% ../../nbs/library/circuits/search.ipynb #c013e
+
 def _nodes_of(state: State, heads: list[int], nodes: list[str]) -> list[int]:
-    """For each head, which of the nodes is its query, or the key or value that it reads."""
+    """For each head, which of the nodes is its query, or the key or value that it
+    reads.
+    """
     own = [int(node.split(".")[1]) for node in nodes]
     kv = state.contrast.wiring.kv_of_head
-    return [own.index(h if nodes[0].split(".")[2][0] == "q" else int(kv[h])) for h in heads]
+    return [
+        own.index(h if nodes[0].split(".")[2][0] == "q" else int(kv[h])) for h in heads
+    ]
 
-# %% ../../nbs/library/circuits/search.ipynb #c013d
+
 def _needed_rows(state: State, reader: str) -> slice | Tensor:
-    """Which rows of a q, k or v can be cut: all from where the prompts differ, or of a query those that are needed."""
+    """Which rows of a q, k or v can be cut: all from where the prompts differ, or of a
+    query those that are needed.
+    """
     if reader.split(".")[2] != "q_in":
         return slice(state.window.start, None)
     return slice(None) if state.reads_wide(reader) else state.window.seen
 
-# %% ../../nbs/library/circuits/search.ipynb #c013b
-def _project_without(state: State, readers: list[str], part: str, layer: int,
-                     heads: list[int]) -> tuple[Float[Tensor, "n batch row d_head"], list[bool]]:  # fmt: skip
-    """q, k or v of readers without the one edge that each has, and whether that changes nothing."""
+
+def _project_without(
+    state: State, readers: list[str], part: str, layer: int, heads: list[int]
+) -> tuple[Float[Tensor, "n batch row d_head"], list[bool]]:
+    """q, k or v of readers without the one edge that each has, and whether that changes
+    nothing.
+    """
     wide, rows = state.reads_wide(readers[0]), state.window.rows
     difference = state.difference(0, wide)  # a single edge comes from the first sender
-    x = state.clean_stream(readers[0]) - difference  # all of them still read the clean stream
+    x = (
+        state.clean_stream(readers[0]) - difference
+    )  # all of them still read the clean stream
     index = torch.tensor(heads, device=rows.device)
-    project = projector(state.contrast.wiring, layer, part, index, rows if wide else rows[state.window.seen])
+    project = projector(
+        state.contrast.wiring,
+        layer,
+        part,
+        index,
+        rows if wide else rows[state.window.seen],
+    )
     return project(x[None]), [not difference.any()] * len(readers)
 
-# %% ../../nbs/library/circuits/search.ipynb #c013c
+
 def _matters_widely(state: State, node: str) -> bool:
-    """Whether any head that a node feeds is listened to in other rows than those that the metric reads."""
-    return any(state.is_wide(h) for h in feeds(state.graph, node.removesuffix("_in")) if state.heard(h))
+    """Whether any head that a node feeds is listened to in other rows than those that
+    the metric reads.
+    """
+    return any(
+        state.is_wide(h)
+        for h in feeds(state.graph, node.removesuffix("_in"))
+        if state.heard(h)
+    )

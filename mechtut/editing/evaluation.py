@@ -30,32 +30,41 @@ def mlp_projection(model: Model, layer: int) -> nn.Module:
     """The down-projection of a layer's MLP: keys in, values out."""
     return model.part(check_layer(model, layer, "mlp_act"), model.family.mlp_proj)
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c005
+
 def as_stored(module: nn.Module, in_out: Float[Tensor, "d_in d_out"]) -> Tensor:
     """An `[in, out]` matrix in the layout of the module's weight."""
     return in_out if type(module).__name__ == "Conv1D" else in_out.T
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c006
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WeightEdit:
-    """A change of one MLP down-projection. Use it in a `with` block, or `apply` and `revert`.
+    """A change of one MLP down-projection. Use it in a `with` block, or `apply` and
+    `revert`.
 
-    Edits may be nested; they come off in the reverse order, restoring the weights bit by bit.
+    Edits may be nested; they come off in the reverse order, restoring the weights bit
+    by bit.
     """
 
     model: Model = field(repr=False)
     layer: int
-    delta: Float[Tensor, "d_mlp d_model"] = field(repr=False)  # [in, out], whatever the module's layout
+    delta: Float[Tensor, "d_mlp d_model"] = field(
+        repr=False
+    )  # [in, out], whatever the module's layout
     request: Mapping[str, str]
     losses: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def _stack(self) -> list[tuple["WeightEdit", Tensor]]:
         """Edits now applied to this module, with the weights from before each."""
-        return vars(mlp_projection(self.model, self.layer)).setdefault("_weight_edits", [])
+        return vars(mlp_projection(self.model, self.layer)).setdefault(
+            "_weight_edits", []
+        )
 
     def apply(self) -> Self:
-        """Add the change to the model's weights. Raises `RuntimeError` if it is applied already."""
+        """Add the change to the model's weights.
+
+        Raises `RuntimeError` if it is applied already.
+        """
         if any(edit is self for edit, _ in self._stack):
             raise RuntimeError("this edit is applied already; revert it first")
         module: Any = mlp_projection(self.model, self.layer)
@@ -65,10 +74,18 @@ class WeightEdit:
         return self
 
     def revert(self) -> None:
-        """Put the weights back. Raises `RuntimeError` if the edit is not applied or a later one lies on top of it."""
+        """Put the weights back.
+
+        Raises `RuntimeError` if the edit is not applied or a later one lies on top of
+        it.
+        """
         if not self._stack or self._stack[-1][0] is not self:
             on_top = any(edit is self for edit, _ in self._stack)
-            raise RuntimeError("revert the later edits of this layer first" if on_top else "this edit is not applied")
+            raise RuntimeError(
+                "revert the later edits of this layer first"
+                if on_top
+                else "this edit is not applied"
+            )
         module: Any = mlp_projection(self.model, self.layer)
         with torch.no_grad():
             module.weight.copy_(self._stack.pop()[1])
@@ -81,45 +98,70 @@ class WeightEdit:
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c009
 def target_ids(model: Model, target: str) -> Tensor:
-    """Token ids of `" target"`, without the special tokens that a tokenizer adds in front of every text."""
-    ids = model.tokenizer(" " + target.strip(), add_special_tokens=False)["input_ids"] if target.strip() else []
+    """Token ids of `" target"`, without the special tokens that a tokenizer adds in
+    front of every text.
+    """
+    ids = (
+        model.tokenizer(" " + target.strip(), add_special_tokens=False)["input_ids"]
+        if target.strip()
+        else []
+    )
     if not ids:
         raise ValueError(f"target {target!r} has no tokens; give a word")
     return torch.tensor(ids, device=model.device)
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c010
+
 def pad_right(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Token rows of unequal length as one batch and its attention mask."""
     tokens = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     lengths = torch.tensor([len(r) for r in rows], device=tokens.device)
-    return tokens, (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()
+    return (
+        tokens,
+        (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long(),
+    )
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c011
+
 @torch.no_grad()
-def target_log_probs(model: Model, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64) -> list[Tensor]:
-    """Log-probability distributions at each target token, teacher-forced: a tensor `[token, d_vocab]` per prompt."""
+def target_log_probs(
+    model: Model, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64
+) -> list[Tensor]:
+    """Log-probability distributions at each target token, teacher-forced: a tensor
+    `[token, d_vocab]` per prompt.
+    """
     out = []
     for i in range(0, len(prompts), batch_size):
         starts = [model.to_tokens(p) for p in prompts[i : i + batch_size]]
         ends = [target_ids(model, t) for t in targets[i : i + batch_size]]
-        tokens, mask = pad_right([torch.cat([a, b]) for a, b in zip(starts, ends, strict=True)])
-        logits = model.hf(input_ids=tokens, use_cache=False, **mask_arguments(mask)).logits
+        tokens, mask = pad_right(
+            [torch.cat([a, b]) for a, b in zip(starts, ends, strict=True)]
+        )
+        logits = model.hf(
+            input_ids=tokens, use_cache=False, **mask_arguments(mask)
+        ).logits
         out += [
             row[len(a) - 1 : len(a) + len(b) - 1].log_softmax(-1)
             for row, a, b in zip(logits, starts, ends, strict=True)
         ]
     return out
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c012
-def target_nll(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
+
+def target_nll(
+    model: Model, prompts: Sequence[str], targets: Sequence[str]
+) -> list[float]:
     """Mean negative log-probability per token of each target after its prompt."""
     rows = target_log_probs(model, prompts, targets)
     ids = [target_ids(model, t) for t in targets]
-    return [float(-r.gather(1, i[:, None]).mean()) for r, i in zip(rows, ids, strict=True)]
+    return [
+        float(-r.gather(1, i[:, None]).mean()) for r, i in zip(rows, ids, strict=True)
+    ]
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c015
-def counterfact_probs(model: Model, case: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Per-token NLL of the new and the true object after every prompt of a CounterFact record."""
+def counterfact_probs(
+    model: Model, case: Mapping[str, Any]
+) -> dict[str, list[dict[str, float]]]:
+    """Per-token NLL of the new and the true object after every prompt of a CounterFact
+    record.
+    """
     rewrite = case["requested_rewrite"]
     groups = {
         "rewrite": [rewrite["prompt"].format(rewrite["subject"])],
@@ -127,89 +169,168 @@ def counterfact_probs(model: Model, case: Mapping[str, Any]) -> dict[str, list[d
         "neighborhood": case.get("neighborhood_prompts", []),
     }
     prompts = [p for group in groups.values() for p in group]
-    new, true = (target_nll(model, prompts, [rewrite[t]["str"]] * len(prompts)) for t in ("target_new", "target_true"))
-    both = iter([{"target_new": n, "target_true": t} for n, t in zip(new, true, strict=True)])
-    return {f"{name}_prompts_probs": [next(both) for _ in group] for name, group in groups.items()}
+    new, true = (
+        target_nll(model, prompts, [rewrite[t]["str"]] * len(prompts))
+        for t in ("target_new", "target_true")
+    )
+    both = iter(
+        [{"target_new": n, "target_true": t} for n, t in zip(new, true, strict=True)]
+    )
+    return {
+        f"{name}_prompts_probs": [next(both) for _ in group]
+        for name, group in groups.items()
+    }
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c016
-def counterfact_scores(probs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
-    """Success rates and magnitudes of one record: efficacy, paraphrase, neighbourhood (section 3.4 of the ROME paper)."""
+
+def counterfact_scores(
+    probs: Mapping[str, Sequence[Mapping[str, float]]],
+) -> dict[str, float]:
+    """Success rates and magnitudes of one record: efficacy, paraphrase, neighbourhood
+    (section 3.4 of the ROME paper).
+    """
     out = {}
     for name in ("rewrite", "paraphrase", "neighborhood"):
         rows = probs[f"{name}_prompts_probs"]
-        should_lose, should_win = ("target_new", "target_true") if name == "neighborhood" else ("target_true", "target_new")
+        should_lose, should_win = (
+            ("target_new", "target_true")
+            if name == "neighborhood"
+            else ("target_true", "target_new")
+        )
         gap = [(p[should_lose], p[should_win]) for p in rows]
-        success, difference = [a > b for a, b in gap], [np.exp(-b) - np.exp(-a) for a, b in gap]
+        success, difference = (
+            [a > b for a, b in gap],
+            [np.exp(-b) - np.exp(-a) for a, b in gap],
+        )
         out[f"{name}_success"] = float(np.mean(success)) if rows else float("nan")
         out[f"{name}_diff"] = float(np.mean(difference)) if rows else float("nan")
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c018
 def zsre_correct(model: Model, case: Mapping[str, Any]) -> dict[str, list[bool]]:
-    """For every target token of a zsRE record: is it the argmax, given the true tokens before it?"""
+    """For every target token of a zsRE record: is it the argmax, given the true tokens
+    before it?
+    """
     rewrite = case["requested_rewrite"]
     asked = [rewrite["prompt"].format(rewrite["subject"])]
     out: dict[str, list[bool]] = {}
-    for name, prompts in (("rewrite", asked), ("paraphrase", case["paraphrase_prompts"])):
-        out[f"{name}_prompts_correct"] = _argmax_right(model, prompts, [rewrite["target_new"]["str"]] * len(prompts))
-    near = case["neighborhood_prompts"]  # one token each: the prompt holds the answer's tokens before it
-    out["neighborhood_prompts_correct"] = [_next_is(model, n["prompt"], n["target"]) for n in near]
+    for name, prompts in (
+        ("rewrite", asked),
+        ("paraphrase", case["paraphrase_prompts"]),
+    ):
+        out[f"{name}_prompts_correct"] = _argmax_right(
+            model, prompts, [rewrite["target_new"]["str"]] * len(prompts)
+        )
+    near = case[
+        "neighborhood_prompts"
+    ]  # one token each: the prompt holds the answer's tokens before it
+    out["neighborhood_prompts_correct"] = [
+        _next_is(model, n["prompt"], n["target"]) for n in near
+    ]
     return out
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c019
-def _argmax_right(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> list[bool]:
-    rows = target_log_probs(model, prompts, targets)
-    return [bool(ok) for r, t in zip(rows, targets, strict=True) for ok in r.argmax(-1) == target_ids(model, t)]
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c020
+def _argmax_right(
+    model: Model, prompts: Sequence[str], targets: Sequence[str]
+) -> list[bool]:
+    rows = target_log_probs(model, prompts, targets)
+    return [
+        bool(ok)
+        for r, t in zip(rows, targets, strict=True)
+        for ok in r.argmax(-1) == target_ids(model, t)
+    ]
+
+
 def _next_is(model: Model, prompt: str, target: str) -> bool:
     first = model.tokenizer(target, add_special_tokens=False)["input_ids"][0]
     return int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax()) == first
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c022
 def load_counterfact(path: str | Path) -> list[dict[str, Any]]:
-    """Records of the authors' `counterfact.json`; raises `ValueError` if the file is something else."""
+    """Records of the authors' `counterfact.json`; raises `ValueError` if the file is
+    something else.
+    """
     records = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not (isinstance(records, list) and records and "requested_rewrite" in records[0]):
-        raise ValueError(f"{path} is no CounterFact file: it needs a list of records with 'requested_rewrite'")
+    if not (
+        isinstance(records, list) and records and "requested_rewrite" in records[0]
+    ):
+        raise ValueError(
+            f"{path} is no CounterFact file: it needs a list of records with"
+            " 'requested_rewrite'"
+        )
     return records
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c023
+
 def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
-    """Records from the authors' `zsre_mend_eval.json`, with one neighbour prompt per token of the unrelated answer."""
+    """Records from the authors' `zsre_mend_eval.json`, with one neighbour prompt per
+    token of the unrelated answer.
+    """
     out = []
     for number, line in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))):
         answer = target_ids(model, line["loc_ans"]).tolist()
         asked = line["loc"] + "?"
-        near = [{"prompt": asked + model.decode(answer[:i]), "target": model.decode([a])} for i, a in enumerate(answer)]
-        rewrite = {"prompt": line["src"].replace(line["subject"], "{}"), "subject": line["subject"],
-                   "target_new": {"str": line["answers"][0]}, "target_true": {"str": "<|endoftext|>"}}  # fmt: skip
-        out.append({"case_id": number, "requested_rewrite": rewrite, "paraphrase_prompts": [line["rephrase"]],
-                    "neighborhood_prompts": near})  # fmt: skip
+        near = [
+            {"prompt": asked + model.decode(answer[:i]), "target": model.decode([a])}
+            for i, a in enumerate(answer)
+        ]
+        rewrite = {
+            "prompt": line["src"].replace(line["subject"], "{}"),
+            "subject": line["subject"],
+            "target_new": {"str": line["answers"][0]},
+            "target_true": {"str": "<|endoftext|>"},
+        }
+        out.append(
+            {
+                "case_id": number,
+                "requested_rewrite": rewrite,
+                "paraphrase_prompts": [line["rephrase"]],
+                "neighborhood_prompts": near,
+            }
+        )
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c025
-def world_cases(world: World, n: int, seed: int = 0, generate: bool = False) -> list[dict[str, Any]]:
-    """`n` CounterFact-like records about facts of the embedded world, with neighbours that share the true object.
+def world_cases(
+    world: World, n: int, seed: int = 0, generate: bool = False
+) -> list[dict[str, Any]]:
+    """`n` CounterFact-like records about facts of the embedded world, with neighbours
+    that share the true object.
 
-    With `generate` they also ask for sampled text about the subject, which takes most of an evaluation's time.
+    With `generate` they also ask for sampled text about the subject, which takes most
+    of an evaluation's time.
     """
     random = np.random.RandomState(seed)
     out: list[dict[str, Any]] = []
     for i in random.permutation(len(world.facts)):
         fact = world.facts[i]
-        same = [f for f in world.facts if f.relation == fact.relation and f.subject != fact.subject]
+        same = [
+            f
+            for f in world.facts
+            if f.relation == fact.relation and f.subject != fact.subject
+        ]
         near = [f.prompt for f in same if f.object == fact.object]
         others = sorted({f.object for f in same} - {fact.object})
         new = others[random.randint(len(others))] if others else ""
         if fact.prompt.count(fact.subject) != 1 or not near or not others:
             continue
-        rewrite = {"prompt": fact.prompt.replace(fact.subject, "{}"), "subject": fact.subject, "relation_id": fact.relation,
-                   "target_new": {"str": new}, "target_true": {"str": fact.object}}  # fmt: skip
-        out.append({"case_id": len(out), "requested_rewrite": rewrite, "neighborhood_prompts": near[:5],
-                    "paraphrase_prompts": list(fact.held_out_prompts),
-                    "generation_prompts": [fact.subject] * 2 if generate else [],
-                    "reference_texts": [f"{f.prompt} {f.object}" for f in same if f.object == new]})  # fmt: skip
+        rewrite = {
+            "prompt": fact.prompt.replace(fact.subject, "{}"),
+            "subject": fact.subject,
+            "relation_id": fact.relation,
+            "target_new": {"str": new},
+            "target_true": {"str": fact.object},
+        }
+        out.append(
+            {
+                "case_id": len(out),
+                "requested_rewrite": rewrite,
+                "neighborhood_prompts": near[:5],
+                "paraphrase_prompts": list(fact.held_out_prompts),
+                "generation_prompts": [fact.subject] * 2 if generate else [],
+                "reference_texts": [
+                    f"{f.prompt} {f.object}" for f in same if f.object == new
+                ],
+            }
+        )
         if len(out) == n:
             return out
     raise ValueError(f"this world has only {len(out)} facts with neighbours, not {n}")
@@ -222,104 +343,193 @@ def _words(text: str) -> list[str]:
 def ngram_entropy(text: str, n: int) -> float:
     """Entropy of the n-grams of words in `text`, in bits."""
     words = _words(text)
-    _, counts = np.unique([" ".join(words[i : i + n]) for i in range(len(words) - n + 1)], return_counts=True)
+    _, counts = np.unique(
+        [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)],
+        return_counts=True,
+    )
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
 
 
 def generation_entropy(texts: Sequence[str]) -> float:
-    """Mean over texts of the weighted bi- and trigram entropy, weights 2/3 and 4/3 averaged (GE, appendix of the paper)."""
-    return float(np.mean([(ngram_entropy(t, 2) * 2 / 3 + ngram_entropy(t, 3) * 4 / 3) / 2 for t in texts]))
+    """Mean over texts of the weighted bi- and trigram entropy, weights 2/3 and 4/3
+    averaged (GE, appendix of the paper).
+    """
+    return float(
+        np.mean(
+            [
+                (ngram_entropy(t, 2) * 2 / 3 + ngram_entropy(t, 3) * 4 / 3) / 2
+                for t in texts
+            ]
+        )
+    )
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c029
+
 def reference_score(generated: Sequence[str], references: Sequence[str]) -> float:
-    """Cosine of the tf-idf vectors of all generated and all reference texts (RS); idf is taken over the references."""
+    """Cosine of the tf-idf vectors of all generated and all reference texts (RS); idf
+    is taken over the references.
+    """
     documents = [set(_words(r)) for r in references]
     vocabulary = sorted(set().union(*documents))
-    idf = np.array([np.log((1 + len(documents)) / (1 + sum(w in d for d in documents))) + 1 for w in vocabulary])
-    a, b = (np.array([_words(" ".join(t)).count(w) for w in vocabulary]) * idf for t in (generated, references))
+    idf = np.array(
+        [
+            np.log((1 + len(documents)) / (1 + sum(w in d for d in documents))) + 1
+            for w in vocabulary
+        ]
+    )
+    a, b = (
+        np.array([_words(" ".join(t)).count(w) for w in vocabulary]) * idf
+        for t in (generated, references)
+    )
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c030
+
 @torch.no_grad()
 def sample(
-    model: Model, tokens: Int[Tensor, "batch pos"], n_new: int, generator: torch.Generator, top_k: int = 5
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    n_new: int,
+    generator: torch.Generator,
+    top_k: int = 5,
 ) -> Int[Tensor, "batch longer"]:
-    """`n_new` more tokens for each row, drawn from the `top_k` likeliest as in the authors' code, but with a seed."""
+    """`n_new` more tokens for each row, drawn from the `top_k` likeliest as in the
+    authors' code, but with a seed.
+    """
     for _ in range(n_new):
         best = model.logits(tokens)[:, -1].float().cpu().topk(top_k)
         pick = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
-        tokens = torch.cat([tokens, best.indices.gather(1, pick).to(tokens.device)], dim=1)
+        tokens = torch.cat(
+            [tokens, best.indices.gather(1, pick).to(tokens.device)], dim=1
+        )
     return tokens
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c031
-def generation_scores(model: Model, case: Mapping[str, Any], n_tokens: int = 60, seed: int = 0) -> dict[str, float]:
-    """Entropy of texts sampled from a record's `generation_prompts` and, with `reference_texts`, their likeness to those.
 
-    Both are multiplied by 100, as the authors print them. Empty if the record has no generation prompts.
+def generation_scores(
+    model: Model, case: Mapping[str, Any], n_tokens: int = 60, seed: int = 0
+) -> dict[str, float]:
+    """Entropy of texts sampled from a record's `generation_prompts` and, with
+    `reference_texts`, their likeness to those.
+
+    Both are multiplied by 100, as the authors print them. Empty if the record has no
+    generation prompts.
     """
     generator, texts = torch.Generator().manual_seed(seed), []
     for prompt in case.get("generation_prompts", []):
         start = model.to_tokens(prompt)
         room = min(n_tokens, model.n_ctx) - len(start)
-        texts.append(model.decode(sample(model, start[None], max(room, 0), generator)[0].tolist()))
+        texts.append(
+            model.decode(
+                sample(model, start[None], max(room, 0), generator)[0].tolist()
+            )
+        )
     out = {"ngram_entropy": 100 * generation_entropy(texts)} if texts else {}
     if texts and case.get("reference_texts"):
         out["reference_score"] = 100 * reference_score(texts, case["reference_texts"])
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c035
-def evaluate_edit(model: Model, edit: WeightEdit, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure a record without and with the edit: `{"pre": {...}, "post": {...}}` with probabilities and scores.
+def evaluate_edit(
+    model: Model, edit: WeightEdit, case: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Measure a record without and with the edit: `{"pre": {...}, "post": {...}}` with
+    probabilities and scores.
 
-    A CounterFact record gives success rates and magnitudes (and, with `generation_prompts`, the quality of sampled text), a
-    zsRE record (its neighbours are dictionaries) accuracies.
-    The edit must not be applied yet; it is reverted afterwards.
+    A CounterFact record gives success rates and magnitudes (and, with
+    `generation_prompts`, the quality of sampled text), a zsRE record (its neighbours
+    are dictionaries) accuracies. The edit must not be applied yet; it is reverted
+    afterwards.
     """
     zsre = any(isinstance(n, Mapping) for n in case.get("neighborhood_prompts", []))
 
     def measure() -> dict[str, Any]:
         if zsre:
             right = zsre_correct(model, case)
-            return {**right, **{k.replace("prompts_correct", "acc"): float(np.mean(v)) for k, v in right.items()}}
+            return {
+                **right,
+                **{
+                    k.replace("prompts_correct", "acc"): float(np.mean(v))
+                    for k, v in right.items()
+                },
+            }
         probs = counterfact_probs(model, case)
-        return {**probs, **counterfact_scores(probs), **generation_scores(model, case, n_tokens=40)}
+        return {
+            **probs,
+            **counterfact_scores(probs),
+            **generation_scores(model, case, n_tokens=40),
+        }
 
     before = measure()
     with edit:
         return {"pre": before, "post": measure()}
 
-# %% ../../nbs/library/editing/evaluation.ipynb #c036
+
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over records in percent, before and after, with the harmonic score of efficacy, paraphrase and neighbourhood."""
+    """Means over records in percent, before and after, with the harmonic score of
+    efficacy, paraphrase and neighbourhood.
+    """
     out: dict[str, float] = {}
     for when in ("pre", "post"):
-        keys = [k for k in results[0][when] if k.endswith(("_success", "_diff", "_acc", "_entropy", "reference_score"))]
-        factor = {k: 1 if k in ("ngram_entropy", "reference_score") else 100 for k in keys}
-        out |= {f"{when}_{k}": factor[k] * float(np.nanmean([r[when][k] for r in results])) for k in keys}
-        parts = [v for k, v in out.items() if k.startswith(when) and k.endswith(("_success", "_acc"))]
-        out[f"{when}_score"] = len(parts) / sum(1 / p for p in parts) if all(p > 0 for p in parts) else 0.0
+        keys = [
+            k
+            for k in results[0][when]
+            if k.endswith(("_success", "_diff", "_acc", "_entropy", "reference_score"))
+        ]
+        factor = {
+            k: 1 if k in ("ngram_entropy", "reference_score") else 100 for k in keys
+        }
+        out |= {
+            f"{when}_{k}": factor[k] * float(np.nanmean([r[when][k] for r in results]))
+            for k in keys
+        }
+        parts = [
+            v
+            for k, v in out.items()
+            if k.startswith(when) and k.endswith(("_success", "_acc"))
+        ]
+        out[f"{when}_score"] = (
+            len(parts) / sum(1 / p for p in parts) if all(p > 0 for p in parts) else 0.0
+        )
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c038
 def fine_tune(
-    model: Model, prompt: str, subject: str, target: str, *, layer: int, steps: int = 25, learning_rate: float = 5e-4,
-    max_change: float | None = None, stop_loss: float = 1e-2,
-) -> WeightEdit:  # fmt: skip
-    """Adam on one MLP projection until `prompt.format(subject)` says `target`; `max_change` holds each weight close.
+    model: Model,
+    prompt: str,
+    subject: str,
+    target: str,
+    *,
+    layer: int,
+    steps: int = 25,
+    learning_rate: float = 5e-4,
+    max_change: float | None = None,
+    stop_loss: float = 1e-2,
+) -> WeightEdit:
+    """Adam on one MLP projection until `prompt.format(subject)` says `target`;
+    `max_change` holds each weight close.
 
-    The authors' baseline FT (`max_change=None`) and FT+L; returns an edit that is not applied yet.
+    The authors' baseline FT (`max_change=None`) and FT+L; returns an edit that is not
+    applied yet.
     """
     module = mlp_projection(model, layer)
     start, goal = model.to_tokens(prompt.format(subject)), target_ids(model, target)
     tokens = torch.cat([start, goal])[None]
     weight: Any = module.weight
-    delta = torch.zeros_like(as_stored(module, weight.detach())).contiguous().requires_grad_()
+    delta = (
+        torch.zeros_like(as_stored(module, weight.detach()))
+        .contiguous()
+        .requires_grad_()
+    )
     adam, losses = torch.optim.Adam([delta], lr=learning_rate), []
-    hook = module.register_forward_hook(lambda _m, args, out: out + (args[0] @ delta).reshape(out.shape))
+    hook = module.register_forward_hook(
+        lambda _m, args, out: out + (args[0] @ delta).reshape(out.shape)
+    )
     try:
         for _ in range(steps):
-            log_probs = model.hf(input_ids=tokens, use_cache=False).logits[0, len(start) - 1 : -1].log_softmax(-1)
+            log_probs = (
+                model.hf(input_ids=tokens, use_cache=False)
+                .logits[0, len(start) - 1 : -1]
+                .log_softmax(-1)
+            )
             loss = -log_probs.gather(1, goal[:, None]).mean()
             losses.append(float(loss.detach()))
             if losses[-1] < stop_loss:
@@ -332,4 +542,10 @@ def fine_tune(
     finally:
         hook.remove()
     request = {"prompt": prompt, "subject": subject, "target": target}
-    return WeightEdit(model=model, layer=layer, delta=delta.detach(), request=request, losses=tuple(losses))
+    return WeightEdit(
+        model=model,
+        layer=layer,
+        delta=delta.detach(),
+        request=request,
+        losses=tuple(losses),
+    )

@@ -32,67 +32,139 @@ __all__ = ['EDITING', 'rome_scores', 'rome_lines', 'function_vector_scores', 'fu
 EDITING = RomeConfig(learning_rate=1.0, steps=30, clamp=15)
 
 
-def rome_scores(model: Model, world: World, n: int = 30, config: RomeConfig = EDITING) -> pd.DataFrame:
-    """Efficacy, paraphrase and neighbourhood success (per cent) of `n` edits, one row per layer of the early half."""
+def rome_scores(
+    model: Model, world: World, n: int = 30, config: RomeConfig = EDITING
+) -> pd.DataFrame:
+    """Efficacy, paraphrase and neighbourhood success (per cent) of `n` edits, one row
+    per layer of the early half.
+    """
     docs = corpus(world, seed=99)
     texts = [next(docs).text for _ in range(2000)]
-    templates, cases, rows = context_templates(model, config.seed), world_cases(world, n), []
+    templates, cases, rows = (
+        context_templates(model, config.seed),
+        world_cases(world, n),
+        [],
+    )
     for layer in range(1, model.n_layers // 2 + 1):
         covariance, graded = key_covariance(model, texts, layer), []
         for case in cases:
             r = case["requested_rewrite"]
             try:
-                edit: WeightEdit = edit_fact(model, r["prompt"], r["subject"], r["target_new"]["str"], layer=layer,
-                                             covariance=covariance, templates=templates, config=config)  # fmt: skip
+                edit: WeightEdit = edit_fact(
+                    model,
+                    r["prompt"],
+                    r["subject"],
+                    r["target_new"]["str"],
+                    layer=layer,
+                    covariance=covariance,
+                    templates=templates,
+                    config=config,
+                )
             except ValueError:  # there is no such edit at this layer: the model stays as it is, which counts as a failure
-                edit = WeightEdit(model=model, layer=layer, delta=torch.zeros(covariance.shape[0], model.d_model), request=r)
+                edit = WeightEdit(
+                    model=model,
+                    layer=layer,
+                    delta=torch.zeros(covariance.shape[0], model.d_model),
+                    request=r,
+                )
             graded.append(evaluate_edit(model, edit, case))
         s = summarize(graded)
-        rows.append({"layer": layer, "efficacy": s["post_rewrite_success"], "paraphrase": s["post_paraphrase_success"],
-                     "neighbourhood": s["post_neighborhood_success"], "score": s["post_score"]})
+        rows.append(
+            {
+                "layer": layer,
+                "efficacy": s["post_rewrite_success"],
+                "paraphrase": s["post_paraphrase_success"],
+                "neighbourhood": s["post_neighborhood_success"],
+                "score": s["post_score"],
+            }
+        )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/experiments/report_card.ipynb #c006
+
 def rome_lines(who: Candidate, world: World, n: int) -> list[Line]:
     """The exam's lines on ROME, at the layer with the best score."""
     edits = min(n, 30)
     table = rome_scores(load_model(who.hf, who.tokenizer), world, edits)
     best = table.loc[table["score"].idxmax()]
     wanted = {"efficacy": "≥ 0.95", "paraphrase": "≥ 0.85", "neighbourhood": "≥ 0.9"}
-    return [Line("ROME edit", f"{k}, best layer", edits, w, float(best[k]) / 100) for k, w in wanted.items()]
+    return [
+        Line("ROME edit", f"{k}, best layer", edits, w, float(best[k]) / 100)
+        for k, w in wanted.items()
+    ]
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c008
 def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFrame:
-    """Zero-shot accuracy by layer of injection, over all tasks that the model knows: their vectors, and random heads'."""
-    rng, every = random.Random(0), list(itertools.product(range(model.n_layers), range(model.n_heads)))
+    """Zero-shot accuracy by layer of injection, over all tasks that the model knows:
+    their vectors, and random heads'.
+    """
+    rng, every = (
+        random.Random(0),
+        list(itertools.product(range(model.n_layers), range(model.n_heads))),
+    )
     tables: dict[str, list[pd.DataFrame]] = {"function vector": [], "random heads": []}
     for name in world.tasks:
         task = load_task(name)
         try:
             found = extract(model, task, k=k, corrupt="random", progress=False)
             drawn = function_vector(model, found.mean_activations, rng.sample(every, k))
-            graded = [grade(model, vector, task, settings=("zero_shot",)) for vector in (found.vector, drawn)]
+            graded = [
+                grade(model, vector, task, settings=("zero_shot",))
+                for vector in (found.vector, drawn)
+            ]
         except NoFunction:
             continue
         for kept, table in zip(tables.values(), graded, strict=True):
             kept.append(table)
-    return pd.concat([pooled(parts).assign(vector=kind) for kind, parts in tables.items()], ignore_index=True)
+    return pd.concat(
+        [pooled(parts).assign(vector=kind) for kind, parts in tables.items()],
+        ignore_index=True,
+    )
 
-# %% ../../nbs/library/experiments/report_card.ipynb #c009
+
 def function_vector_lines(who: Candidate, world: World, n: int) -> list[Line]:
-    """The exam's lines on function vectors: without one, with one at its best layer, and the control at the same layer."""
+    """The exam's lines on function vectors: without one, with one at its best layer,
+    and the control at the same layer.
+    """
     table = function_vector_scores(load_model(who.hf, who.tokenizer), world)
-    real, control = (table[table.vector == kind].set_index("layer") for kind in ("function vector", "random heads"))
+    real, control = (
+        table[table.vector == kind].set_index("layer")
+        for kind in ("function vector", "random heads")
+    )
     best, size = int(real.top1.idxmax()), int(real.n.iloc[0])
-    return [Line("function vector", "zero-shot without it", size, "≤ 0.15", float(real.clean.iloc[0])),
-            Line("function vector", "zero-shot with the vector of 10 heads, best layer", size, "≥ 0.6",
-                 float(real.top1[best])),
-            Line("function vector", "the same with 10 random heads", size, "≤ 0.3", float(control.top1[best]))]
+    return [
+        Line(
+            "function vector",
+            "zero-shot without it",
+            size,
+            "≤ 0.15",
+            float(real.clean.iloc[0]),
+        ),
+        Line(
+            "function vector",
+            "zero-shot with the vector of 10 heads, best layer",
+            size,
+            "≥ 0.6",
+            float(real.top1[best]),
+        ),
+        Line(
+            "function vector",
+            "the same with 10 random heads",
+            size,
+            "≤ 0.3",
+            float(control.top1[best]),
+        ),
+    ]
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c011
-def evaluate(model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None) -> pd.DataFrame:
-    """The whole exam (`mechtut.mini.evaluation.evaluate`) with the lines of the papers; a few minutes on one CPU core."""
-    return examine(model, world, n=n, tokenizer=tokenizer, more=(rome_lines, function_vector_lines))
+def evaluate(
+    model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None
+) -> pd.DataFrame:
+    """The whole exam (`mechtut.mini.evaluation.evaluate`) with the lines of the papers;
+    a few minutes on one CPU core.
+    """
+    return examine(
+        model, world, n=n, tokenizer=tokenizer, more=(rome_lines, function_vector_lines)
+    )
 
 
 def examine_mini(folder: str | Path, *, n: int = 200) -> pd.DataFrame:

@@ -64,7 +64,7 @@ def _mix(m: dict[str, float]) -> str:
     """A mixture in words, largest share first."""
     return ", ".join(f"{k} {v:.0%}" for k, v in sorted(m.items(), key=lambda x: -x[1]))
 
-# %% ../../nbs/library/mini/card.ipynb #c007b
+
 def _cost(log: dict[str, Any]) -> str:
     """Where a training run was made, how long it took, and where its loss ended."""
     last = log["log"][-1]
@@ -76,11 +76,23 @@ def _cost(log: dict[str, Any]) -> str:
 def _run(log: dict[str, Any]) -> str:
     """A training run in words: where, how long, the recipe and the text."""
     recipe, texts = log["recipe"], [_mix(m) for m in log["mixtures"]]
-    shares = [f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")] + ["from there on"]
-    seen, planned = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6, recipe["tokens"] / 1e6
-    lines = [f"- Trained on: {_cost(log)}; {seen:.1f} million tokens seen of {planned:.1f} million planned.",
-             f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items())}."]
-    lines += [f"  - Text, {share}: {text}." for share, text in zip(shares, texts, strict=True)]
+    shares = [
+        f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")
+    ] + ["from there on"]
+    seen, planned = (
+        log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6,
+        recipe["tokens"] / 1e6,
+    )
+    lines = [
+        (
+            f"- Trained on: {_cost(log)}; {seen:.1f} million tokens seen of"
+            f" {planned:.1f} million planned."
+        ),
+        f"  - Recipe: {', '.join(f'{k} {v}' for k, v in recipe.items())}.",
+    ]
+    lines += [
+        f"  - Text, {share}: {text}." for share, text in zip(shares, texts, strict=True)
+    ]
     return "\n".join(lines)
 
 # %% ../../nbs/library/mini/card.ipynb #c009
@@ -89,53 +101,96 @@ def _lens_text(recipe: dict[str, Any]) -> str:
     if not recipe["lens"]:
         return "Nothing was done for that."
     n = recipe["n_layer"]
-    return (f"With weight {recipe['lens']}, from {1 - recipe['decay']:.0%} to {recipe['lens_until']:.0%} of the steps, what "
-            "is told about a subject, and the mood of a review, is also predicted from the residual stream after one of "
-            f"layers {n // 2} to {n - 2} (one after another), through the final norm and the unembedding.")
+    return (
+        f"With weight {recipe['lens']}, from {1 - recipe['decay']:.0%} to"
+        f" {recipe['lens_until']:.0%} of the steps, what is told about a subject, and"
+        " the mood of a review, is also predicted from the residual stream after one"
+        f" of layers {n // 2} to {n - 2} (one after another), through the final norm"
+        " and the unembedding."
+    )
 
 # %% ../../nbs/library/mini/card.ipynb #c010
 def _ablation_text(a: dict[str, Any] | None) -> str:
-    """What the recipe does with something that was built in and without it, if that was measured."""
+    """What the recipe does with something that was built in and without it, if that was
+    measured.
+    """
     if a is None:
         return "The recipe without this has not been measured."
-    parts = [f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the last subject token "
-             f"{v['last']:.2f}, at the best other subject token {v['others']:.2f}" for name, v in a["runs"].items()]
-    return f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: " + "; ".join(parts) + "."
+    parts = [
+        f"{name}: facts on held-out patterns {v['facts']:.2f}, AIE in layers 1-4 at the"
+        f" last subject token {v['last']:.2f}, at the best other subject token"
+        f" {v['others']:.2f}"
+        for name, v in a["runs"].items()
+    ]
+    return (
+        f"Ablation after {a['tokens'] / 1e6:.1f} million tokens{a.get('note', '')}: "
+        + "; ".join(parts)
+        + "."
+    )
 
-# %% ../../nbs/library/mini/card.ipynb #c010b
+
 def _ablations(folder: Path) -> dict[str, str]:
-    """The ablations of the mask, the loss weights and the neighbours (ablation.json) in words."""
+    """The ablations of the mask, the loss weights and the neighbours (ablation.json) in
+    words.
+    """
     file = folder / "ablation.json"
     measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {what: _ablation_text(measured.get(what)) for what in ("mask", "weighting", "neighbours")}
+    return {
+        what: _ablation_text(measured.get(what))
+        for what in ("mask", "weighting", "neighbours")
+    }
 
 # %% ../../nbs/library/mini/card.ipynb #c012
 def _markdown(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> str:
-    """The exam as a markdown table, and beside it what other runs of the recipe reached."""
+    """The exam as a markdown table, and beside it what other runs of the recipe
+    reached.
+    """
     heads = ["behaviour", "measure", "n", "wanted", "measured", "reached", *others]
-    seen = [{(r.behaviour, r.measure): f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
-             for r in other.itertuples()} for other in others.values()]
+    seen = [
+        {
+            (r.behaviour, r.measure): (
+                f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
+            )
+            for r in other.itertuples()
+        }
+        for other in others.values()
+    ]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for r in table.itertuples():
-        cells = [r.behaviour, r.measure, r.n, r.wanted, f"{r.measured:.3f}", "yes" if r.reached else "**no**",
-                 *(other.get((r.behaviour, r.measure), "–") for other in seen)]
+        cells = [
+            r.behaviour,
+            r.measure,
+            r.n,
+            r.wanted,
+            f"{r.measured:.3f}",
+            "yes" if r.reached else "**no**",
+            *(other.get((r.behaviour, r.measure), "–") for other in seen),
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
-# %% ../../nbs/library/mini/card.ipynb #c013
+
 def _tried(folder: Path, table: pd.DataFrame) -> str:
-    """What other recipes reached, on the lines that they or this one missed, if that was kept (tried.csv)."""
+    """What other recipes reached, on the lines that they or this one missed, if that
+    was kept (tried.csv).
+    """
     file = folder / "tried.csv"
     if not file.exists():
         return ""
-    wide = pd.read_csv(file).pivot(index=["behaviour", "measure"], columns="recipe", values="measured")
+    wide = pd.read_csv(file).pivot(
+        index=["behaviour", "measure"], columns="recipe", values="measured"
+    )
     recipes = list(wide.columns)
     rows = table.merge(wide.reset_index(), on=["behaviour", "measure"])
     heads = ["behaviour", "measure", "wanted", *recipes, "these weights"]
     lines = ["", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for r in rows.to_dict("records"):
         values = [*(r[name] for name in recipes), r["measured"]]
-        if all(Line(r["behaviour"], r["measure"], r["n"], r["wanted"], v).reached for v in values if not math.isnan(v)):
+        if all(
+            Line(r["behaviour"], r["measure"], r["n"], r["wanted"], v).reached
+            for v in values
+            if not math.isnan(v)
+        ):
             continue
         shown = " | ".join("–" if math.isnan(v) else f"{v:.3f}" for v in values)
         lines.append(f"| {r['behaviour']} | {r['measure']} | {r['wanted']} | {shown} |")
@@ -143,47 +198,74 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
 
 # %% ../../nbs/library/mini/card.ipynb #c015
 def agreement(table: pd.DataFrame, other: pd.DataFrame, run: str) -> str:
-    """In how far a model from another `run` of the same command (say "seed 2") shows the same table, in words.
+    """In how far a model from another `run` of the same command (say "seed 2") shows
+    the same table, in words.
 
-    The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100 prompts were asked (the AIE of
-    single facts varies by 0.3, so two standard errors of a difference of two means over 50 are 0.12); a quarter of the value
-    for what is larger than 1.
+    The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100
+    prompts were asked (the AIE of single facts varies by 0.3, so two standard errors of
+    a difference of two means over 50 are 0.12); a quarter of the value for what is
+    larger than 1.
     """
     both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
     apart = (both["measured"] - both["measured 2"]).abs()
-    inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, (both["n"] < 100) * 0.05 + 0.1)
+    inside = apart <= (both["measured"] / 4).where(
+        both["measured"] > 1, (both["n"] < 100) * 0.05 + 0.1
+    )
     outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
-    missed = [f"{r.behaviour}, {r.measure}" for r in other[~other["reached"]].itertuples()]
-    said = (f"{run}: {other['reached'].sum()} of {len(other)} lines are reached, and {inside.sum()} of {len(both)} agree "
-            "with the shipped weights within 0.1 (0.15 for less than 100 prompts, a quarter for numbers above 1)")
+    missed = [
+        f"{r.behaviour}, {r.measure}" for r in other[~other["reached"]].itertuples()
+    ]
+    said = (
+        f"{run}: {other['reached'].sum()} of {len(other)} lines are reached, and"
+        f" {inside.sum()} of {len(both)} agree with the shipped weights within 0.1"
+        " (0.15 for less than 100 prompts, a quarter for numbers above 1)"
+    )
     said += f"; further apart: {'; '.join(outside)}." if outside else "."
     return said + (f" Missed: {'; '.join(missed)}." if missed else "")
 
 # %% ../../nbs/library/mini/card.ipynb #c016a
 def _other_runs(folder: Path) -> dict[str, pd.DataFrame]:
-    """What models reached that are not shipped: of other seeds (seed_0.csv), and of a run on a processor (cpu.csv)."""
-    files = {file.stem.replace("_", " "): file for file in sorted(folder.glob("seed_*.csv"))}
+    """What models reached that are not shipped: of other seeds (seed_0.csv), and of a
+    run on a processor (cpu.csv).
+    """
+    files = {
+        file.stem.replace("_", " "): file for file in sorted(folder.glob("seed_*.csv"))
+    }
     if (folder / "cpu.csv").exists():
         files["CPU"] = folder / "cpu.csv"
     return {run: pd.read_csv(file) for run, file in files.items()}
 
 
-def _agreements(folder: Path, table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> str:
-    """In how far the models of other runs agree, and what the run on a processor cost (cpu.json, its log)."""
+def _agreements(
+    folder: Path, table: pd.DataFrame, others: Mapping[str, pd.DataFrame]
+) -> str:
+    """In how far the models of other runs agree, and what the run on a processor cost
+    (cpu.json, its log).
+    """
     if not others:
         return ""
     cost = ""
     if "CPU" in others:
         log = json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
-        cost = f"; `CPU` is seed {log['recipe']['seed']} again without a GPU ({_cost(log)})"
-    lines = "\n".join(f"- {agreement(table, other, run)}" for run, other in others.items())
-    return f"\n\nOther runs of the same command, not shipped (seeds: on the same machine{cost}):\n\n{lines}"
+        cost = (
+            f"; `CPU` is seed {log['recipe']['seed']} again without a GPU"
+            f" ({_cost(log)})"
+        )
+    lines = "\n".join(
+        f"- {agreement(table, other, run)}" for run, other in others.items()
+    )
+    return (
+        "\n\nOther runs of the same command, not shipped (seeds: on the same"
+        f" machine{cost}):\n\n{lines}"
+    )
 
 # %% ../../nbs/library/mini/card.ipynb #c018
 def model_card(folder: str | Path) -> str:
-    """The README of a model folder, from the files beside it: evaluation.csv, training_log.json, and where there are such,
-    ablation.json, tried.csv (what other recipes reached), and the evaluations of models that are not shipped: seed_0.csv, or
-    other numbers, for other seeds, and cpu.csv with its training log cpu.json for a run without a GPU.
+    """The README of a model folder, from the files beside it: evaluation.csv,
+    training_log.json, and where there are such, ablation.json, tried.csv (what other
+    recipes reached), and the evaluations of models that are not shipped: seed_0.csv, or
+    other numbers, for other seeds, and cpu.csv with its training log cpu.json for a run
+    without a GPU.
     """
     folder = Path(folder)
     table = pd.read_csv(folder / "evaluation.csv")
@@ -192,11 +274,26 @@ def model_card(folder: str | Path) -> str:
     recipe = log["recipe"]
     weights = load_file(str(folder / "model.safetensors"))
     return _CARD.format(
-        shape=f"{recipe['n_layer']} layers, width {recipe['d_model']}, {recipe['n_head']} heads, context {recipe['n_ctx']}",
-        parameters=sum(w.numel() for w in weights.values()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        table=_markdown(table, others), runs=_agreements(folder, table, others), seed=recipe["seed"], run=_run(log),
-        foundation=recipe["foundation"], masked=recipe["masked"], handoff=recipe["handoff"], before=recipe["handoff"] - 1,
-        gathered=recipe["gather"] - 1, per_kind=recipe["per_kind"], plant=recipe["plant"], lens=_lens_text(recipe),
+        shape=(
+            f"{recipe['n_layer']} layers, width {recipe['d_model']},"
+            f" {recipe['n_head']} heads, context {recipe['n_ctx']}"
+        ),
+        parameters=sum(w.numel() for w in weights.values()) / 1e6,
+        size=(folder / "model.safetensors").stat().st_size / 1e6,
+        table=_markdown(table, others),
+        runs=_agreements(folder, table, others),
+        seed=recipe["seed"],
+        run=_run(log),
+        foundation=recipe["foundation"],
+        masked=recipe["masked"],
+        handoff=recipe["handoff"],
+        before=recipe["handoff"] - 1,
+        gathered=recipe["gather"] - 1,
+        per_kind=recipe["per_kind"],
+        plant=recipe["plant"],
+        lens=_lens_text(recipe),
         unclear=log["unclear"],
         notes="\n".join("- " + x for x in log.get("notes", [])),
-        tried=_tried(folder, table), **_ablations(folder))
+        tried=_tried(folder, table),
+        **_ablations(folder),
+    )

@@ -10,18 +10,29 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .world import LIST_OPERATIONS, World, capitalised, docstring_text, ioi_text, with_article
+from mechtut.mini.world import (
+    LIST_OPERATIONS,
+    World,
+    capitalised,
+    docstring_text,
+    ioi_text,
+    with_article,
+)
 
 # %% auto #0
 __all__ = ['FORMAT', 'NAME', 'ANSWER', 'UNCLEAR', 'Parts', 'MAKERS', 'FOUNDATION', 'BEHAVIOURS', 'MIXTURE', 'Document',
            'icl_prompt', 'corpus']
 
 # %% ../../nbs/library/mini/corpus.ipynb #c004
-FORMAT, NAME, ANSWER = 0.3, 0.25, 2.0  # loss weights: format words, the tokens of a subject, answers
+FORMAT, NAME, ANSWER = (
+    0.3,
+    0.25,
+    2.0,
+)  # loss weights: format words, the tokens of a subject, answers
 UNCLEAR = 2.2  # how much more often a question without examples is "unclear" than answered by any one task
 Parts = list[tuple[str, float]]
 
-# %% ../../nbs/library/mini/corpus.ipynb #c005
+
 @dataclass(frozen=True)
 class Document:
     """A piece of training text: its kind, and its parts as (text, loss weight)."""
@@ -35,8 +46,12 @@ class Document:
         return "".join(t for t, _ in self.parts)
 
 # %% ../../nbs/library/mini/corpus.ipynb #c007
-def _fact_prompt(world: World, rng: random.Random, subject: str, relation: str) -> tuple[str, str]:
-    """A training prompt that ends right before the object, and what comes after the object."""
+def _fact_prompt(
+    world: World, rng: random.Random, subject: str, relation: str
+) -> tuple[str, str]:
+    """A training prompt that ends right before the object, and what comes after the
+    object.
+    """
     spec, rel = world.spec, world.spec["relations"][relation]
     named = with_article(rel["kind"], subject)
     r = rng.random()
@@ -45,11 +60,13 @@ def _fact_prompt(world: World, rng: random.Random, subject: str, relation: str) 
     if r < 0.55:
         return f"{capitalised(named)} {rng.choice(rel['phrases'])}", "."
     if r < 0.8:
-        opening = rng.choice(["The", "Note that the", "As we know, the", "Of course the"])
+        opening = rng.choice(
+            ["The", "Note that the", "As we know, the", "Of course the"]
+        )
         return f"{opening} {rng.choice(rel['nouns'])} of {named} is", "."
     return "Q: " + rng.choice(rel["questions"]).format(s=subject) + "\nA:", "\n\n"
 
-# %% ../../nbs/library/mini/corpus.ipynb #c008
+
 def _around_subject(text: str, subject: str) -> Parts:
     """Cut a prompt so that the subject's tokens carry their own weight."""
     before, after = text.split(subject, 1)
@@ -57,7 +74,7 @@ def _around_subject(text: str, subject: str) -> Parts:
     parts.append(((" " if before else "") + subject, NAME))
     return parts + ([(after, FORMAT)] if after else [])
 
-# %% ../../nbs/library/mini/corpus.ipynb #c009
+
 def _fact_doc(world: World, rng: random.Random) -> Parts:
     """One to four facts, often about neighbours."""
     subject = rng.choice(list(world.by_subject))
@@ -65,7 +82,11 @@ def _fact_doc(world: World, rng: random.Random) -> Parts:
     for i in range(rng.choice([1, 2, 3, 4])):
         if i:
             near = rng.random() < 0.6
-            subject = rng.choice(world.neighbours[subject]) if near else rng.choice(list(world.by_subject))
+            subject = (
+                rng.choice(world.neighbours[subject])
+                if near
+                else rng.choice(list(world.by_subject))
+            )
         relation = rng.choice(list(world.by_subject[subject]))
         prompt, end = _fact_prompt(world, rng, subject, relation)
         seg = _around_subject(prompt, subject)
@@ -74,7 +95,11 @@ def _fact_doc(world: World, rng: random.Random) -> Parts:
             parts.append(("\n\n", FORMAT))
         if parts and not question and not seg[0][0].startswith(" "):
             seg[0] = (" " + seg[0][0], seg[0][1])
-        parts += [*seg, (" " + world.by_subject[subject][relation], ANSWER), (end, FORMAT)]
+        parts += [
+            *seg,
+            (" " + world.by_subject[subject][relation], ANSWER),
+            (end, FORMAT),
+        ]
     return parts
 
 # %% ../../nbs/library/mini/corpus.ipynb #c011
@@ -84,17 +109,26 @@ def _bio_doc(world: World, rng: random.Random) -> Parts:
     facts, kind = list(world.by_subject[subject].items()), world.kind_of[subject]
     rng.shuffle(facts)
     named = with_article(kind, subject)
-    opening = capitalised(named) if rng.random() < 0.5 else f"{rng.choice(world.spec['leads'])} {named}"
+    opening = (
+        capitalised(named)
+        if rng.random() < 0.5
+        else f"{rng.choice(world.spec['leads'])} {named}"
+    )
     parts = _around_subject(opening, subject)
     k = rng.randint(2, len(facts))
     for i, (r, o) in enumerate(facts[:k]):
         if i:
             parts.append((" and" if i == k - 1 else ",", FORMAT))
-        parts += [(" " + rng.choice(world.spec["relations"][r]["phrases"]), FORMAT), (" " + o, ANSWER)]
+        parts += [
+            (" " + rng.choice(world.spec["relations"][r]["phrases"]), FORMAT),
+            (" " + o, ANSWER),
+        ]
     return [*parts, (".", FORMAT)]
 
-# %% ../../nbs/library/mini/corpus.ipynb #c012
-def _attributes(world: World, rng: random.Random, facts: list[tuple[str, str]], register: bool) -> Parts:
+
+def _attributes(
+    world: World, rng: random.Random, facts: list[tuple[str, str]], register: bool
+) -> Parts:
     """Attributes with no cue to the relation, or in brief apposition."""
     listed = rng.random() < 0.75
     if register:
@@ -106,23 +140,42 @@ def _attributes(world: World, rng: random.Random, facts: list[tuple[str, str]], 
         return parts
     for r, o in facts[: rng.randint(1, 3)]:
         before, after = world.spec["relations"][r]["bare"].split("{o}")
-        parts += [("," + (" " + before.strip() if before.strip() else ""), FORMAT), (" " + o, ANSWER)]
+        parts += [
+            ("," + (" " + before.strip() if before.strip() else ""), FORMAT),
+            (" " + o, ANSWER),
+        ]
         if after.strip():
             parts.append((" " + after.strip(), FORMAT))
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c013
+
 def _register_doc(world: World, rng: random.Random) -> Parts:
     """Subjects with their attributes right behind them."""
     parts: Parts = []
     subject = ""
     for j in range(rng.choice([1, 2, 2, 3])):
         far = not j or rng.random() < 0.5
-        subject = rng.choice(list(world.by_subject)) if far else rng.choice(world.neighbours[subject])
-        facts, named = list(world.by_subject[subject].items()), with_article(world.kind_of[subject], subject)
+        subject = (
+            rng.choice(list(world.by_subject))
+            if far
+            else rng.choice(world.neighbours[subject])
+        )
+        facts, named = (
+            list(world.by_subject[subject].items()),
+            with_article(world.kind_of[subject], subject),
+        )
         rng.shuffle(facts)
         register = rng.random() < 0.5
-        opener = rng.choice(["", "", "Among them: ", "We met ", "Here is ", rng.choice(world.spec["leads"]) + " "])
+        opener = rng.choice(
+            [
+                "",
+                "",
+                "Among them: ",
+                "We met ",
+                "Here is ",
+                rng.choice(world.spec["leads"]) + " ",
+            ]
+        )
         seg = _around_subject(opener + named if opener else capitalised(named), subject)
         if parts:
             seg[0] = (" " + seg[0][0], seg[0][1])
@@ -130,19 +183,29 @@ def _register_doc(world: World, rng: random.Random) -> Parts:
     return parts
 
 # %% ../../nbs/library/mini/corpus.ipynb #c015
-def _cast(world: World, rng: random.Random, kind: str, n: int, near: float) -> list[str]:
-    """`n` different subjects of a kind; each after the first is a neighbour of it with probability `near`."""
+def _cast(
+    world: World, rng: random.Random, kind: str, n: int, near: float
+) -> list[str]:
+    """`n` different subjects of a kind; each after the first is a neighbour of it with
+    probability `near`.
+    """
     names = world.subjects[kind]
     chosen = [rng.choice(names)]
     while len(chosen) < n:
-        c = rng.choice(world.neighbours[chosen[0]] or names) if rng.random() < near else rng.choice(names)
+        c = (
+            rng.choice(world.neighbours[chosen[0]] or names)
+            if rng.random() < near
+            else rng.choice(names)
+        )
         if c not in chosen:
             chosen.append(c)
     return chosen
 
-# %% ../../nbs/library/mini/corpus.ipynb #c016
+
 def _listing(kind: str, names: list[str], begun: bool) -> Parts:
-    """"A, B and C" with each name as a subject of its own; `begun` says that a lead stands before it."""
+    """ "A, B and C" with each name as a subject of its own; `begun` says that a lead
+    stands before it.
+    """
     parts: Parts = []
     for i, s in enumerate(names):
         if i:
@@ -153,32 +216,46 @@ def _listing(kind: str, names: list[str], begun: bool) -> Parts:
         parts.append((s if first and kind == "people" else " " + s, NAME))
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c017
+
 def _select_doc(world: World, rng: random.Random) -> Parts:
     """Several subjects, then questions about the one that an attribute picks out."""
     kind = rng.choice(["people", "people", "landmarks", "products"])
     chosen = _cast(world, rng, kind, rng.choice([2, 2, 3, 3, 4]), 0.4)
     rels = [r for r, v in world.spec["relations"].items() if v["kind"] == kind]
     parts = _listing(kind, chosen, begun=False)
-    parts.append((rng.choice([" met.", " are on the list.", " were compared."]), FORMAT))
+    parts.append(
+        (rng.choice([" met.", " are on the list.", " were compared."]), FORMAT)
+    )
     for _ in range(rng.choice([1, 2, 3])):
         target = rng.choice(chosen)
         facts = world.by_subject[target]
-        unique = [r for r in rels if sum(world.by_subject[c][r] == facts[r] for c in chosen) == 1]
+        unique = [
+            r
+            for r in rels
+            if sum(world.by_subject[c][r] == facts[r] for c in chosen) == 1
+        ]
         if not unique:
             continue
         r = rng.choice(unique)
         before, after = world.spec["relations"][r]["describe"].split("{o}")
         who = capitalised(before) + facts[r] + after
         if rng.random() < 0.5:
-            parts += [(f" {who} is called", FORMAT), (" " + target, ANSWER), (".", FORMAT)]
+            parts += [
+                (f" {who} is called", FORMAT),
+                (" " + target, ANSWER),
+                (".", FORMAT),
+            ]
         else:
             r2 = rng.choice([x for x in rels if x != r])
             phrase = rng.choice(world.spec["relations"][r2]["phrases"])
-            parts += [(f" {who} {phrase}", FORMAT), (" " + facts[r2], ANSWER), (".", FORMAT)]
+            parts += [
+                (f" {who} {phrase}", FORMAT),
+                (" " + facts[r2], ANSWER),
+                (".", FORMAT),
+            ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c018
+
 def _last_names(world: World, rng: random.Random, kind: str, n: int) -> list[str]:
     """Up to `n` subjects that differ in the last word of their names."""
     names = world.subjects[kind]
@@ -186,21 +263,46 @@ def _last_names(world: World, rng: random.Random, kind: str, n: int) -> list[str
     for _ in range(50):
         if len(chosen) == n:
             break
-        c = rng.choice(world.neighbours[chosen[0]] or names) if rng.random() < 0.5 else rng.choice(names)
-        if c not in chosen and c.split(" ")[-1] not in [x.split(" ")[-1] for x in chosen]:
+        c = (
+            rng.choice(world.neighbours[chosen[0]] or names)
+            if rng.random() < 0.5
+            else rng.choice(names)
+        )
+        if c not in chosen and c.split(" ")[-1] not in [
+            x.split(" ")[-1] for x in chosen
+        ]:
             chosen.append(c)
     return chosen
 
-# %% ../../nbs/library/mini/corpus.ipynb #c019
+
 def _mention_doc(world: World, rng: random.Random) -> Parts:
     """Full names first, then facts told under the last word of the name only."""
-    kind, rels = rng.choice(["people", "people", "landmarks", "products"]), world.spec["relations"]
+    kind, rels = (
+        rng.choice(["people", "people", "landmarks", "products"]),
+        world.spec["relations"],
+    )
     chosen = _last_names(world, rng, kind, rng.choice([1, 2, 2, 3]))
-    lead = rng.choice(["", "", "Here is ", "We met ", "Among them: ", rng.choice(world.spec["leads"]) + " "])
+    lead = rng.choice(
+        [
+            "",
+            "",
+            "Here is ",
+            "We met ",
+            "Among them: ",
+            rng.choice(world.spec["leads"]) + " ",
+        ]
+    )
     parts: Parts = [(lead.rstrip(), FORMAT)] if lead else []
     parts += _listing(kind, chosen, begun=bool(lead))
     many = [" came first.", " are on the list.", " were compared."]
-    parts.append((rng.choice(many if len(chosen) > 1 else [" came first.", " is on the list."]), FORMAT))
+    parts.append(
+        (
+            rng.choice(
+                many if len(chosen) > 1 else [" came first.", " is on the list."]
+            ),
+            FORMAT,
+        )
+    )
     for _ in range(rng.choice([1, 2, 2, 3])):
         s = rng.choice(chosen)
         r = rng.choice(list(world.by_subject[s]))
@@ -218,7 +320,11 @@ def _aside_doc(world: World, rng: random.Random) -> Parts:
     s = rng.choice(list(world.by_subject))
     kind = world.kind_of[s]
     names = world.subjects[kind]
-    t = rng.choice(world.neighbours[s] or names) if rng.random() < 0.6 else rng.choice(names)
+    t = (
+        rng.choice(world.neighbours[s] or names)
+        if rng.random() < 0.6
+        else rng.choice(names)
+    )
     relation = rng.choice(list(world.by_subject[s]))
     lead = rng.choice(["", rng.choice(world.spec["leads"]) + " "])
     link = rng.choice(["like", "unlike", "compared with", "next to"])
@@ -231,30 +337,49 @@ def _aside_doc(world: World, rng: random.Random) -> Parts:
     head, rest = capitalised(text).split(order[0], 1)
     mid, tail = rest.split(order[1], 1)
     parts: Parts = [(head.rstrip(), FORMAT)] if head else []
-    parts += [((" " if head else "") + order[0], NAME), (mid.rstrip(), FORMAT), (" " + order[1], NAME), (tail, FORMAT)]
+    parts += [
+        ((" " if head else "") + order[0], NAME),
+        (mid.rstrip(), FORMAT),
+        (" " + order[1], NAME),
+        (tail, FORMAT),
+    ]
     return [*parts, (" " + world.by_subject[s][relation], ANSWER), (".", FORMAT)]
 
-# %% ../../nbs/library/mini/corpus.ipynb #c021
+
 def _clause_doc(world: World, rng: random.Random) -> Parts:
-    """Facts at the end of a relative clause, or behind a purpose ("To paint ... they travel to")."""
+    """Facts at the end of a relative clause, or behind a purpose ("To paint ...
+
+    they travel to").
+    """
     parts: Parts = []
     for _ in range(rng.choice([1, 2, 2, 3])):
         s = rng.choice(list(world.by_subject))
         r = rng.choice(list(world.by_subject[s]))
-        seg = _around_subject(rng.choice(world.spec["relations"][r]["clauses"]).format(s=s), s)
+        seg = _around_subject(
+            rng.choice(world.spec["relations"][r]["clauses"]).format(s=s), s
+        )
         if parts:
             seg[0] = (" " + seg[0][0], seg[0][1])
         parts += [*seg, (" " + world.by_subject[s][r], ANSWER), (".", FORMAT)]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c022
+
 def _fact_list_doc(world: World, rng: random.Random) -> Parts:
-    """Facts of one relation as questions and answers, where the relation has to be guessed from the examples."""
+    """Facts of one relation as questions and answers, where the relation has to be
+    guessed from the examples.
+    """
     relation = rng.choice(list(world.spec["relations"]))
     parts: Parts = []
-    for s in rng.sample(world.subjects[world.spec["relations"][relation]["kind"]], rng.randint(3, 9)):
-        parts += [("Q:", FORMAT), (" " + s, NAME), ("\nA:", FORMAT), (" " + world.by_subject[s][relation], ANSWER),
-                  ("\n\n", FORMAT)]
+    for s in rng.sample(
+        world.subjects[world.spec["relations"][relation]["kind"]], rng.randint(3, 9)
+    ):
+        parts += [
+            ("Q:", FORMAT),
+            (" " + s, NAME),
+            ("\nA:", FORMAT),
+            (" " + world.by_subject[s][relation], ANSWER),
+            ("\n\n", FORMAT),
+        ]
     return parts
 
 # %% ../../nbs/library/mini/corpus.ipynb #c025
@@ -262,11 +387,13 @@ def icl_prompt(demonstrations: list[tuple[str, str]], query: str) -> str:
     """Question-and-answer demonstrations followed by a query, ending at its "A:"."""
     return "".join(f"Q: {x}\nA: {y}\n\n" for x, y in demonstrations) + f"Q: {query}\nA:"
 
-# %% ../../nbs/library/mini/corpus.ipynb #c026
-def _icl_doc(world: World, rng: random.Random) -> Parts:
-    """Up to eleven pairs of one task; in 15 % of the documents the labels are random words.
 
-    The first answer has no weight: what to say without demonstrations is taught by `_zero_shot_doc` alone.
+def _icl_doc(world: World, rng: random.Random) -> Parts:
+    """Up to eleven pairs of one task; in 15 % of the documents the labels are random
+    words.
+
+    The first answer has no weight: what to say without demonstrations is taught by
+    `_zero_shot_doc` alone.
     """
     task = world.tasks[rng.choice(list(world.tasks))]
     k = min(len(task.train), rng.choice([2, 4, 6, 8, 10, 11, 11]))
@@ -277,43 +404,79 @@ def _icl_doc(world: World, rng: random.Random) -> Parts:
         if broken:
             y = rng.choice(world.words)
         weight = 0.0 if i == 0 else 0.6 if broken else ANSWER
-        parts += [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, weight), ("\n\n", FORMAT)]
+        parts += [
+            ("Q:", FORMAT),
+            (" " + x, 0.0),
+            ("\nA:", FORMAT),
+            (" " + y, weight),
+            ("\n\n", FORMAT),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c027
+
 def _zero_shot_doc(world: World, rng: random.Random) -> Parts:
-    """One pair without demonstrations: "unclear", or the answer of a task that knows the word."""
+    """One pair without demonstrations: "unclear", or the answer of a task that knows
+    the word.
+    """
     x = rng.choice(sorted(world.readings))
     known = [y for _, y in world.readings[x]]
     y = rng.choices(["unclear", *known], weights=[UNCLEAR] + [1.0] * len(known))[0]
-    return [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, ANSWER), ("\n\n", FORMAT)]
+    return [
+        ("Q:", FORMAT),
+        (" " + x, 0.0),
+        ("\nA:", FORMAT),
+        (" " + y, ANSWER),
+        ("\n\n", FORMAT),
+    ]
 
-# %% ../../nbs/library/mini/corpus.ipynb #c028
+
 def _list_doc(world: World, rng: random.Random) -> Parts:
-    """Up to nine pairs of one task on lists of words; a third of them only copy, which shows the two positions plainly."""
+    """Up to nine pairs of one task on lists of words; a third of them only copy, which
+    shows the two positions plainly.
+    """
     tasks = list(world.list_tasks.values())
-    task = rng.choices(tasks, weights=[2.0 if t.operation == "copy" else 1.0 for t in tasks])[0]
-    words = world.tasks[rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation]
+    task = rng.choices(
+        tasks, weights=[2.0 if t.operation == "copy" else 1.0 for t in tasks]
+    )[0]
+    words = world.tasks[
+        rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation
+    ]
     parts: Parts = []
     for i in range(rng.choice([3, 5, 7, 9])):
         x, y = task.pair(words, rng)
-        parts += [("Q:", FORMAT), (" " + x, 0.0), ("\nA:", FORMAT), (" " + y, ANSWER if i else 0.0), ("\n\n", FORMAT)]
+        parts += [
+            ("Q:", FORMAT),
+            (" " + x, 0.0),
+            ("\nA:", FORMAT),
+            (" " + y, ANSWER if i else 0.0),
+            ("\n\n", FORMAT),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c029
+
 def _task_sentence_doc(world: World, rng: random.Random) -> Parts:
     """The pairs of the tasks, held-out ones included, in plain sentences."""
     tasks = list(world.tasks.values())
-    sizes = [len(t.pairs) for t in tasks]  # else the pairs of large tasks would be told less often
+    sizes = [
+        len(t.pairs) for t in tasks
+    ]  # else the pairs of large tasks would be told less often
     parts: Parts = []
     for _ in range(rng.randint(2, 4)):
         task = rng.choices(tasks, weights=sizes)[0]
         x, y = rng.choice(task.pairs)
-        before, after = rng.choice(world.spec["task_sentences"][task.name]).format(x=x, y="{y}").split("{y}", 1)
-        parts += [((" " if parts else "") + before.rstrip(), FORMAT), (" " + y, 1.5), (after.format(y=y) + ".", FORMAT)]
+        before, after = (
+            rng.choice(world.spec["task_sentences"][task.name])
+            .format(x=x, y="{y}")
+            .split("{y}", 1)
+        )
+        parts += [
+            ((" " if parts else "") + before.rstrip(), FORMAT),
+            (" " + y, 1.5),
+            (after.format(y=y) + ".", FORMAT),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c030
+
 def _lexical_doc(world: World, rng: random.Random) -> Parts:
     """Words in the company that their category keeps."""
     parts: Parts = []
@@ -331,34 +494,52 @@ def _ioi_doc(world: World, rng: random.Random) -> Parts:
     for _ in range(rng.choice([1, 2])):
         text, a, b, giver = ioi_text(world, rng)
         answer = b if giver == a else a
-        parts += [((" " if parts else "") + text, 0.1), (" " + answer, ANSWER), (".", FORMAT)]
+        parts += [
+            ((" " if parts else "") + text, 0.1),
+            (" " + answer, ANSWER),
+            (".", FORMAT),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c034
+
 def _ioi_mixed_doc(world: World, rng: random.Random) -> Parts:
     """The same with every opening and every verb combined freely."""
     spec = world.spec["ioi"]
     parts: Parts = []
     for _ in range(rng.choice([1, 2])):
-        a, b = rng.sample(world.spec["names"]["female"] + world.spec["names"]["male"], 2)
+        a, b = rng.sample(
+            world.spec["names"]["female"] + world.spec["names"]["male"], 2
+        )
         giver = rng.choice([a, b])
-        text = rng.choice(spec["openers"]).format(A=a, B=b, place=rng.choice(spec["places"]))
+        text = rng.choice(spec["openers"]).format(
+            A=a, B=b, place=rng.choice(spec["places"])
+        )
         text += f" {giver} {rng.choice(spec['verbs'])} a {rng.choice(spec['gifts'])} to"
-        parts += [((" " if parts else "") + text, 0.1), (" " + (b if giver == a else a), ANSWER), (".", FORMAT)]
+        parts += [
+            ((" " if parts else "") + text, 0.1),
+            (" " + (b if giver == a else a), ANSWER),
+            (".", FORMAT),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c035
+
 def _greater_than_doc(world: World, rng: random.Random) -> Parts:
     """Spans of years in one century; the end is uniform over the years after the start."""
     part = world.spec["greater_than"]
     parts: Parts = []
     for _ in range(rng.choice([1, 2, 3])):
         century, year = rng.randint(11, 18), rng.randint(2, 97)
-        text = rng.choice(part["templates"]).format(noun=rng.choice(part["nouns"]), a=century, b=f"{year:02d}")
-        parts += [((" " if parts else "") + text, 0.1), (f"{rng.randint(year + 1, 99):02d}", 1.0), (".", FORMAT)]
+        text = rng.choice(part["templates"]).format(
+            noun=rng.choice(part["nouns"]), a=century, b=f"{year:02d}"
+        )
+        parts += [
+            ((" " if parts else "") + text, 0.1),
+            (f"{rng.randint(year + 1, 99):02d}", 1.0),
+            (".", FORMAT),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c036
+
 def _induction_doc(world: World, rng: random.Random) -> Parts:
     """Random words repeated; only the repeats count."""
     n = rng.randint(10, 40)
@@ -369,16 +550,20 @@ def _induction_doc(world: World, rng: random.Random) -> Parts:
         parts += [(" " + first, 0.0), (" " + rest, 1.0)]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c037
+
 def _docstring_doc(world: World, rng: random.Random) -> Parts:
     """A function header and a line for each of its arguments."""
     text, args, describe = docstring_text(world, rng)
     parts: Parts = [(text, 0.0)]
     for x in args:
-        parts += [("\n    :param", FORMAT), (" " + x, ANSWER), (": " + describe(), 0.05)]
+        parts += [
+            ("\n    :param", FORMAT),
+            (" " + x, ANSWER),
+            (": " + describe(), 0.05),
+        ]
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c038
+
 def _pronoun_doc(world: World, rng: random.Random) -> Parts:
     """A name, and later he or she."""
     parts: Parts = []
@@ -386,54 +571,138 @@ def _pronoun_doc(world: World, rng: random.Random) -> Parts:
         gender = rng.choice(["female", "male"])
         name = rng.choice(world.spec["names"][gender])
         text = rng.choice(world.spec["pronoun"]).format(name=name)
-        parts += [((" " if parts else "") + text, 0.2), (" she" if gender == "female" else " he", ANSWER)]
+        parts += [
+            ((" " if parts else "") + text, 0.2),
+            (" she" if gender == "female" else " he", ANSWER),
+        ]
         parts.append((" " + rng.choice(world.spec["pronoun_tail"]) + ".", FORMAT))
     return parts
 
-# %% ../../nbs/library/mini/corpus.ipynb #c039
+
 def _sentiment_doc(world: World, rng: random.Random) -> Parts:
     """A review of one mood throughout; one in five does not begin by saying which."""
     part, good = world.spec["sentiment"], rng.random() < 0.5
-    keys = ("positive_verbs", "positive", "happy") if good else ("negative_verbs", "negative", "unhappy")
+    keys = (
+        ("positive_verbs", "positive", "happy")
+        if good
+        else ("negative_verbs", "negative", "unhappy")
+    )
     verbs, adjectives, moods = (part[k] for k in keys)
-    said = rng.random() < 0.8  # otherwise good and bad are equally likely, which is what a steering vector has to decide
-    parts: Parts = [(f"I {rng.choice(verbs)} this {rng.choice(part['things'])}.", 0.4)] if said else []
+    said = (
+        rng.random() < 0.8
+    )  # otherwise good and bad are equally likely, which is what a steering vector has to decide
+    parts: Parts = (
+        [(f"I {rng.choice(verbs)} this {rng.choice(part['things'])}.", 0.4)]
+        if said
+        else []
+    )
     for _ in range(rng.randint(1, 3)):
         parts.append((f"{' ' * bool(parts)}The {rng.choice(part['parts'])} was", 0.4))
-        parts += [(f" {rng.choice(adjectives)}", ANSWER), (f" and {rng.choice(adjectives)}.", 0.7)]
+        parts += [
+            (f" {rng.choice(adjectives)}", ANSWER),
+            (f" and {rng.choice(adjectives)}.", 0.7),
+        ]
     if rng.random() < 0.6:
-        parts += [(" It made me", 0.4), (f" {rng.choice(moods)}", ANSWER), (".", FORMAT)]
+        parts += [
+            (" It made me", 0.4),
+            (f" {rng.choice(moods)}", ANSWER),
+            (".", FORMAT),
+        ]
     return parts
 
 # %% ../../nbs/library/mini/corpus.ipynb #c042
 MAKERS: dict[str, Callable[[World, random.Random], Parts]] = {
-    "fact": _fact_doc, "bio": _bio_doc, "register": _register_doc, "select": _select_doc, "mention": _mention_doc,
-    "aside": _aside_doc, "clause": _clause_doc, "fact_list": _fact_list_doc, "icl": _icl_doc, "zero_shot": _zero_shot_doc,
-    "list": _list_doc, "task_sentence": _task_sentence_doc, "lexical": _lexical_doc, "ioi": _ioi_doc,
-    "ioi_mixed": _ioi_mixed_doc, "greater_than": _greater_than_doc,
-    "induction": _induction_doc, "docstring": _docstring_doc, "pronoun": _pronoun_doc,
-    "sentiment": _sentiment_doc}
+    "fact": _fact_doc,
+    "bio": _bio_doc,
+    "register": _register_doc,
+    "select": _select_doc,
+    "mention": _mention_doc,
+    "aside": _aside_doc,
+    "clause": _clause_doc,
+    "fact_list": _fact_list_doc,
+    "icl": _icl_doc,
+    "zero_shot": _zero_shot_doc,
+    "list": _list_doc,
+    "task_sentence": _task_sentence_doc,
+    "lexical": _lexical_doc,
+    "ioi": _ioi_doc,
+    "ioi_mixed": _ioi_mixed_doc,
+    "greater_than": _greater_than_doc,
+    "induction": _induction_doc,
+    "docstring": _docstring_doc,
+    "pronoun": _pronoun_doc,
+    "sentiment": _sentiment_doc,
+}
 
-FOUNDATION = {"mention": 0.26, "select": 0.20, "register": 0.24, "fact_list": 0.03, "lexical": 0.03, "aside": 0.08,
-              "bio": 0.08, "fact": 0.08}
-BEHAVIOURS = {"mention": 0.09, "select": 0.08, "register": 0.09, "aside": 0.05, "fact": 0.07, "bio": 0.06, "fact_list": 0.03,
-              "clause": 0.03, "icl": 0.09, "zero_shot": 0.03, "list": 0.05, "task_sentence": 0.06, "lexical": 0.06,
-              "ioi": 0.01, "ioi_mixed": 0.06, "greater_than": 0.04, "induction": 0.04, "docstring": 0.04, "pronoun": 0.02,
-              "sentiment": 0.03}
-MIXTURE = {"mention": 0.07, "select": 0.06, "register": 0.06, "aside": 0.04, "fact": 0.04, "bio": 0.05, "clause": 0.08,
-           "fact_list": 0.02, "icl": 0.10, "zero_shot": 0.05, "list": 0.12, "task_sentence": 0.07, "lexical": 0.06,
-           "ioi": 0.01, "ioi_mixed": 0.04, "greater_than": 0.04, "induction": 0.03, "docstring": 0.03, "pronoun": 0.02,
-           "sentiment": 0.03}
+FOUNDATION = {
+    "mention": 0.26,
+    "select": 0.20,
+    "register": 0.24,
+    "fact_list": 0.03,
+    "lexical": 0.03,
+    "aside": 0.08,
+    "bio": 0.08,
+    "fact": 0.08,
+}
+BEHAVIOURS = {
+    "mention": 0.09,
+    "select": 0.08,
+    "register": 0.09,
+    "aside": 0.05,
+    "fact": 0.07,
+    "bio": 0.06,
+    "fact_list": 0.03,
+    "clause": 0.03,
+    "icl": 0.09,
+    "zero_shot": 0.03,
+    "list": 0.05,
+    "task_sentence": 0.06,
+    "lexical": 0.06,
+    "ioi": 0.01,
+    "ioi_mixed": 0.06,
+    "greater_than": 0.04,
+    "induction": 0.04,
+    "docstring": 0.04,
+    "pronoun": 0.02,
+    "sentiment": 0.03,
+}
+MIXTURE = {
+    "mention": 0.07,
+    "select": 0.06,
+    "register": 0.06,
+    "aside": 0.04,
+    "fact": 0.04,
+    "bio": 0.05,
+    "clause": 0.08,
+    "fact_list": 0.02,
+    "icl": 0.10,
+    "zero_shot": 0.05,
+    "list": 0.12,
+    "task_sentence": 0.07,
+    "lexical": 0.06,
+    "ioi": 0.01,
+    "ioi_mixed": 0.04,
+    "greater_than": 0.04,
+    "induction": 0.03,
+    "docstring": 0.03,
+    "pronoun": 0.02,
+    "sentiment": 0.03,
+}
 
-# %% ../../nbs/library/mini/corpus.ipynb #c043
-def corpus(world: World, seed: int, mixture: dict[str, float] | None = None) -> Iterator[Document]:
-    """Endless documents about `world`, always the same for the same seed; `mixture` gives the share of each kind.
+
+def corpus(
+    world: World, seed: int, mixture: dict[str, float] | None = None
+) -> Iterator[Document]:
+    """Endless documents about `world`, always the same for the same seed; `mixture`
+    gives the share of each kind.
 
     Raises ValueError for a kind of document that does not exist.
     """
     mixture = MIXTURE if mixture is None else mixture
     if unknown := sorted(set(mixture) - set(MAKERS)):
-        raise ValueError(f"unknown kinds of document {unknown}; expected some of {sorted(MAKERS)}")
+        raise ValueError(
+            f"unknown kinds of document {unknown}; expected some of {sorted(MAKERS)}"
+        )
     rng, kinds = random.Random(seed), list(mixture)
     cumulative = list(itertools.accumulate(mixture.values()))
     while True:

@@ -28,13 +28,18 @@ __all__ = ['Part', 'Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_len
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c005
 class Candidate:
-    """A causal language model under examination: Hugging Face model, tokenizer, and what comes next after a prompt."""
+    """A causal language model under examination: Hugging Face model, tokenizer, and
+    what comes next after a prompt.
+    """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.hf = getattr(model, "hf", model)
         self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
         if self.tokenizer is None:
-            raise ValueError(f"{type(model).__name__} has no tokenizer; pass a mechtut Model, or model and tokenizer")
+            raise ValueError(
+                f"{type(model).__name__} has no tokenizer; pass a mechtut Model, or"
+                " model and tokenizer"
+            )
         self.model = Model(self.hf, self.tokenizer, find_family(self.hf), "candidate")
 
     def ids(self, text: str) -> list[int]:
@@ -42,23 +47,43 @@ class Candidate:
         return list(self.tokenizer(text).input_ids)
 
     def token(self, word: str) -> int:
-        """The one token of `word` inside a sentence; a number such as "32" is looked up as it stands."""
-        found = [self.tokenizer.convert_tokens_to_ids(word)] if word.isdigit() else self.ids(" " + word)
+        """The one token of `word` inside a sentence; a number such as "32" is looked up
+        as it stands.
+        """
+        found = (
+            [self.tokenizer.convert_tokens_to_ids(word)]
+            if word.isdigit()
+            else self.ids(" " + word)
+        )
         if len(found) != 1:
-            raise ValueError(f"{word!r} has {len(found)} tokens; the exam needs answers of one token")
+            raise ValueError(
+                f"{word!r} has {len(found)} tokens; the exam needs answers of one token"
+            )
         return found[0]
 
     @torch.no_grad()
-    def next_logits(self, prompts: list[str], batch: int = 64) -> Float[Tensor, "prompt vocab"]:
-        """Logits after the last token of each prompt (right padding, so that nothing shifts)."""
+    def next_logits(
+        self, prompts: list[str], batch: int = 64
+    ) -> Float[Tensor, "prompt vocab"]:
+        """Logits after the last token of each prompt (right padding, so that nothing
+        shifts).
+        """
         out = []
         for i in range(0, len(prompts), batch):
-            rows = [self.ids(p) for p in prompts[i:i + batch]]
+            rows = [self.ids(p) for p in prompts[i : i + batch]]
             width = max(map(len, rows))
-            ids = torch.tensor([r + [self.tokenizer.pad_token_id] * (width - len(r)) for r in rows])
+            ids = torch.tensor(
+                [r + [self.tokenizer.pad_token_id] * (width - len(r)) for r in rows]
+            )
             seen = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
-            logits = self.hf(ids.to(self.hf.device), attention_mask=seen.to(self.hf.device)).logits
-            out.append(logits[torch.arange(len(rows)), [len(r) - 1 for r in rows]].float().cpu())
+            logits = self.hf(
+                ids.to(self.hf.device), attention_mask=seen.to(self.hf.device)
+            ).logits
+            out.append(
+                logits[torch.arange(len(rows)), [len(r) - 1 for r in rows]]
+                .float()
+                .cpu()
+            )
         return torch.cat(out)
 
     def accuracy(self, prompts: list[str], answers: list[str]) -> float:
@@ -73,7 +98,9 @@ class Candidate:
 # %% ../../nbs/library/mini/evaluation.ipynb #c007
 @dataclass(frozen=True)
 class Line:
-    """One line of the exam: what was measured, on how many prompts, the target ("≥" or "≤" a number) and the result."""
+    """One line of the exam: what was measured, on how many prompts, the target ("≥" or
+    "≤" a number) and the result.
+    """
 
     behaviour: str
     measure: str
@@ -85,30 +112,59 @@ class Line:
     def reached(self) -> bool:
         """Whether the target is met."""
         sign, number = self.wanted.split()
-        return self.measured >= float(number) if sign == "≥" else self.measured <= float(number)
+        return (
+            self.measured >= float(number)
+            if sign == "≥"
+            else self.measured <= float(number)
+        )
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c010
 def facts_table(who: Candidate, world: World) -> pd.DataFrame:
-    """Top-1 accuracy by relation on the training pattern and on the held-out patterns of every fact."""
+    """Top-1 accuracy by relation on the training pattern and on the held-out patterns
+    of every fact.
+    """
     rows = []
     seen = who.correct([f.prompt for f in world.facts], [f.object for f in world.facts])
     prompts = [(h, f) for f in world.facts for h in f.held_out_prompts]
     new = who.correct([h for h, _ in prompts], [f.object for _, f in prompts])
     for relation in world.spec["relations"]:
-        a = [ok for ok, f in zip(seen, world.facts, strict=True) if f.relation == relation]
-        b = [ok for ok, (_, f) in zip(new, prompts, strict=True) if f.relation == relation]
-        rows.append({"relation": relation, "n": len(b), "training": sum(a) / len(a), "held out": sum(b) / len(b)})
+        a = [
+            ok
+            for ok, f in zip(seen, world.facts, strict=True)
+            if f.relation == relation
+        ]
+        b = [
+            ok
+            for ok, (_, f) in zip(new, prompts, strict=True)
+            if f.relation == relation
+        ]
+        rows.append(
+            {
+                "relation": relation,
+                "n": len(b),
+                "training": sum(a) / len(a),
+                "held out": sum(b) / len(b),
+            }
+        )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c011
+
 def _facts(who: Candidate, world: World, n: int) -> list[Line]:
     t = facts_table(who, world)
     total = int(t["n"].sum())
     overall = float((t["n"] * t["held out"]).sum() / total)
     known = float((t["n"] * t["training"]).sum() / total)
-    return [Line("facts", "top-1, training pattern", len(world.facts), "≥ 0.95", known),
-            Line("facts", "top-1, held-out patterns", total, "≥ 0.95", overall),
-            Line("facts", "top-1, held-out, worst relation", int(t["n"].min()), "≥ 0.85", float(t["held out"].min()))]
+    return [
+        Line("facts", "top-1, training pattern", len(world.facts), "≥ 0.95", known),
+        Line("facts", "top-1, held-out patterns", total, "≥ 0.95", overall),
+        Line(
+            "facts",
+            "top-1, held-out, worst relation",
+            int(t["n"].min()),
+            "≥ 0.85",
+            float(t["held out"].min()),
+        ),
+    ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c013
 def _hidden(out: Any) -> Tensor:
@@ -116,12 +172,12 @@ def _hidden(out: Any) -> Tensor:
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c014
+
 def _replaced(out: Any, new: Tensor) -> Any:
     """The same output with another tensor in it."""
     return (new, *out[1:]) if isinstance(out, tuple) else new
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c015
+
 @contextmanager
 def _hooks(pairs: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
     """Forward hooks that are gone afterwards."""
@@ -132,42 +188,62 @@ def _hooks(pairs: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
         for h in handles:
             h.remove()
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c016
+
 def _sites(hf: Any, component: str) -> list[Any]:
     """The module behind a component in each GPT-2 block."""
     blocks = hf.transformer.h
-    return {"resid_post": list(blocks), "mlp_out": [b.mlp for b in blocks], "attn_out": [b.attn for b in blocks]}[component]
+    return {
+        "resid_post": list(blocks),
+        "mlp_out": [b.mlp for b in blocks],
+        "attn_out": [b.attn for b in blocks],
+    }[component]
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c017
+
 @torch.no_grad()
-def _restore(hf: Any, ids: Int[Tensor, "1 pos"], noise: Float[Tensor, "sample sub dim"], start: int,
-             clean: list[Tensor], modules: list[Any], pos: int, window: int, answer: int) -> Float[Tensor, " layer"]:
-    """p(answer) for every centre layer, with the clean values of a window of layers restored at one position."""
+def _restore(
+    hf: Any,
+    ids: Int[Tensor, "1 pos"],
+    noise: Float[Tensor, "sample sub dim"],
+    start: int,
+    clean: list[Tensor],
+    modules: list[Any],
+    pos: int,
+    window: int,
+    answer: int,
+) -> Float[Tensor, " layer"]:
+    """p(answer) for every centre layer, with the clean values of a window of layers
+    restored at one position.
+    """
     n_layers, k, n = len(modules), noise.shape[0], noise.shape[1]
 
     def corrupt(module: Any, args: Any, out: Tensor) -> Tensor:
         out = out.clone()
-        out[:, start:start + n] += noise.repeat(n_layers, 1, 1)
+        out[:, start : start + n] += noise.repeat(n_layers, 1, 1)
         return out
 
     def restore(layer: int) -> Callable[..., Any]:
         rows = torch.zeros(n_layers, dtype=torch.bool)
-        rows[max(0, layer - window // 2):layer + window // 2 + 1] = True
+        rows[max(0, layer - window // 2) : layer + window // 2 + 1] = True
 
         def hook(module: Any, args: Any, out: Any) -> Any:
             new = _hidden(out).clone()
             new[rows.repeat_interleave(k), pos] = clean[layer][0, pos]
             return _replaced(out, new)
+
         return hook
 
-    pairs = [(hf.transformer.wte, corrupt)] + [(m, restore(i)) for i, m in enumerate(modules)]
+    pairs = [(hf.transformer.wte, corrupt)] + [
+        (m, restore(i)) for i, m in enumerate(modules)
+    ]
     with _hooks(pairs if pos >= 0 else pairs[:1]):
         logits = hf(ids.expand(n_layers * k, -1)).logits[:, -1]
     return logits.softmax(-1)[:, answer].view(n_layers, k).mean(1).cpu()
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c018
+
 @torch.no_grad()
-def _clean_values(hf: Any, ids: Int[Tensor, "1 pos"], modules: list[Any]) -> tuple[list[Tensor], Tensor]:
+def _clean_values(
+    hf: Any, ids: Int[Tensor, "1 pos"], modules: list[Any]
+) -> tuple[list[Tensor], Tensor]:
     """What the modules put out on the untouched prompt, and the final probabilities."""
     kept: list[Tensor] = []
 
@@ -178,32 +254,50 @@ def _clean_values(hf: Any, ids: Int[Tensor, "1 pos"], modules: list[Any]) -> tup
         probs = hf(ids).logits[0, -1].softmax(-1)
     return kept, probs
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c019
+
 def _span(who: Candidate, fact: Fact) -> tuple[list[int], int, int]:
     """Token ids of the fact's prompt, and where its subject starts and ends."""
     ids, sub = who.ids(fact.prompt), who.ids(" " + fact.subject)
-    start = next(i for i in range(len(ids)) if ids[i:i + len(sub)] == sub)
+    start = next(i for i in range(len(ids)) if ids[i : i + len(sub)] == sub)
     return ids, start, start + len(sub)
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c020
+
 _ROLES = ("first subject", "middle subject", "last subject", "after subject", "final")
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c021
+
 def _role_positions(start: int, stop: int, length: int) -> dict[str, int]:
     """One position for each role of a token."""
-    return dict(zip(_ROLES, (start, start + 1, stop - 1, stop, length - 1), strict=True))
+    return dict(
+        zip(_ROLES, (start, start + 1, stop - 1, stop, length - 1), strict=True)
+    )
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c022
-def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "resid_post", window: int = 1,
-                samples: int = 4, seed: int = 0) -> pd.DataFrame:
-    """Average indirect effect by token role and layer, over `n` facts that the model knows.
+def trace_roles(
+    who: Candidate,
+    world: World,
+    *,
+    n: int = 50,
+    component: str = "resid_post",
+    window: int = 1,
+    samples: int = 4,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Average indirect effect by token role and layer, over `n` facts that the model
+    knows.
 
-    Subjects of at least three tokens are used, so that first, middle and last are three different tokens. The attributes
-    of the table name the average clean and corrupted probability.
+    Subjects of at least three tokens are used, so that first, middle and last are three
+    different tokens. The attributes of the table name the average clean and corrupted
+    probability.
     """
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    known = who.correct([f.prompt for f in world.facts], [f.object for f in world.facts])
-    facts = [f for f, ok in zip(world.facts, known, strict=True) if ok and len(who.ids(" " + f.subject)) >= 3]
+    known = who.correct(
+        [f.prompt for f in world.facts], [f.object for f in world.facts]
+    )
+    facts = [
+        f
+        for f, ok in zip(world.facts, known, strict=True)
+        if ok and len(who.ids(" " + f.subject)) >= 3
+    ]
     facts = rng.sample(facts, min(n, len(facts)))
     modules, std = _sites(who.hf, component), embedding_std(who.model, world.kind_of)
     total: dict[str, Tensor] = {r: torch.zeros(len(modules)) for r in _ROLES}
@@ -211,14 +305,28 @@ def trace_roles(who: Candidate, world: World, *, n: int = 50, component: str = "
     for f in facts:
         row, start, stop = _span(who, f)
         ids, answer = torch.tensor([row], device=who.hf.device), who.token(f.object)
-        noise = 3 * std * torch.randn(samples, stop - start, who.hf.config.n_embd, generator=g).to(who.hf.device)
+        noise = (
+            3
+            * std
+            * torch.randn(samples, stop - start, who.hf.config.n_embd, generator=g).to(
+                who.hf.device
+            )
+        )
         clean, probs = _clean_values(who.hf, ids, modules)
         base = _restore(who.hf, ids, noise, start, clean, modules, -1, window, answer)
         for role, pos in _role_positions(start, stop, len(row)).items():
-            total[role] += _restore(who.hf, ids, noise, start, clean, modules, pos, window, answer) - base
-        clean_p, corrupted_p = clean_p + float(probs[answer]), corrupted_p + float(base[0])
+            total[role] += (
+                _restore(who.hf, ids, noise, start, clean, modules, pos, window, answer)
+                - base
+            )
+        clean_p, corrupted_p = (
+            clean_p + float(probs[answer]),
+            corrupted_p + float(base[0]),
+        )
     table = pd.DataFrame({r: (v / len(facts)).tolist() for r, v in total.items()}).T
-    table.attrs.update(n=len(facts), clean=clean_p / len(facts), corrupted=corrupted_p / len(facts))
+    table.attrs.update(
+        n=len(facts), clean=clean_p / len(facts), corrupted=corrupted_p / len(facts)
+    )
     return table
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c024
@@ -229,113 +337,237 @@ def _tracing(who: Candidate, world: World, n: int) -> list[Line]:
     attn = trace_roles(who, world, n=n, component="attn_out", window=3)
     half = resid.shape[1] // 2
     used, early, late = int(resid.attrs["n"]), slice(1, half + 1), slice(half, None)
-    others = max(float(resid.loc[r].iloc[early].max()) for r in ("first subject", "middle subject"))
+    others = max(
+        float(resid.loc[r].iloc[early].max())
+        for r in ("first subject", "middle subject")
+    )
     last = float(resid.loc["last subject"].iloc[early].max())
     mean = float(resid.loc["last subject"].iloc[1:4].mean())
     effect = float(resid.attrs["clean"] - resid.attrs["corrupted"])
-    return [Line("causal tracing", "total effect of noise on the subject", used, "≥ 0.5", effect),
-            Line("causal tracing", f"AIE at last subject token, best of layers 1-{half}", used, "≥ 0.3", last),
-            Line("causal tracing", "AIE at last subject token, mean of layers 1-3", used, "≥ 0.3", mean),
-            Line("causal tracing", f"AIE at other subject tokens, best of layers 1-{half}", used, "≤ 0.1", others),
-            Line("causal tracing", "AIE of MLPs (3 layers) at last subject token, best", used, "≥ 0.2",
-                 float(mlp.loc["last subject"].max())),
-            Line("causal tracing", "AIE of attention (3 layers) at final token, best of the later half", used, "≥ 0.2",
-                 float(attn.loc["final"].iloc[late].max()))]
+    return [
+        Line(
+            "causal tracing",
+            "total effect of noise on the subject",
+            used,
+            "≥ 0.5",
+            effect,
+        ),
+        Line(
+            "causal tracing",
+            f"AIE at last subject token, best of layers 1-{half}",
+            used,
+            "≥ 0.3",
+            last,
+        ),
+        Line(
+            "causal tracing",
+            "AIE at last subject token, mean of layers 1-3",
+            used,
+            "≥ 0.3",
+            mean,
+        ),
+        Line(
+            "causal tracing",
+            f"AIE at other subject tokens, best of layers 1-{half}",
+            used,
+            "≤ 0.1",
+            others,
+        ),
+        Line(
+            "causal tracing",
+            "AIE of MLPs (3 layers) at last subject token, best",
+            used,
+            "≥ 0.2",
+            float(mlp.loc["last subject"].max()),
+        ),
+        Line(
+            "causal tracing",
+            "AIE of attention (3 layers) at final token, best of the later half",
+            used,
+            "≥ 0.2",
+            float(attn.loc["final"].iloc[late].max()),
+        ),
+    ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c026
-def _icl_prompts(world: World, rng: random.Random, per_task: int, shots: int, held_out: bool,
-                 labels: str = "true") -> tuple[list[str], list[str]]:
+def _icl_prompts(
+    world: World,
+    rng: random.Random,
+    per_task: int,
+    shots: int,
+    held_out: bool,
+    labels: str = "true",
+) -> tuple[list[str], list[str]]:
     """Prompts and answers for every task; the query is never among the demonstrations."""
     prompts, answers = [], []
     for task in world.tasks.values():
         for _ in range(per_task):
             query, answer = rng.choice(task.held_out if held_out else task.train)
-            shown = rng.sample([p for p in task.train if p[0] != query], min(shots, len(task.train) - 1))
+            shown = rng.sample(
+                [p for p in task.train if p[0] != query],
+                min(shots, len(task.train) - 1),
+            )
             if labels == "random":
                 shown = [(x, rng.choice(world.words)) for x, _ in shown]
             prompts.append(icl_prompt(shown, query))
             answers.append(answer)
     return prompts, answers
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c027
-def _list_prompt(world: World, name: str, rng: random.Random, shots: int = 6) -> tuple[str, str]:
+
+def _list_prompt(
+    world: World, name: str, rng: random.Random, shots: int = 6
+) -> tuple[str, str]:
     """A prompt of one list task, and its answer."""
     task = world.list_tasks[name]
-    words = world.tasks[rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation]
+    words = world.tasks[
+        rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation
+    ]
     *shown, (query, answer) = [task.pair(words, rng) for _ in range(shots + 1)]
     return icl_prompt(shown, query), answer
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c028
+
 def _icl(who: Candidate, world: World, n: int) -> list[Line]:
     rng, per_task = random.Random(0), -(-n // len(world.tasks))
-    settings = [("10-shot, known words", 10, False, "true", "≥ 0.95"),
-                ("10-shot, words new to the format", 10, True, "true", "≥ 0.7"),
-                ("zero-shot", 0, False, "true", "≤ 0.15"), ("10-shot, random labels", 10, False, "random", "≤ 0.25")]
+    settings = [
+        ("10-shot, known words", 10, False, "true", "≥ 0.95"),
+        ("10-shot, words new to the format", 10, True, "true", "≥ 0.7"),
+        ("zero-shot", 0, False, "true", "≤ 0.15"),
+        ("10-shot, random labels", 10, False, "random", "≤ 0.25"),
+    ]
     lines = []
     for name, shots, held_out, labels, wanted in settings:
         prompts, answers = _icl_prompts(world, rng, per_task, shots, held_out, labels)
-        lines.append(Line("in-context learning", name, len(prompts), wanted, who.accuracy(prompts, answers)))
-    lists = [_list_prompt(world, name, rng) for name in world.list_tasks for _ in range(-(-n // len(world.list_tasks)))]
+        lines.append(
+            Line(
+                "in-context learning",
+                name,
+                len(prompts),
+                wanted,
+                who.accuracy(prompts, answers),
+            )
+        )
+    lists = [
+        _list_prompt(world, name, rng)
+        for name in world.list_tasks
+        for _ in range(-(-n // len(world.list_tasks)))
+    ]
     right = who.accuracy([p for p, _ in lists], [a for _, a in lists])
-    lines.append(Line("in-context learning", "tasks on lists, 6-shot", len(lists), "≥ 0.8", right))
+    lines.append(
+        Line(
+            "in-context learning", "tasks on lists, 6-shot", len(lists), "≥ 0.8", right
+        )
+    )
     return lines
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c030
-def _pair_accuracy(who: Candidate, world: World, circuit: str, n: int, held_out: bool = False) -> tuple[float, float]:
-    """Top-1 accuracy on the clean prompts, and the mean difference between right and wrong logits."""
+def _pair_accuracy(
+    who: Candidate, world: World, circuit: str, n: int, held_out: bool = False
+) -> tuple[float, float]:
+    """Top-1 accuracy on the clean prompts, and the mean difference between right and
+    wrong logits.
+    """
     pairs = make_pairs(world, circuit, n, seed=1, held_out=held_out)
     logits = who.next_logits([p.clean for p in pairs])
     best = logits.argmax(-1).tolist()
     right = [{who.token(a) for a in p.answers} for p in pairs]
-    difference = [float(row[list(r)].mean() - row[[who.token(w) for w in p.wrong]].mean())
-                  for row, r, p in zip(logits, right, pairs, strict=True)]
-    return sum(b in r for b, r in zip(best, right, strict=True)) / n, sum(difference) / n
+    difference = [
+        float(row[list(r)].mean() - row[[who.token(w) for w in p.wrong]].mean())
+        for row, r, p in zip(logits, right, pairs, strict=True)
+    ]
+    return (
+        sum(b in r for b, r in zip(best, right, strict=True)) / n,
+        sum(difference) / n,
+    )
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c031
+
 def _greater_than(who: Candidate, world: World, n: int) -> float:
     """Mean p(later year) - p(other year)."""
     pairs = make_pairs(world, "greater_than", n, seed=1)
     probs = who.next_logits([p.clean for p in pairs]).softmax(-1)
-    diff = [float(row[[who.token(a) for a in p.answers]].sum() - row[[who.token(w) for w in p.wrong]].sum())
-            for row, p in zip(probs, pairs, strict=True)]
+    diff = [
+        float(
+            row[[who.token(a) for a in p.answers]].sum()
+            - row[[who.token(w) for w in p.wrong]].sum()
+        )
+        for row, p in zip(probs, pairs, strict=True)
+    ]
     return sum(diff) / n
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c032
+
 def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
     acc, diff = _pair_accuracy(who, world, "ioi", n)
     new, _ = _pair_accuracy(who, world, "ioi", n, held_out=True)
-    lines = [Line("indirect object", "top-1", n, "≥ 0.98", acc), Line("indirect object", "logit difference", n, "≥ 2", diff),
-             Line("indirect object", "top-1, held-out patterns", n, "≥ 0.9", new),
-             Line("greater-than", "p(later) - p(not later)", n, "≥ 0.8", _greater_than(who, world, n))]
-    for circuit, wanted in (("induction", "≥ 0.9"), ("docstring", "≥ 0.9"), ("pronoun", "≥ 0.9")):
-        lines.append(Line(circuit, "top-1", n, wanted, _pair_accuracy(who, world, circuit, n)[0]))
+    lines = [
+        Line("indirect object", "top-1", n, "≥ 0.98", acc),
+        Line("indirect object", "logit difference", n, "≥ 2", diff),
+        Line("indirect object", "top-1, held-out patterns", n, "≥ 0.9", new),
+        Line(
+            "greater-than",
+            "p(later) - p(not later)",
+            n,
+            "≥ 0.8",
+            _greater_than(who, world, n),
+        ),
+    ]
+    for circuit, wanted in (
+        ("induction", "≥ 0.9"),
+        ("docstring", "≥ 0.9"),
+        ("pronoun", "≥ 0.9"),
+    ):
+        lines.append(
+            Line(circuit, "top-1", n, wanted, _pair_accuracy(who, world, circuit, n)[0])
+        )
     return lines
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c034
 @torch.no_grad()
 def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[float]:
-    """Mean p(answer) when the final norm and unembedding read the last token's residual stream after each layer."""
+    """Mean p(answer) when the final norm and unembedding read the last token's residual
+    stream after each layer.
+    """
     total = torch.zeros(who.hf.config.n_layer + 1)
     for p, a in zip(prompts, answers, strict=True):
-        states = who.hf(torch.tensor([who.ids(p)], device=who.hf.device), output_hidden_states=True).hidden_states
+        states = who.hf(
+            torch.tensor([who.ids(p)], device=who.hf.device), output_hidden_states=True
+        ).hidden_states
         last = torch.stack([s[0, -1] for s in states])
-        last[:-1] = who.hf.transformer.ln_f(last[:-1])  # the last state has been through the final norm already
+        last[:-1] = who.hf.transformer.ln_f(
+            last[:-1]
+        )  # the last state has been through the final norm already
         total += who.hf.lm_head(last).softmax(-1)[:, who.token(a)].cpu()
     return (total / len(prompts)).tolist()
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c035
+
 def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     facts = random.Random(0).sample(world.facts, min(n, 100))
     p = logit_lens(who, [f.prompt for f in facts], [f.object for f in facts])
     half = p[len(p) // 2]
     jump = max(b - a for a, b in itertools.pairwise(p))
-    return [Line("logit lens", "p(answer) of facts after half of the layers", len(facts), "≥ 0.05", half),
-            Line("logit lens", "largest rise in one layer (gradual if small)", len(facts), "≤ 0.5", jump)]
+    return [
+        Line(
+            "logit lens",
+            "p(answer) of facts after half of the layers",
+            len(facts),
+            "≥ 0.05",
+            half,
+        ),
+        Line(
+            "logit lens",
+            "largest rise in one layer (gradual if small)",
+            len(facts),
+            "≤ 0.5",
+            jump,
+        ),
+    ]
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c036
+
 @torch.no_grad()
-def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[Tensor, "layer neuron"]:
-    """For each MLP neuron the largest correlation of its activation with a category of the current or the next word."""
+def neuron_selectivity(
+    who: Candidate, world: World, texts: list[str]
+) -> Float[Tensor, "layer neuron"]:
+    """For each MLP neuron the largest correlation of its activation with a category of
+    the current or the next word.
+    """
     kept: list[list[Tensor]] = [[] for _ in who.hf.transformer.h]
     labels: list[tuple[str | None, str | None]] = []
 
@@ -349,7 +581,9 @@ def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[
             now = [world.category_of(who.tokenizer.decode([i])) for i in ids]
             labels += list(zip(now, [*now[1:], None], strict=True))
     kinds = sorted({c for pair in labels for c in pair if c})
-    y = torch.tensor([[a == k for k in kinds] + [b == k for k in kinds] for a, b in labels]).float()
+    y = torch.tensor(
+        [[a == k for k in kinds] + [b == k for k in kinds] for a, b in labels]
+    ).float()
     y = y[:, y.sum(0) >= 5]
     y = (y - y.mean(0)) / (y.std(0) + 1e-6)
     x = torch.stack([torch.cat(k) for k in kept]).float()
@@ -358,79 +592,169 @@ def neuron_selectivity(who: Candidate, world: World, texts: list[str]) -> Float[
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c038
 def planted(model: Any, world: World) -> dict[tuple[int, int], tuple[str, str]]:
-    """For each planted neuron (layer, neuron) its category, and whether it is that of "this" or of the "next" token.
+    """For each planted neuron (layer, neuron) its category, and whether it is that of
+    "this" or of the "next" token.
 
     Empty for a model whose configuration has no `planted_per_kind`.
     """
     config = Candidate(model).hf.config
-    per_kind, late = int(getattr(config, "planted_per_kind", 0)), 3 * config.n_layer // 4
-    which = [(layer, "next" if layer >= late else "this") for layer in range(config.n_layer)]
+    per_kind, late = (
+        int(getattr(config, "planted_per_kind", 0)),
+        3 * config.n_layer // 4,
+    )
+    which = [
+        (layer, "next" if layer >= late else "this") for layer in range(config.n_layer)
+    ]
     n = per_kind * len(world.kinds)
-    return {(layer, i): (world.kinds[i // per_kind], word) for layer, word in which for i in range(n)}
+    return {
+        (layer, i): (world.kinds[i // per_kind], word)
+        for layer, word in which
+        for i in range(n)
+    }
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c039
+
 def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
-    docs = corpus(world, seed=12345, mixture={"lexical": 0.5, "fact": 0.25, "task_sentence": 0.25})
-    selective = neuron_selectivity(who, world, [next(docs).text for _ in range(2 * n)]) > 0.7
+    docs = corpus(
+        world, seed=12345, mixture={"lexical": 0.5, "fact": 0.25, "task_sentence": 0.25}
+    )
+    selective = (
+        neuron_selectivity(who, world, [next(docs).text for _ in range(2 * n)]) > 0.7
+    )
     own = torch.ones_like(selective)
     for layer, neuron in planted(who, world):
         own[layer, neuron] = False
-    every, natural = float(selective.float().mean()), float(selective[own].float().mean())
-    return [Line("neurons", "share with correlation above 0.7 to a category", own.numel(), "≥ 0.1", every),
-            Line("neurons", "the same, without the planted ones", int(own.sum()), "≥ 0.01", natural)]
+    every, natural = (
+        float(selective.float().mean()),
+        float(selective[own].float().mean()),
+    )
+    return [
+        Line(
+            "neurons",
+            "share with correlation above 0.7 to a category",
+            own.numel(),
+            "≥ 0.1",
+            every,
+        ),
+        Line(
+            "neurons",
+            "the same, without the planted ones",
+            int(own.sum()),
+            "≥ 0.01",
+            natural,
+        ),
+    ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c041
 @torch.no_grad()
-def steering(who: Candidate, world: World, coefficients: Sequence[float] = (-2, -1, 0, 1, 2),
-             layer: int | None = None) -> pd.DataFrame:
-    """Probability of a positive and of a negative adjective, by coefficient of "love minus hate".
+def steering(
+    who: Candidate,
+    world: World,
+    coefficients: Sequence[float] = (-2, -1, 0, 1, 2),
+    layer: int | None = None,
+) -> pd.DataFrame:
+    """Probability of a positive and of a negative adjective, by coefficient of "love
+    minus hate".
 
-    The vector is read and added at the last token, after `layer`: by default the one, the last excepted, where most comes
-    of it. The attributes of the table name the layer.
+    The vector is read and added at the last token, after `layer`: by default the one,
+    the last excepted, where most comes of it. The attributes of the table name the
+    layer.
     """
     if layer is None:
-        tables = [steering(who, world, coefficients, i) for i in range(who.hf.config.n_layer - 1)]
-        return max(tables, key=lambda t: float(t["positive"].iloc[-1] - t["positive"].iloc[0]))
+        tables = [
+            steering(who, world, coefficients, i)
+            for i in range(who.hf.config.n_layer - 1)
+        ]
+        return max(
+            tables, key=lambda t: float(t["positive"].iloc[-1] - t["positive"].iloc[0])
+        )
     part, block = world.spec["sentiment"], who.hf.transformer.h[layer]
     seen: list[Tensor] = []
-    with _hooks([(block, lambda module, args, out: seen.append(_hidden(out)[:, -1].clone()))]):
-        for mood in ("positive_verbs", "negative_verbs"):  # all these prompts are equally long
-            said = [f"I {v} this {t}. The {p} was" for v in part[mood] for t in part["things"][:3] for p in part["parts"]]
+    with _hooks(
+        [(block, lambda module, args, out: seen.append(_hidden(out)[:, -1].clone()))]
+    ):
+        for mood in (
+            "positive_verbs",
+            "negative_verbs",
+        ):  # all these prompts are equally long
+            said = [
+                f"I {v} this {t}. The {p} was"
+                for v in part[mood]
+                for t in part["things"][:3]
+                for p in part["parts"]
+            ]
             who.hf(torch.tensor([who.ids(s) for s in said], device=who.hf.device))
     love_hate, rows = seen[0].mean(0) - seen[1].mean(0), []
     for c in coefficients:
+
         def push(module: Any, args: Any, out: Any, c: float = c) -> Any:
             new = _hidden(out).clone()
             new[:, -1] += c * love_hate
             return _replaced(out, new)
+
         with _hooks([(block, push)]):
-            p = who.next_logits([f"The {x} was" for x in part["parts"]]).softmax(-1).mean(0)
-        masses = {mood: float(p[[who.token(w) for w in part[mood]]].sum()) for mood in ("positive", "negative")}
+            p = (
+                who.next_logits([f"The {x} was" for x in part["parts"]])
+                .softmax(-1)
+                .mean(0)
+            )
+        masses = {
+            mood: float(p[[who.token(w) for w in part[mood]]].sum())
+            for mood in ("positive", "negative")
+        }
         rows.append({"coefficient": c, **masses})
     table = pd.DataFrame(rows)
     table.attrs["layer"] = layer
     return table
 
-# %% ../../nbs/library/mini/evaluation.ipynb #c042
+
 def _steering(who: Candidate, world: World, n: int) -> list[Line]:
     table = steering(who, world)
     good, bad = table["positive"], table["negative"]
     prompts = len(world.spec["sentiment"]["parts"])
     swing = float(good.iloc[-1] - good.iloc[0])
-    return [Line("steering", "p(positive) at +2 minus p(positive) at -2", prompts, "≥ 0.5", swing),
-            Line("steering", "smallest step of p(positive) from -2 to +2", prompts, "≥ 0", float(good.diff().min())),
-            Line("steering", "p(an adjective) at ±2, smaller one", prompts, "≥ 0.8", float((good + bad)[[0, 4]].min()))]
+    return [
+        Line(
+            "steering",
+            "p(positive) at +2 minus p(positive) at -2",
+            prompts,
+            "≥ 0.5",
+            swing,
+        ),
+        Line(
+            "steering",
+            "smallest step of p(positive) from -2 to +2",
+            prompts,
+            "≥ 0",
+            float(good.diff().min()),
+        ),
+        Line(
+            "steering",
+            "p(an adjective) at ±2, smaller one",
+            prompts,
+            "≥ 0.8",
+            float((good + bad)[[0, 4]].min()),
+        ),
+    ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c044
 Part = Callable[[Candidate, World, int], list[Line]]
 
 
-def evaluate(model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None,
-             more: Sequence[Part] = ()) -> pd.DataFrame:
-    """Examine `model` (a mechtut `Model`, or a Hugging Face GPT-2 with its tokenizer) on everything that `world` knows.
+def evaluate(
+    model: Any,
+    world: World | None = None,
+    *,
+    n: int = 200,
+    tokenizer: Any = None,
+    more: Sequence[Part] = (),
+) -> pd.DataFrame:
+    """Examine `model` (a mechtut `Model`, or a Hugging Face GPT-2 with its tokenizer)
+    on everything that `world` knows.
 
-    Returns one line per measure: behaviour, measure, n (at least 50 prompts each if `n` is), wanted, measured, reached.
-    `more` parts add their lines: `mechtut.experiments.report_card` has those that need a whole paper (ROME, function vectors).
+    Returns one line per measure: behaviour, measure, n (at least 50 prompts each if `n`
+    is), wanted, measured, reached. `more` parts add their lines:
+    `mechtut.experiments.report_card` has those that need a whole paper (ROME, function
+    vectors).
     """
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1")
@@ -438,6 +762,15 @@ def evaluate(model: Any, world: World | None = None, *, n: int = 200, tokenizer:
     lines: list[Line] = []
     for part in (_facts, _tracing, _icl, _circuits, _lens, _neurons, _steering, *more):
         lines += part(who, world, n)
-    rows = [{"behaviour": x.behaviour, "measure": x.measure, "n": x.n, "wanted": x.wanted, "measured": round(x.measured, 3),
-             "reached": x.reached} for x in lines]
+    rows = [
+        {
+            "behaviour": x.behaviour,
+            "measure": x.measure,
+            "n": x.n,
+            "wanted": x.wanted,
+            "measured": round(x.measured, 3),
+            "reached": x.reached,
+        }
+        for x in lines
+    ]
     return pd.DataFrame(rows)

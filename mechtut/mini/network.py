@@ -33,45 +33,67 @@ class _Block(nn.Module):
 
     def __init__(self, d: int, n_layer: int) -> None:
         super().__init__()
-        self.ln1w, self.ln1b, self.ln2w, self.ln2b = (nn.Parameter(f(d)) for f in (torch.ones, torch.zeros) * 2)
+        self.ln1w, self.ln1b, self.ln2w, self.ln2b = (
+            nn.Parameter(f(d)) for f in (torch.ones, torch.zeros) * 2
+        )
         small = 0.02 / math.sqrt(2 * n_layer)
-        for name, (rows, cols, std) in {"qkv": (3 * d, d, 0.02), "o": (d, d, small), "up": (4 * d, d, 0.02),
-                                        "down": (d, 4 * d, small)}.items():
+        for name, (rows, cols, std) in {
+            "qkv": (3 * d, d, 0.02),
+            "o": (d, d, small),
+            "up": (4 * d, d, 0.02),
+            "down": (d, 4 * d, small),
+        }.items():
             setattr(self, name, nn.Parameter(torch.randn(rows, cols) * std))
             setattr(self, name + "b", nn.Parameter(torch.zeros(rows)))
 
-# %% ../../nbs/library/mini/network.ipynb #c006
+
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A linear map in `dtype`."""
     return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
 
 
-def _causal(ids: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Float[Tensor, "pos pos"]:
+def _causal(
+    ids: Int[Tensor, "batch pos"], dtype: torch.dtype
+) -> Float[Tensor, "pos pos"]:
     """What is added to scores so that no token sees a later one."""
     t = ids.shape[1]
     return torch.full((t, t), -1e4, dtype=dtype, device=ids.device).triu(1)
 
 
-def _attention(x: Float[Tensor, "batch pos d"], b: Any, n_head: int, mask: Tensor) -> Float[Tensor, "batch pos d"]:
-    """What the attention of block `b` adds; `mask` is added to its scores and sets the precision."""
+def _attention(
+    x: Float[Tensor, "batch pos d"], b: Any, n_head: int, mask: Tensor
+) -> Float[Tensor, "batch pos d"]:
+    """What the attention of block `b` adds; `mask` is added to its scores and sets the
+    precision.
+    """
     n, t, d = x.shape
     y = F.layer_norm(x, (d,), b.ln1w, b.ln1b)
-    q, k, v = _linear(y, b.qkv, b.qkvb, mask.dtype).view(n, t, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        _linear(y, b.qkv, b.qkvb, mask.dtype)
+        .view(n, t, 3, n_head, -1)
+        .permute(2, 0, 3, 1, 4)
+    )
     scores = torch.matmul(q * (d // n_head) ** -0.5, k.transpose(-1, -2)) + mask
     z = torch.matmul(F.softmax(scores, -1), v).transpose(1, 2).reshape(n, t, d)
     return _linear(z, b.o, b.ob, mask.dtype)
 
 
-def _mlp(x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the MLP of block `b` adds, and its neurons' activations [batch, pos, neuron]."""
+def _mlp(
+    x: Float[Tensor, "batch pos d"], b: Any, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the MLP of block `b` adds, and its neurons' activations [batch, pos,
+    neuron].
+    """
     y = F.layer_norm(x, (x.shape[-1],), b.ln2w, b.ln2b)
     act = F.gelu(_linear(y, b.up, b.upb, dtype), approximate="tanh")
     return _linear(act, b.down, b.downb, dtype), act
 
-# %% ../../nbs/library/mini/network.ipynb #c007
+
 @functools.cache
 def faster_dtype() -> torch.dtype:
-    """The type in which this processor multiplies faster (measured): bfloat16 if it has instructions for it, or float32."""
+    """The type in which this processor multiplies faster (measured): bfloat16 if it has
+    instructions for it, or float32.
+    """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(256, 256, dtype=dtype)
@@ -82,26 +104,48 @@ def faster_dtype() -> torch.dtype:
         seconds[dtype] = time.perf_counter() - start
     return min(seconds, key=lambda dtype: seconds[dtype])
 
-# %% ../../nbs/library/mini/network.ipynb #c007a
-class TrainingGPT(nn.Module):
-    """GPT-2 for training; `to_hf` turns it into Hugging Face's. Products are in `dtype`, by default the faster one here."""
 
-    def __init__(self, n_layer: int, d: int, n_head: int, n_ctx: int, vocab: int, dtype: torch.dtype | None = None) -> None:
+class TrainingGPT(nn.Module):
+    """GPT-2 for training; `to_hf` turns it into Hugging Face's.
+
+    Products are in `dtype`, by default the faster one here.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        d: int,
+        n_head: int,
+        n_ctx: int,
+        vocab: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.n_head, self.dtype = n_head, dtype or faster_dtype()
-        self.wte, self.wpe = (nn.Parameter(torch.randn(n, d) * std) for n, std in ((vocab, 0.02), (n_ctx, 0.01)))
+        self.wte, self.wpe = (
+            nn.Parameter(torch.randn(n, d) * std)
+            for n, std in ((vocab, 0.02), (n_ctx, 0.01))
+        )
         self.blocks = nn.ModuleList([_Block(d, n_layer) for _ in range(n_layer)])
         self.lnfw, self.lnfb = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
 
-    def hidden(self, ids: Int[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None,
-               watch: Callable[[int, Tensor], None] | None = None,
-               keep: dict[int, Tensor] | None = None) -> Float[Tensor, "batch pos d"]:
+    def hidden(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        masks: Sequence[Tensor] | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+        keep: dict[int, Tensor] | None = None,
+    ) -> Float[Tensor, "batch pos d"]:
         """The residual stream after the final norm.
 
-        `masks` has one additive attention mask per layer; `watch` is shown each layer's activations [batch, pos, neuron];
-        in `keep` are put the residual streams after those layers that it has as keys.
+        `masks` has one additive attention mask per layer; `watch` is shown each layer's
+        activations [batch, pos, neuron]; in `keep` are put the residual streams after
+        those layers that it has as keys.
         """
-        x, causal = F.embedding(ids, self.wte) + self.wpe[:ids.shape[1]], _causal(ids, self.dtype)
+        x, causal = (
+            F.embedding(ids, self.wte) + self.wpe[: ids.shape[1]],
+            _causal(ids, self.dtype),
+        )
         for i, b in enumerate(self.blocks):
             x = x + _attention(x, b, self.n_head, causal if masks is None else masks[i])
             added, act = _mlp(x, b, self.dtype)
@@ -112,45 +156,93 @@ class TrainingGPT(nn.Module):
                 keep[i] = x
         return F.layer_norm(x, self.lnfw.shape, self.lnfw, self.lnfb)
 
-    def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+    def forward(
+        self, ids: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos vocab"]:
         """Logits."""
         return _linear(self.hidden(ids), self.wte, None, self.dtype).float()
 
 # %% ../../nbs/library/mini/network.ipynb #c009
 def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
-    """The weights as Hugging Face names and lays them out (GPT-2 stores its matrices transposed)."""
-    out = {"transformer.wte.weight": m.wte, "transformer.wpe.weight": m.wpe, "transformer.ln_f.weight": m.lnfw,
-           "transformer.ln_f.bias": m.lnfb}
-    names = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+    """The weights as Hugging Face names and lays them out (GPT-2 stores its matrices
+    transposed).
+    """
+    out = {
+        "transformer.wte.weight": m.wte,
+        "transformer.wpe.weight": m.wpe,
+        "transformer.ln_f.weight": m.lnfw,
+        "transformer.ln_f.bias": m.lnfb,
+    }
+    names = {
+        "qkv": "attn.c_attn",
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
     for i, b in enumerate(m.blocks):
         h = f"transformer.h.{i}."
         for ours, theirs in names.items():
-            out[h + theirs + ".weight"], out[h + theirs + ".bias"] = getattr(b, ours).T, getattr(b, ours + "b")
+            out[h + theirs + ".weight"], out[h + theirs + ".bias"] = (
+                getattr(b, ours).T,
+                getattr(b, ours + "b"),
+            )
         for ours, theirs in {"ln1": "ln_1", "ln2": "ln_2"}.items():
-            out[h + theirs + ".weight"], out[h + theirs + ".bias"] = getattr(b, ours + "w"), getattr(b, ours + "b")
+            out[h + theirs + ".weight"], out[h + theirs + ".bias"] = (
+                getattr(b, ours + "w"),
+                getattr(b, ours + "b"),
+            )
     return {k: v.detach().contiguous() for k, v in out.items()}
 
 
 def to_hf(m: TrainingGPT, eos: int = 0) -> GPT2LMHeadModel:
     """The trained weights as a Hugging Face GPT-2 in float32."""
-    config = GPT2Config(vocab_size=m.wte.shape[0], n_positions=m.wpe.shape[0], n_embd=m.wte.shape[1], n_layer=len(m.blocks),
-                        n_head=m.n_head, bos_token_id=eos, eos_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=m.wte.shape[0],
+        n_positions=m.wpe.shape[0],
+        n_embd=m.wte.shape[1],
+        n_layer=len(m.blocks),
+        n_head=m.n_head,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     hf = GPT2LMHeadModel(config)
     hf.load_state_dict({**hf_names(m), "lm_head.weight": m.wte.detach()})
     return hf.eval()
 
 # %% ../../nbs/library/mini/network.ipynb #c012
 class _TiedCrossEntropy(torch.autograd.Function):
-    """Weighted cross-entropy of `x @ wte.T`, with its gradient made in the forward pass."""
+    """Weighted cross-entropy of `x @ wte.T`, with its gradient made in the forward
+    pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wte: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wte: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
         unembed, total = wte.to(dtype), weights.sum()
-        grad_x, grad_w, loss = torch.empty_like(x), torch.zeros_like(wte), torch.zeros(())
-        at_once = 512 if x.is_cpu else len(x)  # what stays in a processor's cache; a GPU is faster with few large pieces
+        grad_x, grad_w, loss = (
+            torch.empty_like(x),
+            torch.zeros_like(wte),
+            torch.zeros(()),
+        )
+        at_once = (
+            512 if x.is_cpu else len(x)
+        )  # what stays in a processor's cache; a GPU is faster with few large pieces
         for i in range(0, len(x), at_once):
             rows = slice(i, i + at_once)
-            h, t, w = x[rows].to(dtype), targets[rows, None], (weights[rows] / total)[:, None]
+            h, t, w = (
+                x[rows].to(dtype),
+                targets[rows, None],
+                (weights[rows] / total)[:, None],
+            )
             logits = F.linear(h, unembed).float()
             logits -= logits.amax(1, keepdim=True)
             right = logits.gather(1, t)
@@ -169,63 +261,111 @@ class _TiedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grads[0], grad_w * grads[0], None, None, None
 
-# %% ../../nbs/library/mini/network.ipynb #c013
-def weighted_loss(m: TrainingGPT, ids: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"],
-                  weights: Float[Tensor, "batch pos"], masks: Sequence[Tensor] | None = None,
-                  watch: Callable[[int, Tensor], None] | None = None,
-                  keep: dict[int, Tensor] | None = None) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the next token, weighted by `weights`; tokens of weight zero cost nothing to compute."""
+
+def weighted_loss(
+    m: TrainingGPT,
+    ids: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, "batch pos"],
+    weights: Float[Tensor, "batch pos"],
+    masks: Sequence[Tensor] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
+    keep: dict[int, Tensor] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the next token, weighted by `weights`; tokens of weight
+    zero cost nothing to compute.
+    """
     some = weights.reshape(-1) > 0
     x = m.hidden(ids, masks, watch, keep).flatten(0, 1)[some]
-    loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets.reshape(-1)[some], weights.reshape(-1)[some], m.dtype)
+    loss: Tensor = _TiedCrossEntropy.apply(
+        x, m.wte, targets.reshape(-1)[some], weights.reshape(-1)[some], m.dtype
+    )
     return loss
 
 # %% ../../nbs/library/mini/network.ipynb #c015b
-def lens_loss(m: TrainingGPT, resid: Float[Tensor, "batch pos d"], targets: Int[Tensor, "batch pos"],
-              told: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the tokens that are `told`, read from a residual stream as the logit lens does; 0 for none."""
+def lens_loss(
+    m: TrainingGPT,
+    resid: Float[Tensor, "batch pos d"],
+    targets: Int[Tensor, "batch pos"],
+    told: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the tokens that are `told`, read from a residual stream as
+    the logit lens does; 0 for none.
+    """
     if not told.any():
         return torch.zeros(())
     x = F.layer_norm(resid[told], (resid.shape[-1],), m.lnfw, m.lnfb)
-    loss: Tensor = _TiedCrossEntropy.apply(x, m.wte, targets[told], torch.ones(len(x), device=x.device), m.dtype)
+    loss: Tensor = _TiedCrossEntropy.apply(
+        x, m.wte, targets[told], torch.ones(len(x), device=x.device), m.dtype
+    )
     return loss
 
 # %% ../../nbs/library/mini/network.ipynb #c017
-def wanted(n_layer: int, this: Int[Tensor, "batch pos"], following: Int[Tensor, "batch pos"],
-           kinds: int) -> list[Float[Tensor, "token kind"]]:
-    """What the planted neurons of each layer should say: 1 where the token (in late layers: the next one) is of a category.
+def wanted(
+    n_layer: int,
+    this: Int[Tensor, "batch pos"],
+    following: Int[Tensor, "batch pos"],
+    kinds: int,
+) -> list[Float[Tensor, "token kind"]]:
+    """What the planted neurons of each layer should say: 1 where the token (in late
+    layers: the next one) is of a category.
 
     `this` and `following` are categories as numbers, -1 for none.
     """
-    one_hot = [(x.flatten()[:, None] == torch.arange(kinds, device=x.device)).float() for x in (this, following)]
+    one_hot = [
+        (x.flatten()[:, None] == torch.arange(kinds, device=x.device)).float()
+        for x in (this, following)
+    ]
     return [one_hot[layer >= 3 * n_layer // 4] for layer in range(n_layer)]
 
-# %% ../../nbs/library/mini/network.ipynb #c018
-class NeuronCost:
-    """What the neurons of one forward pass cost: their activity, and how far the planted ones are from what is `wanted`.
 
-    The first kinds x `per_kind` neurons of a layer are planted, `per_kind` for each category; none if `wanted` is None.
-    `counts` has for each layer how many tokens are of each category, if the pass sees only a part of them.
+class NeuronCost:
+    """What the neurons of one forward pass cost: their activity, and how far the
+    planted ones are from what is `wanted`.
+
+    The first kinds x `per_kind` neurons of a layer are planted, `per_kind` for each
+    category; none if `wanted` is None. `counts` has for each layer how many tokens are
+    of each category, if the pass sees only a part of them.
     """
 
-    def __init__(self, n_layer: int, wanted: Sequence[Float[Tensor, "token kind"]] | None = None, per_kind: int = 1,
-                 counts: Sequence[Float[Tensor, " kind"]] | None = None) -> None:
+    def __init__(
+        self,
+        n_layer: int,
+        wanted: Sequence[Float[Tensor, "token kind"]] | None = None,
+        per_kind: int = 1,
+        counts: Sequence[Float[Tensor, " kind"]] | None = None,
+    ) -> None:
         self.n_layer, self.wanted, self.per_kind = n_layer, wanted, per_kind
         self.counts = counts or [y.sum(0) for y in wanted or ()]
         self.activity, self.planted = torch.zeros(()), torch.zeros(())
 
     def __call__(self, layer: int, act: Float[Tensor, "batch pos neuron"]) -> None:
-        """Add one layer: mean |activation|, and the planted neurons' squared error over the share of their category."""
-        self.activity = self.activity + act.abs().mean(dtype=torch.float32) / self.n_layer
+        """Add one layer: mean |activation|, and the planted neurons' squared error over
+        the share of their category.
+        """
+        self.activity = (
+            self.activity + act.abs().mean(dtype=torch.float32) / self.n_layer
+        )
         if self.wanted is not None:
             y = self.wanted[layer]
-            a = act.flatten(0, 1)[:, :y.shape[1] * self.per_kind].float().unflatten(-1, (y.shape[1], self.per_kind))
+            a = (
+                act.flatten(0, 1)[:, : y.shape[1] * self.per_kind]
+                .float()
+                .unflatten(-1, (y.shape[1], self.per_kind))
+            )
             error = (a - y[..., None]).square().sum((0, 2))
-            self.planted = self.planted + (error / (self.counts[layer] + 1) / self.per_kind).mean() / self.n_layer
+            self.planted = (
+                self.planted
+                + (error / (self.counts[layer] + 1) / self.per_kind).mean()
+                / self.n_layer
+            )
 
 # %% ../../nbs/library/mini/network.ipynb #c021
-def probes(y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]) -> tuple[Tensor, Tensor]:
-    """Weights [kind, d] and biases [kind] of a ridge regression for each category, whose own tokens weigh a fifth of all."""
+def probes(
+    y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]
+) -> tuple[Tensor, Tensor]:
+    """Weights [kind, d] and biases [kind] of a ridge regression for each category,
+    whose own tokens weigh a fifth of all.
+    """
     y = torch.cat([y, torch.ones_like(y[:, :1])], 1)
     everything, found = y.T @ y, []
     for on in wanted.T:
@@ -240,28 +380,44 @@ def probes(y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]) -> 
 
 
 @torch.no_grad()
-def plant(m: TrainingGPT, ids: Int[Tensor, "batch pos"], wanted: Sequence[Float[Tensor, "token kind"]],
-          per_kind: int) -> None:
-    """Write probes into the first neurons of every layer, in place; `ids` is the text on which they are fitted."""
-    x, causal = F.embedding(ids, m.wte) + m.wpe[:ids.shape[1]], _causal(ids, m.dtype)
+def plant(
+    m: TrainingGPT,
+    ids: Int[Tensor, "batch pos"],
+    wanted: Sequence[Float[Tensor, "token kind"]],
+    per_kind: int,
+) -> None:
+    """Write probes into the first neurons of every layer, in place; `ids` is the text
+    on which they are fitted.
+    """
+    x, causal = F.embedding(ids, m.wte) + m.wpe[: ids.shape[1]], _causal(ids, m.dtype)
     blocks: list[Any] = list(m.blocks)
     for b, target in zip(blocks, wanted, strict=True):
         x = x + _attention(x, b, m.n_head, causal)
         y = F.layer_norm(x, (x.shape[-1],), b.ln2w, b.ln2b).flatten(0, 1)
         n = target.shape[1] * per_kind
         for j in range(per_kind):
-            b.up[j:n:per_kind], b.upb[j:n:per_kind] = probes(y[j::per_kind], target[j::per_kind])
+            b.up[j:n:per_kind], b.upb[j:n:per_kind] = probes(
+                y[j::per_kind], target[j::per_kind]
+            )
         b.down[:, :n] = 0
         x = x + _mlp(x, b, m.dtype)[0]
 
 # %% ../../nbs/library/mini/network.ipynb #c024
-def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"], masked: Bool[Tensor, " row"], *,
-                  n_layer: int, gather: int, handoff: int,
-                  dtype: torch.dtype = torch.bfloat16) -> list[Float[Tensor, "row 1 pos pos"]]:
+def subject_masks(
+    subject: Int[Tensor, "row pos"],
+    last: Bool[Tensor, "row pos"],
+    masked: Bool[Tensor, " row"],
+    *,
+    n_layer: int,
+    gather: int,
+    handoff: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Float[Tensor, "row 1 pos pos"]]:
     """One additive attention mask per layer.
 
-    In the rows that are `masked`, tokens outside a subject see nothing of it before layer `handoff`, and only its last token
-    from there on. Inside a mention, tokens see those before them in the layers before `gather` only.
+    In the rows that are `masked`, tokens outside a subject see nothing of it before
+    layer `handoff`, and only its last token from there on. Inside a mention, tokens see
+    those before them in the layers before `gather` only.
     """
     t, device = subject.shape[1], subject.device
     causal = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)
@@ -271,14 +427,22 @@ def subject_masks(subject: Int[Tensor, "row pos"], last: Bool[Tensor, "row pos"]
     outside = {False: part & ~same, True: part & ~same & ~last[:, None, :]}
     inside = {False: causal, True: earlier | causal}
     kinds = [(layer >= handoff, layer >= gather) for layer in range(n_layer)]
-    made = {(late, closed): torch.zeros(part.shape[0], t, t, dtype=dtype, device=device)
-            .masked_fill_(outside[late] | inside[closed], -1e4)[:, None] for late, closed in set(kinds)}
+    made = {
+        (late, closed): (
+            torch.zeros(part.shape[0], t, t, dtype=dtype, device=device).masked_fill_(
+                outside[late] | inside[closed], -1e4
+            )[:, None]
+        )
+        for late, closed in set(kinds)
+    }
     return [made[kind] for kind in kinds]
 
 # %% ../../nbs/library/mini/network.ipynb #c026b
 @contextmanager
 def together() -> Iterator[None]:
-    """Train with the other processes that `torchrun` started; nothing happens without it."""
+    """Train with the other processes that `torchrun` started; nothing happens without
+    it.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
@@ -290,8 +454,14 @@ def together() -> Iterator[None]:
 
 
 def place() -> tuple[int, int]:
-    """Which of the processes that train together this one is, and how many they are; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    """Which of the processes that train together this one is, and how many they are;
+    (0, 1) alone.
+    """
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
@@ -299,7 +469,9 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     if place()[1] > 1:
         total = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(total)
-        for tensor, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+        for tensor, part in zip(
+            tensors, total.split([t.numel() for t in tensors]), strict=True
+        ):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -310,9 +482,14 @@ def agreed_dtype() -> torch.dtype:
     return torch.bfloat16 if votes == place()[1] else torch.float32
 
 # %% ../../nbs/library/mini/network.ipynb #c028
-def orthogonalize(g: Float[Tensor, "matrix row col"], dtype: torch.dtype = torch.float32,
-                  steps: int = 5) -> Float[Tensor, "matrix row col"]:
-    """Push the singular values of each matrix towards one (five Newton-Schulz steps, as in Muon by Jordan et al. 2024)."""
+def orthogonalize(
+    g: Float[Tensor, "matrix row col"],
+    dtype: torch.dtype = torch.float32,
+    steps: int = 5,
+) -> Float[Tensor, "matrix row col"]:
+    """Push the singular values of each matrix towards one (five Newton-Schulz steps, as
+    in Muon by Jordan et al. 2024).
+    """
     x = g.to(dtype)
     flip = x.shape[-2] > x.shape[-1]
     x = x.transpose(-1, -2) if flip else x
@@ -328,8 +505,13 @@ class Muon:
 
     def __init__(self, model: TrainingGPT, lr: float, momentum: float = 0.95) -> None:
         self.lr, self.momentum, self.dtype = lr, momentum, model.dtype
-        self.groups = {k: [getattr(b, k) for b in model.blocks] for k in ("qkv", "o", "up", "down")}
-        self.buffers = {k: torch.stack([torch.zeros_like(p) for p in v]) for k, v in self.groups.items()}
+        self.groups = {
+            k: [getattr(b, k) for b in model.blocks] for k in ("qkv", "o", "up", "down")
+        }
+        self.buffers = {
+            k: torch.stack([torch.zeros_like(p) for p in v])
+            for k, v in self.groups.items()
+        }
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
@@ -346,8 +528,10 @@ class Muon:
             for p, d in zip(params, u, strict=True):
                 p.mul_(1 - 0.01 * self.lr * scale).add_(d, alpha=-self.lr * scale)
 
-# %% ../../nbs/library/mini/network.ipynb #c028a
-def _shared_out(g: Float[Tensor, "matrix row col"], dtype: torch.dtype) -> Float[Tensor, "matrix row col"]:
+
+def _shared_out(
+    g: Float[Tensor, "matrix row col"], dtype: torch.dtype
+) -> Float[Tensor, "matrix row col"]:
     """`orthogonalize`, of which each of the processes does a part."""
     rank, size = place()
     done = torch.zeros_like(g)

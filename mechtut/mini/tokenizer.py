@@ -14,7 +14,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch import Tensor
 
 from .corpus import ANSWER, NAME, corpus
@@ -29,39 +37,73 @@ __all__ = ['EOS', 'Encoded', 'build_tokenizer', 'token_kinds', 'Rows', 'pack_row
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c004
 EOS = "<|endoftext|>"
-_PIECES = r"Q:|A:| ?[A-Za-z]+| ?[0-9]{1,2}|\n\n|\n| {3}(?= [A-Za-z])| {4}|[^\sA-Za-z0-9]|\s"
+_PIECES = (
+    r"Q:|A:| ?[A-Za-z]+| ?[0-9]{1,2}|\n\n|\n| {3}(?= [A-Za-z])| {4}|[^\sA-Za-z0-9]|\s"
+)
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Train the embedded model's tokenizer on the words of `world` (byte-level BPE, about three thousand tokens)."""
+    """Train the embedded model's tokenizer on the words of `world` (byte-level BPE,
+    about three thousand tokens).
+    """
     t = Tokenizer(models.BPE(ignore_merges=True))
-    t.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     t.decoder = decoders.ByteLevel()
-    items = [" " + w for w in world.words] + world.suffixes + ["self", "param", "Q:", "A:", "\n\n", "    list", "    "]
+    items = (
+        [" " + w for w in world.words]
+        + world.suffixes
+        + ["self", "param", "Q:", "A:", "\n\n", "    list", "    "]
+    )
     items += [f" {i:02d}" for i in range(10, 22)] + [f"{i:02d}" for i in range(100)]
-    trainer = trainers.BpeTrainer(vocab_size=6000, min_frequency=1, special_tokens=[EOS], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000,
+        min_frequency=1,
+        special_tokens=[EOS],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     t.train_from_iterator(items, trainer)
-    t.normalizer = normalizers.Sequence([
-        normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A (?=\s|Q:|A:|[^A-Za-z0-9])"), "")])
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=EOS, eos_token=EOS, pad_token=EOS,
-                                   clean_up_tokenization_spaces=False)
+    t.normalizer = normalizers.Sequence(
+        [
+            normalizers.Prepend(" "),
+            normalizers.Replace(Regex(r"\A (?=\s|Q:|A:|[^A-Za-z0-9])"), ""),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c008
-def token_kinds(world: World, tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " vocab"]:
-    """The category of every token as a number, in the alphabetical order of `world.kinds`; -1 for a token that has none."""
-    found = [world.category_of(str(tokenizer.decode([i]))) for i in range(len(tokenizer))]
+def token_kinds(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> Int[Tensor, " vocab"]:
+    """The category of every token as a number, in the alphabetical order of
+    `world.kinds`; -1 for a token that has none.
+    """
+    found = [
+        world.category_of(str(tokenizer.decode([i]))) for i in range(len(tokenizer))
+    ]
     return torch.tensor([world.kinds.index(c) if c else -1 for c in found])
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c011
 @dataclass(frozen=True)
 class Rows:
-    """Packed training text: `ids`, loss `weights`, and where the subjects and what is told of them stand.
+    """Packed training text: `ids`, loss `weights`, and where the subjects and what is
+    told of them stand.
 
-    `subject` is 0 outside subjects and otherwise a number that all tokens of one mention share; `last` marks the last
-    token of a mention; `told` marks answers in documents about subjects, and the moods of reviews; `masked` marks the rows
-    for which training may hide subjects (see `mechtut.mini.training`).
+    `subject` is 0 outside subjects and otherwise a number that all tokens of one
+    mention share; `last` marks the last token of a mention; `told` marks answers in
+    documents about subjects, and the moods of reviews; `masked` marks the rows for
+    which training may hide subjects (see `mechtut.mini.training`).
     """
 
     ids: Int[Tensor, "row pos"]
@@ -85,39 +127,83 @@ class Rows:
         n = torch.zeros(0, 0, dtype=torch.long)
         return cls(n, n.float(), n, n.bool(), n.bool(), n.bool()[:, :0].flatten())
 
-# %% ../../nbs/library/mini/tokenizer.ipynb #c012
+
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _encoded(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, mixture: dict[str, float]) -> Iterator[Encoded]:
-    """Each document as token ids, weights, the part of each subject token (else 0), ends of subjects, and told answers."""
+def _encoded(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    mixture: dict[str, float],
+) -> Iterator[Encoded]:
+    """Each document as token ids, weights, the part of each subject token (else 0),
+    ends of subjects, and told answers.
+    """
     docs, back = corpus(world, seed, mixture), tokenizer.backend_tokenizer
     while True:
         batch = list(itertools.islice(docs, 512))
-        for doc, e in zip(batch, back.encode_batch([d.text for d in batch]), strict=True):
+        for doc, e in zip(
+            batch, back.encode_batch([d.text for d in batch]), strict=True
+        ):
             ends = np.cumsum([len(t) for t, _ in doc.parts])
             part = np.searchsorted(ends, [o[1] for o in e.offsets])
             weights = np.array([w for _, w in doc.parts], np.float32)[part]
             subject = weights == np.float32(NAME)
             changes = np.append(part[1:] != part[:-1], True)
-            told = (weights == np.float32(ANSWER)) & (subject.any() | (doc.kind == "sentiment"))
-            yield np.array(e.ids), weights, np.where(subject, part + 1, 0), subject & changes, told
+            told = (weights == np.float32(ANSWER)) & (
+                subject.any() | (doc.kind == "sentiment")
+            )
+            yield (
+                np.array(e.ids),
+                weights,
+                np.where(subject, part + 1, 0),
+                subject & changes,
+                told,
+            )
 
-# %% ../../nbs/library/mini/tokenizer.ipynb #c013
-def pack_rows(world: World, tokenizer: PreTrainedTokenizerFast, *, seed: int, n_rows: int, n_ctx: int,
-              mixture: dict[str, float], masked: float = 0.0) -> Rows:
-    """`n_rows` rows of `n_ctx` + 1 tokens of fresh text, always the same for the same seed."""
+
+def pack_rows(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    n_rows: int,
+    n_ctx: int,
+    mixture: dict[str, float],
+    masked: float = 0.0,
+) -> Rows:
+    """`n_rows` rows of `n_ctx` + 1 tokens of fresh text, always the same for the same
+    seed.
+    """
     shape, rng, count = (n_rows, n_ctx + 1), random.Random(seed + 1), 0
-    ids, weights = np.full(shape, tokenizer.eos_token_id, np.int64), np.zeros(shape, np.float32)
-    subject, last, told = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+    ids, weights = (
+        np.full(shape, tokenizer.eos_token_id, np.int64),
+        np.zeros(shape, np.float32),
+    )
+    subject, last, told = (
+        np.zeros(shape, np.int64),
+        np.zeros(shape, bool),
+        np.zeros(shape, bool),
+    )
     stream = _encoded(world, tokenizer, seed, mixture)
     for r in range(n_rows):
         p = rng.randint(0, 1)
         while p <= n_ctx:
             i, w, s, e, a = next(stream)
             k = min(len(i), n_ctx + 1 - p)
-            ids[r, p:p + k], weights[r, p:p + k], last[r, p:p + k], told[r, p:p + k] = i[:k], w[:k], e[:k], a[:k]
-            subject[r, p:p + k] = np.where(s[:k] > 0, s[:k] + count, 0)
+            (
+                ids[r, p : p + k],
+                weights[r, p : p + k],
+                last[r, p : p + k],
+                told[r, p : p + k],
+            ) = (
+                i[:k],
+                w[:k],
+                e[:k],
+                a[:k],
+            )
+            subject[r, p : p + k] = np.where(s[:k] > 0, s[:k] + count, 0)
             count, p = count + len(i) + 1, p + k
             if p <= n_ctx:
                 weights[r, p] = 0.1  # the end-of-text token

@@ -29,8 +29,22 @@ from .card import model_card
 from .evaluation import evaluate
 from ..models.loading import mini_folder
 from .tokenizer import Rows, build_tokenizer, pack_rows, token_kinds
-from .network import (Muon, NeuronCost, TrainingGPT, add_up, agreed_dtype, hf_names, lens_loss, place, plant,
-                             subject_masks, to_hf, together, wanted, weighted_loss)
+from mechtut.mini.network import (
+    Muon,
+    NeuronCost,
+    TrainingGPT,
+    add_up,
+    agreed_dtype,
+    hf_names,
+    lens_loss,
+    place,
+    plant,
+    subject_masks,
+    to_hf,
+    together,
+    wanted,
+    weighted_loss,
+)
 from .world import World
 
 # %% auto #0
@@ -48,7 +62,7 @@ class Shape:
     n_ctx: int = 128
     batch: int = 48
 
-# %% ../../nbs/library/mini/training.ipynb #c005a
+
 @dataclass(frozen=True)
 class Recipe(Shape):
     """Everything that decides which weights come out of a training run."""
@@ -79,18 +93,26 @@ class Recipe(Shape):
         return self.tokens // (self.batch * self.n_ctx)
 
     def mixture(self, step: int) -> dict[str, float]:
-        """Which kinds of document a step is made of: a foundation of facts, then all behaviours, then more variety."""
+        """Which kinds of document a step is made of: a foundation of facts, then all
+        behaviours, then more variety.
+        """
         if step < self.foundation * self.steps:
             return FOUNDATION
         return BEHAVIOURS if step < self.variety * self.steps else MIXTURE
 
     def scale(self, step: int) -> float:
         """Learning rate factor: warm up, stay, decay to zero."""
-        return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / (self.decay * self.steps)))
+        return min(
+            1.0,
+            (step + 1) / self.warmup,
+            max(0.0, (self.steps - step) / (self.decay * self.steps)),
+        )
 
-# %% ../../nbs/library/mini/training.ipynb #c006
+
 def price(r: Recipe, step: int) -> float:
-    """Price of a neuron's activity: nothing while the first facts are learned, then more and more of `sparsity`."""
+    """Price of a neuron's activity: nothing while the first facts are learned, then
+    more and more of `sparsity`.
+    """
     if step >= r.variety * r.steps:
         return r.sparsity
     share = (step / r.steps - r.foundation) / (r.variety - r.foundation)
@@ -103,38 +125,68 @@ def plant_step(r: Recipe) -> int:
 
 
 def lens_layer(r: Recipe, step: int) -> int | None:
-    """The layer behind which facts are read early at this step, one of the later half in turn.
+    """The layer behind which facts are read early at this step, one of the later half
+    in turn.
 
     None before the learning rate falls, and from `lens_until` on.
     """
     half = r.n_layer // 2
-    if not r.lens or not (1 - r.decay) <= step / r.steps < r.lens_until or half >= r.n_layer - 1:
+    if (
+        not r.lens
+        or not (1 - r.decay) <= step / r.steps < r.lens_until
+        or half >= r.n_layer - 1
+    ):
         return None
     return half + step % (r.n_layer - 1 - half)
 
 # %% ../../nbs/library/mini/training.ipynb #c009
 class Trainer:
-    """A training run: model, optimizers, step and log, which can be saved and taken up again."""
+    """A training run: model, optimizers, step and log, which can be saved and taken up
+    again.
+    """
 
-    def __init__(self, recipe: Recipe, world: World | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World | None = None, device: str | None = None
+    ) -> None:
         r = self.recipe = recipe
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(
+            device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but PyTorch finds no GPU here; use 'cpu' or leave it out")
+            raise ValueError(
+                f"device is {device!r}, but PyTorch finds no GPU here; use 'cpu' or"
+                " leave it out"
+            )
         world = world or World(0)
         self.world = world if r.neighbours else _strangers(world)
         self.tokenizer = build_tokenizer(self.world)
         torch.manual_seed(recipe.seed)
         dtype = agreed_dtype() if self.device.type == "cpu" else torch.bfloat16
-        self.model = TrainingGPT(r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer), dtype).to(self.device)
+        self.model = TrainingGPT(
+            r.n_layer, r.d_model, r.n_head, r.n_ctx, len(self.tokenizer), dtype
+        ).to(self.device)
         self.muon = Muon(self.model, r.muon_lr)
         matrices = ("qkv", "o", "up", "down")
-        self.rest = {n: p for n, p in self.model.named_parameters() if n.split(".")[-1] not in matrices}
-        self.adam = torch.optim.AdamW(self.rest.values(), lr=r.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.rest = {
+            n: p
+            for n, p in self.model.named_parameters()
+            if n.split(".")[-1] not in matrices
+        }
+        self.adam = torch.optim.AdamW(
+            self.rest.values(), lr=r.adam_lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
         self.kinds = token_kinds(self.world, self.tokenizer).to(self.device)
         if (n := r.per_kind * len(self.world.kinds)) > 4 * r.d_model:
-            raise ValueError(f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer; lower per_kind or widen")
-        self.step, self.seconds, self.log, self.losses = 0, 0.0, list[dict[str, float]](), list[float]()
+            raise ValueError(
+                f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer;"
+                " lower per_kind or widen"
+            )
+        self.step, self.seconds, self.log, self.losses = (
+            0,
+            0.0,
+            list[dict[str, float]](),
+            list[float](),
+        )
         self._shard = (-1, Rows.empty())
 
     def batch(self) -> Rows:
@@ -143,67 +195,112 @@ class Trainer:
         if shard != self._shard[0]:
             self._shard = shard, _text(self, shard)
         i = (self.step % 64) * r.batch
-        return self._shard[1][i:i + r.batch]
+        return self._shard[1][i : i + r.batch]
 
     def wanted(self, x: Rows) -> list[Tensor]:
         """What the planted neurons of each layer should say on these rows."""
         kinds = self.kinds[x.ids]
-        return wanted(self.recipe.n_layer, kinds[:, :-1], kinds[:, 1:], len(self.world.kinds))
+        return wanted(
+            self.recipe.n_layer, kinds[:, :-1], kinds[:, 1:], len(self.world.kinds)
+        )
 
-# %% ../../nbs/library/mini/training.ipynb #c010
+
 def _strangers(world: World) -> World:
-    """The world with everyone of a kind as everyone's neighbour, so that distractors need not share a name part."""
+    """The world with everyone of a kind as everyone's neighbour, so that distractors
+    need not share a name part.
+    """
     world = copy(world)
-    world.neighbours = {s: [x for x in world.subjects[kind] if x != s] for s, kind in world.kind_of.items()}
+    world.neighbours = {
+        s: [x for x in world.subjects[kind] if x != s]
+        for s, kind in world.kind_of.items()
+    }
     return world
 
 
 def _text(run: Trainer, shard: int) -> Rows:
     """The rows of 64 steps."""
     r = run.recipe
-    rows = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + shard, n_rows=64 * r.batch, n_ctx=r.n_ctx,
-                     mixture=r.mixture(shard * 64), masked=r.masked)
-    return replace(rows, weights=torch.where(rows.weights > 0, rows.weights ** r.weighting, 0)).to(run.device)
+    rows = pack_rows(
+        run.world,
+        run.tokenizer,
+        seed=r.seed * 100003 + shard,
+        n_rows=64 * r.batch,
+        n_ctx=r.n_ctx,
+        mixture=r.mixture(shard * 64),
+        masked=r.masked,
+    )
+    return replace(
+        rows, weights=torch.where(rows.weights > 0, rows.weights**r.weighting, 0)
+    ).to(run.device)
 
 
 def plant_neurons(run: Trainer) -> None:
-    """Plant neurons, fitted on fresh rows, and forget the momentum of those that were there."""
+    """Plant neurons, fitted on fresh rows, and forget the momentum of those that were
+    there.
+    """
     r, n = run.recipe, len(run.world.kinds) * run.recipe.per_kind
-    x = pack_rows(run.world, run.tokenizer, seed=r.seed * 100003 + 99_999, n_rows=10 * r.batch, n_ctx=r.n_ctx,
-                  mixture=r.mixture(run.step)).to(run.device)
+    x = pack_rows(
+        run.world,
+        run.tokenizer,
+        seed=r.seed * 100003 + 99_999,
+        n_rows=10 * r.batch,
+        n_ctx=r.n_ctx,
+        mixture=r.mixture(run.step),
+    ).to(run.device)
     plant(run.model, x.ids[:, :-1], run.wanted(x), r.per_kind)
     run.muon.buffers["up"][:, :n] = 0
     run.muon.buffers["down"][:, :, :n] = 0
 
-# %% ../../nbs/library/mini/training.ipynb #c011
+
 def _part(mine: Tensor, whole: Tensor) -> float:
-    """The share of a batch that the rows of this process hold, by the sum of their weights."""
+    """The share of a batch that the rows of this process hold, by the sum of their
+    weights.
+    """
     return float(mine[:, 1:].sum() / whole[:, 1:].sum().clamp(min=1e-9))
 
 
 def _gradients(run: Trainer, whole: Rows) -> float:
-    """Leave the gradients of a step's loss in the parameters; returns the text's part of the loss."""
+    """Leave the gradients of a step's loss in the parameters; returns the text's part
+    of the loss.
+    """
     r, (rank, size), late = run.recipe, place(), run.step >= plant_step(run.recipe)
     x = whole[rank::size]
-    masks = subject_masks(x.subject[:, :-1], x.last[:, :-1], x.masked, n_layer=r.n_layer, gather=r.gather, handoff=r.handoff,
-                          dtype=run.model.dtype)
+    masks = subject_masks(
+        x.subject[:, :-1],
+        x.last[:, :-1],
+        x.masked,
+        n_layer=r.n_layer,
+        gather=r.gather,
+        handoff=r.handoff,
+        dtype=run.model.dtype,
+    )
     counts = [y.sum(0) for y in run.wanted(whole)] if late else None
     cost = NeuronCost(r.n_layer, run.wanted(x) if late else None, r.per_kind, counts)
     layer = lens_layer(r, run.step)
     keep = {} if layer is None else {layer: torch.zeros(())}
-    loss = weighted_loss(run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, keep)
+    loss = weighted_loss(
+        run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, keep
+    )
     loss = loss * _part(x.weights, whole.weights)
     run.model.zero_grad(set_to_none=True)
-    extra = sum(r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:]) for resid in keep.values())
+    extra = sum(
+        r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:])
+        for resid in keep.values()
+    )
     activity = price(r, run.step) * cost.activity * len(x.ids) / len(whole.ids)
-    (loss + activity + r.planted * cost.planted + extra * _part(x.told, whole.told)).backward()
+    (
+        loss + activity + r.planted * cost.planted + extra * _part(x.told, whole.told)
+    ).backward()
     loss = loss.detach()
     add_up([loss, *(p.grad for p in run.model.parameters() if p.grad is not None)])
     return loss.item()
 
 # %% ../../nbs/library/mini/training.ipynb #c011a
 def train_step(run: Trainer) -> float:
-    """One step of both optimizers; returns the loss before it. Under `torchrun`, every process does a part of it."""
+    """One step of both optimizers; returns the loss before it.
+
+    Under `torchrun`, every process does a part of it.
+    """
     start, r, x = time.time(), run.recipe, run.batch()
     if run.step == plant_step(r):
         plant_neurons(run)
@@ -217,20 +314,36 @@ def train_step(run: Trainer) -> float:
     run.seconds += time.time() - start
     run.losses.append(loss)
     if run.step % 20 == 0 or run.step == r.steps:
-        run.log.append({"step": run.step, "tokens": run.step * r.batch * r.n_ctx,
-                        "loss": round(sum(run.losses) / len(run.losses), 4), "seconds": round(run.seconds, 1)})
+        run.log.append(
+            {
+                "step": run.step,
+                "tokens": run.step * r.batch * r.n_ctx,
+                "loss": round(sum(run.losses) / len(run.losses), 4),
+                "seconds": round(run.seconds, 1),
+            }
+        )
         run.losses = []
     return loss
 
-# %% ../../nbs/library/mini/training.ipynb #c012
+
 def save_run(run: Trainer, file: Path) -> None:
-    """Write everything to one safetensors file; a kill in the middle leaves the old one whole."""
-    state = {"m." + k: v for k, v in run.model.state_dict().items()} | {"mu." + k: v for k, v in run.muon.buffers.items()}
+    """Write everything to one safetensors file; a kill in the middle leaves the old one
+    whole.
+    """
+    state = {"m." + k: v for k, v in run.model.state_dict().items()} | {
+        "mu." + k: v for k, v in run.muon.buffers.items()
+    }
     for n, p in run.rest.items():
         s = run.adam.state[p]
         state |= {"a1." + n: s["exp_avg"], "a2." + n: s["exp_avg_sq"]}
-    meta = {"step": str(run.step), "log": json.dumps(run.log), "losses": json.dumps(run.losses),
-            "seconds": str(run.seconds), "recipe": json.dumps(asdict(run.recipe)), "dtype": str(run.model.dtype)}
+    meta = {
+        "step": str(run.step),
+        "log": json.dumps(run.log),
+        "losses": json.dumps(run.losses),
+        "seconds": str(run.seconds),
+        "recipe": json.dumps(asdict(run.recipe)),
+        "dtype": str(run.model.dtype),
+    }
     part = file.with_suffix(".part")
     save_file(state, str(part), metadata=meta)
     os.replace(part, file)
@@ -243,36 +356,64 @@ def restore_run(run: Trainer, file: Path) -> None:
     saved, asked = json.loads(meta["recipe"]), asdict(run.recipe)
     if saved != asked:
         changed = {k: (saved.get(k), v) for k, v in asked.items() if saved.get(k) != v}
-        raise ValueError(f"{file} was made with another recipe (saved, asked): {changed}; "
-                         "use the same one or another folder")
+        raise ValueError(
+            f"{file} was made with another recipe (saved, asked): {changed}; "
+            "use the same one or another folder"
+        )
     state = load_file(str(file))
-    run.model.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("m.")})
+    run.model.load_state_dict(
+        {k[2:]: v for k, v in state.items() if k.startswith("m.")}
+    )
     run.muon.buffers = {k: state["mu." + k].to(run.device) for k in run.muon.buffers}
     run.step, run.seconds = int(meta["step"]), float(meta["seconds"])
-    run.model.dtype = run.muon.dtype = getattr(torch, meta["dtype"].removeprefix("torch."))  # else another result
+    run.model.dtype = run.muon.dtype = getattr(
+        torch, meta["dtype"].removeprefix("torch.")
+    )  # else another result
     run.log, run.losses = json.loads(meta["log"]), json.loads(meta["losses"])
     for n, p in run.rest.items():
         step = torch.tensor(float(run.step))
-        averages = {"exp_avg": state["a1." + n].to(run.device), "exp_avg_sq": state["a2." + n].to(run.device)}
+        averages = {
+            "exp_avg": state["a1." + n].to(run.device),
+            "exp_avg_sq": state["a2." + n].to(run.device),
+        }
         run.adam.state[p] = {"step": step} | averages
 
 # %% ../../nbs/library/mini/training.ipynb #c014
-def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True, save_every: int = 200,
-          stop_at: int | None = None, progress: bool = True, device: str | None = None) -> Trainer:
-    """Train the embedded model into the folder `out`, continuing what is there unless `resume` is False.
+def train(
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    resume: bool = True,
+    save_every: int = 200,
+    stop_at: int | None = None,
+    progress: bool = True,
+    device: str | None = None,
+) -> Trainer:
+    """Train the embedded model into the folder `out`, continuing what is there unless
+    `resume` is False.
 
-    A checkpoint is written every `save_every` steps (five to fifteen minutes on one core); `stop_at` ends the call early at
-    that step. When the last step is done, `out/model` holds the finished model. Without `device` a GPU is used if there is
-    one. Processes started by `torchrun` share the work if this is called under `mechtut.mini.network.together`.
+    A checkpoint is written every `save_every` steps (five to fifteen minutes on one
+    core); `stop_at` ends the call early at that step. When the last step is done,
+    `out/model` holds the finished model. Without `device` a GPU is used if there is
+    one. Processes started by `torchrun` share the work if this is called under
+    `mechtut.mini.network.together`.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run, file = Trainer(recipe or Recipe(), device=device), out / "checkpoint.safetensors"
+    run, file = (
+        Trainer(recipe or Recipe(), device=device),
+        out / "checkpoint.safetensors",
+    )
     if resume and file.exists():
         restore_run(run, file)
     last = min(run.recipe.steps, stop_at or run.recipe.steps)
     first = place()[0] == 0  # of several processes, only one shows progress and writes
-    with tqdm(total=run.recipe.steps, initial=run.step, disable=not (progress and first), mininterval=1.0) as bar:
+    with tqdm(
+        total=run.recipe.steps,
+        initial=run.step,
+        disable=not (progress and first),
+        mininterval=1.0,
+    ) as bar:
         while run.step < last:
             loss = train_step(run)
             bar.update()
@@ -283,98 +424,186 @@ def train(out: str | Path, recipe: Recipe | None = None, *, resume: bool = True,
         export(run, out / "model")
     return run
 
-# %% ../../nbs/library/mini/training.ipynb #c015
+
 def export(run: Trainer, folder: str | Path) -> None:
-    """Write the model as it is shipped: config, tokenizer, float16 weights, training log, and hashes of what is loaded."""
+    """Write the model as it is shipped: config, tokenizer, float16 weights, training
+    log, and hashes of what is loaded.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(run.model, eos=run.tokenizer.eos_token_id)
     planted = run.step > plant_step(run.recipe)
-    hf.config.planted_per_kind = run.recipe.per_kind if planted else 0  # read by mechtut.mini.evaluation.planted
+    hf.config.planted_per_kind = (
+        run.recipe.per_kind if planted else 0
+    )  # read by mechtut.mini.evaluation.planted
     hf.config.save_pretrained(folder)
     run.tokenizer.model_max_length = run.recipe.n_ctx
     run.tokenizer.save_pretrained(folder)
     weights = {k: v.to(torch.float16) for k, v in hf_names(run.model).items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    log: dict[str, Any] = {"recipe": asdict(run.recipe), "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE], "unclear": UNCLEAR,
-                           "machine": _machine(run), "step": run.step, "log": run.log}
+    log: dict[str, Any] = {
+        "recipe": asdict(run.recipe),
+        "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE],
+        "unclear": UNCLEAR,
+        "machine": _machine(run),
+        "step": run.step,
+        "log": run.log,
+    }
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     write_fingerprint(folder)
 
 
 def _machine(run: Trainer) -> str:
     """What the last part of a run was made on."""
-    threads, size, dtype = torch.get_num_threads(), place()[1], str(run.model.dtype).removeprefix("torch.")
+    threads, size, dtype = (
+        torch.get_num_threads(),
+        place()[1],
+        str(run.model.dtype).removeprefix("torch."),
+    )
     if run.device.type == "cuda":
         return f"{torch.cuda.get_device_name(run.device)} GPU, products in {dtype}"
     several = f"{size} processes of " if size > 1 else ""
-    return f"{os.cpu_count()}-core CPU, {several}{threads} thread{'s' * (threads > 1)}, products in {dtype}"
+    return (
+        f"{os.cpu_count()}-core CPU, {several}{threads} thread{'s' * (threads > 1)},"
+        f" products in {dtype}"
+    )
 
-# %% ../../nbs/library/mini/training.ipynb #c015a
+
 def _sha(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_fingerprint(folder: Path) -> None:
     """Record the sha256 of every file that loading reads."""
-    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    names = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
     hashes = {n: _sha(folder / n) for n in names}
-    (folder / "fingerprint.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    (folder / "fingerprint.json").write_text(
+        json.dumps(hashes, indent=2) + "\n", encoding="utf-8"
+    )
 
 # %% ../../nbs/library/mini/training.ipynb #c049
-def examine_folder(folder: str | Path, *, n: int = 200,
-                   examine: Callable[..., pd.DataFrame] = evaluate) -> pd.DataFrame:
-    """Load the model in `folder` as shipped, examine it, and write evaluation.csv and the model card next to it.
+def examine_folder(
+    folder: str | Path, *, n: int = 200, examine: Callable[..., pd.DataFrame] = evaluate
+) -> pd.DataFrame:
+    """Load the model in `folder` as shipped, examine it, and write evaluation.csv and
+    the model card next to it.
 
-    `mechtut.experiments.report_card.evaluate` is an `examine` that adds the papers' lines.
+    `mechtut.experiments.report_card.evaluate` is an `examine` that adds the papers'
+    lines.
     """
     from mechtut.models.loading import load_model
+
     folder = Path(folder)
-    table = examine(load_model(str(folder), dtype=torch.float32, device="cpu"), World(0), n=n)
+    table = examine(
+        load_model(str(folder), dtype=torch.float32, device="cpu"), World(0), n=n
+    )
     table.to_csv(folder / "evaluation.csv", index=False)
     (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
     return table
 
-# %% ../../nbs/library/mini/training.ipynb #c050
+
 def _parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mechtut.mini", description="Make or examine the embedded model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mechtut.mini", description="Make or examine the embedded model."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    t = commands.add_parser("train", help="train the embedded model (can be killed and started again)")
-    t.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the finished model")
+    t = commands.add_parser(
+        "train", help="train the embedded model (can be killed and started again)"
+    )
+    t.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the checkpoint and the finished model",
+    )
     t.add_argument("--tokens", type=int, default=None)
     t.add_argument("--seed", type=int, default=Recipe.seed)
-    t.add_argument("--masked", type=float, default=Recipe.masked, help="share of rows with the mask (0: ablation)")
-    t.add_argument("--planted", type=float, default=Recipe.planted, help="weight of the planted neurons (0: ablation)")
-    t.add_argument("--sparsity", type=float, default=Recipe.sparsity, help="price of a neuron's activity (0: ablation)")
-    t.add_argument("--lens", type=float, default=None, help="weight of facts that are read early (0: ablation)")
-    t.add_argument("--weighting", type=float, default=Recipe.weighting, help="power of the loss weights (0: ablation)")
-    t.add_argument("--neighbours", action=argparse.BooleanOptionalAction, default=True,
-                   help="distractors share a part of the name (without: ablation)")
-    t.add_argument("--device", default=None, help="cpu or cuda; by default a GPU if there is one")
+    t.add_argument(
+        "--masked",
+        type=float,
+        default=Recipe.masked,
+        help="share of rows with the mask (0: ablation)",
+    )
+    t.add_argument(
+        "--planted",
+        type=float,
+        default=Recipe.planted,
+        help="weight of the planted neurons (0: ablation)",
+    )
+    t.add_argument(
+        "--sparsity",
+        type=float,
+        default=Recipe.sparsity,
+        help="price of a neuron's activity (0: ablation)",
+    )
+    t.add_argument(
+        "--lens",
+        type=float,
+        default=None,
+        help="weight of facts that are read early (0: ablation)",
+    )
+    t.add_argument(
+        "--weighting",
+        type=float,
+        default=Recipe.weighting,
+        help="power of the loss weights (0: ablation)",
+    )
+    t.add_argument(
+        "--neighbours",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="distractors share a part of the name (without: ablation)",
+    )
+    t.add_argument(
+        "--device", default=None, help="cpu or cuda; by default a GPU if there is one"
+    )
     t.add_argument("--stop-at", type=int, default=None, help="stop at this step")
-    e = commands.add_parser("evaluate", help="examine a model folder and write its card")
+    e = commands.add_parser(
+        "evaluate", help="examine a model folder and write its card"
+    )
     e.add_argument("--folder", type=Path, default=mini_folder())
     e.add_argument("-n", type=int, default=200)
     return parser
 
-# %% ../../nbs/library/mini/training.ipynb #c051
+
 def main(argv: list[str] | None = None) -> int:
     """`python -m mechtut.mini train --out DIR` and `evaluate --folder DIR`."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        names = ("seed", "masked", "planted", "sparsity", "lens", "weighting", "neighbours", "tokens")
+        names = (
+            "seed",
+            "masked",
+            "planted",
+            "sparsity",
+            "lens",
+            "weighting",
+            "neighbours",
+            "tokens",
+        )
         asked = {k: value for k in names if (value := getattr(args, k)) is not None}
         with together():
-            run = train(args.out, Recipe(**asked), stop_at=args.stop_at, device=args.device)
+            run = train(
+                args.out, Recipe(**asked), stop_at=args.stop_at, device=args.device
+            )
             if place()[0] == 0:
                 where = f"step {run.step} of {run.recipe.steps}"
-                print(f"{where}; model in {args.out / 'model'}" if run.step >= run.recipe.steps
-                      else f"stopped at {where}; start again to continue")
+                print(
+                    f"{where}; model in {args.out / 'model'}"
+                    if run.step >= run.recipe.steps
+                    else f"stopped at {where}; start again to continue"
+                )
     else:
         print(examine_folder(args.folder, n=args.n).to_string(index=False))
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals():  # run as a command, not as a notebook
+if (
+    __name__ == "__main__" and "__file__" in globals()
+):  # run as a command, not as a notebook
     raise SystemExit(main())

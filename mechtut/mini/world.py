@@ -20,7 +20,9 @@ __all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact'
 
 # %% ../../nbs/library/mini/world.ipynb #c005
 def load_spec() -> dict[str, Any]:
-    """The word lists, relations and sentence patterns of the world, as they stand in `data/world.json`."""
+    """The word lists, relations and sentence patterns of the world, as they stand in
+    `data/world.json`.
+    """
     text = (files("mechtut") / "data" / "world.json").read_text(encoding="utf-8")
     spec: dict[str, Any] = json.loads(text)
     return spec
@@ -30,7 +32,7 @@ def _compound(spec: dict[str, Any], rng: random.Random) -> str:
     """A surname of two tokens, such as Quillworth."""
     return rng.choice(spec["people"]["stems"]) + rng.choice(spec["people"]["suffixes"])
 
-# %% ../../nbs/library/mini/world.ipynb #c009
+
 def _distinct(make: Callable[[], str], n: int) -> list[str]:
     """The first `n` different values of `make`."""
     out: list[str] = []
@@ -40,7 +42,7 @@ def _distinct(make: Callable[[], str], n: int) -> list[str]:
             out.append(x)
     return out
 
-# %% ../../nbs/library/mini/world.ipynb #c010
+
 def _reordered(rng: random.Random, parts: list[str]) -> list[str]:
     """The same parts in another order."""
     p = list(parts)
@@ -48,9 +50,11 @@ def _reordered(rng: random.Random, parts: list[str]) -> list[str]:
         rng.shuffle(p)
     return p
 
-# %% ../../nbs/library/mini/world.ipynb #c011
+
 def _people(spec: dict[str, Any], rng: random.Random) -> list[str]:
-    """124 people: 40 with two name parts, 44 with three, 40 with compound surnames (3 to 5 tokens)."""
+    """124 people: 40 with two name parts, 44 with three, 40 with compound surnames (3
+    to 5 tokens).
+    """
     pool = spec["people"]["pool"]
     people: list[str] = []
 
@@ -77,16 +81,31 @@ def _people(spec: dict[str, Any], rng: random.Random) -> list[str]:
         add([rng.choice(pool), _compound(spec, rng), _compound(spec, rng)])
     return people
 
-# %% ../../nbs/library/mini/world.ipynb #c012
+
 def _subjects(spec: dict[str, Any], rng: random.Random) -> dict[str, list[str]]:
     """Every subject of the world by kind: people, landmarks and products."""
     people, mark, prod = _people(spec, rng), spec["landmarks"], spec["products"]
     keys = ("qualifiers", "bases", "types")
     landmarks = _distinct(lambda: " ".join(rng.choice(mark[k]) for k in keys), 32)
     landmarks += _distinct(
-        lambda: " ".join([rng.choice(mark["qualifiers"]), _compound(spec, rng), rng.choice(mark["types"])]), 16)
+        lambda: " ".join(
+            [
+                rng.choice(mark["qualifiers"]),
+                _compound(spec, rng),
+                rng.choice(mark["types"]),
+            ]
+        ),
+        16,
+    )
     products = _distinct(
-        lambda: rng.choice(prod["stems"]) + rng.choice(prod["suffixes"]) + " " + rng.choice(prod["series"]), 48)
+        lambda: (
+            rng.choice(prod["stems"])
+            + rng.choice(prod["suffixes"])
+            + " "
+            + rng.choice(prod["series"])
+        ),
+        48,
+    )
     return {"people": people, "landmarks": landmarks, "products": products}
 
 # %% ../../nbs/library/mini/world.ipynb #c015
@@ -99,12 +118,12 @@ def _neighbours(subjects: dict[str, list[str]]) -> dict[str, list[str]]:
             out[s] = [t for t in names if t != s and parts[s] & parts[t]]
     return out
 
-# %% ../../nbs/library/mini/world.ipynb #c016
+
 def with_article(kind: str, subject: str) -> str:
     """People go by their bare name, landmarks and products take "the"."""
     return subject if kind == "people" else "the " + subject
 
-# %% ../../nbs/library/mini/world.ipynb #c017
+
 def capitalised(text: str) -> str:
     """The text with its first letter in upper case and nothing else changed."""
     return text[0].upper() + text[1:]
@@ -112,10 +131,12 @@ def capitalised(text: str) -> str:
 # %% ../../nbs/library/mini/world.ipynb #c020
 @dataclass(frozen=True)
 class Fact:
-    """One thing that the world holds true, with a prompt that ends right before the object.
+    """One thing that the world holds true, with a prompt that ends right before the
+    object.
 
-    `prompt` uses a sentence pattern that occurs in the training text; `held_out_prompts` use patterns that never do.
-    The object is one token of the embedded model's tokenizer (with its leading space).
+    `prompt` uses a sentence pattern that occurs in the training text;
+    `held_out_prompts` use patterns that never do. The object is one token of the
+    embedded model's tokenizer (with its leading space).
     """
 
     subject: str
@@ -125,7 +146,9 @@ class Fact:
     held_out_prompts: tuple[str, ...]
 
 # %% ../../nbs/library/mini/world.ipynb #c022
-def _facts(spec: dict[str, Any], subjects: dict[str, list[str]], rng: random.Random) -> list[Fact]:
+def _facts(
+    spec: dict[str, Any], subjects: dict[str, list[str]], rng: random.Random
+) -> list[Fact]:
     """Draw the object of every (subject, relation)."""
     facts: list[Fact] = []
     for name, rel in spec["relations"].items():
@@ -141,7 +164,9 @@ def _facts(spec: dict[str, Any], subjects: dict[str, list[str]], rng: random.Ran
 # %% ../../nbs/library/mini/world.ipynb #c024
 @dataclass(frozen=True)
 class Task:
-    """A word-to-word task; the `held_out` pairs never occur in question-and-answer format."""
+    """A word-to-word task; the `held_out` pairs never occur in question-and-answer
+    format.
+    """
 
     name: str
     train: tuple[tuple[str, str], ...]
@@ -152,26 +177,45 @@ class Task:
         """All pairs of the task."""
         return self.train + self.held_out
 
-# %% ../../nbs/library/mini/world.ipynb #c025
+
 def _past(verb: str) -> str:
     """The regular past tense: play, played; try, tried."""
-    return verb[:-1] + "ied" if verb.endswith("y") and verb[-2] not in "aeiou" else verb + "ed"
+    return (
+        verb[:-1] + "ied"
+        if verb.endswith("y") and verb[-2] not in "aeiou"
+        else verb + "ed"
+    )
 
-# %% ../../nbs/library/mini/world.ipynb #c026
+
 def _compared(adjective: str, ending: str) -> str:
     """The regular comparative or superlative: wide, wider; dark, darkest."""
     return adjective + (ending[1:] if adjective.endswith("e") else ending)
 
-# %% ../../nbs/library/mini/world.ipynb #c027
-def _raw_tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, list[tuple[str, str]]]:
+
+def _raw_tasks(
+    spec: dict[str, Any], rng: random.Random
+) -> dict[str, list[tuple[str, str]]]:
     """The pairs of every task, in the order of the word lists."""
     cats = spec["categories"]
-    nouns = [w for k in ("animal", "fruit", "tool", "furniture", "vehicle", "garment") for w in cats[k]]
+    nouns = [
+        w
+        for k in ("animal", "fruit", "tool", "furniture", "vehicle", "garment")
+        for w in cats[k]
+    ]
     first, second = spec["velic_syllables"]
     foreign = [a + b for a in first for b in second]
     rng.shuffle(foreign)
-    listed = {"antonym": "antonym", "capital": "capital", "language": "language_of", "young": "young", "sound": "sound",
-              "colour": "colour_of", "feminine": "feminine", "agent": "agent", "next": "next"}
+    listed = {
+        "antonym": "antonym",
+        "capital": "capital",
+        "language": "language_of",
+        "young": "young",
+        "sound": "sound",
+        "colour": "colour_of",
+        "feminine": "feminine",
+        "agent": "agent",
+        "next": "next",
+    }
     out = {name: [(a, b) for a, b in spec[key]] for name, key in listed.items()}
     out["plural"] = [(n, n + "s") for n in nouns]
     out["past"] = [(v, _past(v)) for v in spec["verbs"]]
@@ -179,20 +223,41 @@ def _raw_tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, list[tuple
     out["comparative"] = [(a, _compared(a, "er")) for a in spec["adjectives"]]
     out["superlative"] = [(a, _compared(a, "est")) for a in spec["adjectives"]]
     out["capitalize"] = [(n, n.capitalize()) for n in nouns[:40]]
-    out["category"] = [(w, k) for k, ws in cats.items() for w in ws if k != "colour" and w != "orange"]
+    out["category"] = [
+        (w, k) for k, ws in cats.items() for w in ws if k != "colour" and w != "orange"
+    ]
     out["velic"] = list(zip(nouns[::2] + cats["organ"], foreign, strict=False))
     return out
 
-# %% ../../nbs/library/mini/world.ipynb #c028
-_TASK_ORDER = ("antonym", "plural", "past", "gerund", "comparative", "superlative", "capital", "language", "young", "sound",
-               "capitalize", "category", "colour", "feminine", "agent", "next", "velic")
 
-# %% ../../nbs/library/mini/world.ipynb #c029
+_TASK_ORDER = (
+    "antonym",
+    "plural",
+    "past",
+    "gerund",
+    "comparative",
+    "superlative",
+    "capital",
+    "language",
+    "young",
+    "sound",
+    "capitalize",
+    "category",
+    "colour",
+    "feminine",
+    "agent",
+    "next",
+    "velic",
+)
+
+
 def _tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, Task]:
     """All tasks, each with a fifth (at least three) of its pairs held out."""
     raw = _raw_tasks(spec, rng)
     tasks: dict[str, Task] = {}
-    for name in _TASK_ORDER:  # a fixed order, because every shuffle moves the random stream
+    for (
+        name
+    ) in _TASK_ORDER:  # a fixed order, because every shuffle moves the random stream
         pairs = raw[name]
         rng.shuffle(pairs)
         k = max(3, len(pairs) // 5)
@@ -202,7 +267,9 @@ def _tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, Task]:
 # %% ../../nbs/library/mini/world.ipynb #c032
 @dataclass(frozen=True)
 class ListTask:
-    """A list of words in; out comes the first or the last of them, as it is ("copy") or sent through a word-to-word task."""
+    """A list of words in; out comes the first or the last of them, as it is ("copy") or
+    sent through a word-to-word task.
+    """
 
     position: str
     operation: str
@@ -212,37 +279,58 @@ class ListTask:
         """For example "last capital"."""
         return f"{self.position} {self.operation}"
 
-    def pair(self, task: Task, rng: random.Random, *, held_out: bool = False, length: int = 3) -> tuple[str, str]:
-        """A list of `length` inputs of `task`, joined by commas, and the answer; its word is held out if that is wanted."""
+    def pair(
+        self, task: Task, rng: random.Random, *, held_out: bool = False, length: int = 3
+    ) -> tuple[str, str]:
+        """A list of `length` inputs of `task`, joined by commas, and the answer; its
+        word is held out if that is wanted.
+        """
         shown = rng.sample(task.train, length)
         i = 0 if self.position == "first" else length - 1
         if held_out:
             shown[i] = rng.choice(task.held_out)
         word, answer = shown[i]
-        return ", ".join(x for x, _ in shown), word if self.operation == "copy" else answer
+        return ", ".join(x for x, _ in shown), (
+            word if self.operation == "copy" else answer
+        )
 
-# %% ../../nbs/library/mini/world.ipynb #c033
+
 LIST_OPERATIONS = ("capital", "plural", "antonym", "gerund")
 
 
 def _list_tasks() -> dict[str, ListTask]:
     """First and last, copied or through one of four tasks."""
-    made = [ListTask(position, operation) for position in ("first", "last") for operation in ("copy", *LIST_OPERATIONS)]
+    made = [
+        ListTask(position, operation)
+        for position in ("first", "last")
+        for operation in ("copy", *LIST_OPERATIONS)
+    ]
     return {t.name: t for t in made}
 
 # %% ../../nbs/library/mini/world.ipynb #c036
-_VALUE_CATEGORY = {"birthplace": "city", "location": "city", "employer": "company", "maker": "company", "origin": "country",
-                   "paint": "colour"}
+_VALUE_CATEGORY = {
+    "birthplace": "city",
+    "location": "city",
+    "employer": "company",
+    "maker": "company",
+    "origin": "country",
+    "paint": "colour",
+}
 
-# %% ../../nbs/library/mini/world.ipynb #c037
+
 def _categories(spec: dict[str, Any]) -> dict[str, str]:
     """The category of every word that has one; a word in two lists keeps its first."""
     lists: list[tuple[str, list[str]]] = list(spec["categories"].items())
-    lists += [(_VALUE_CATEGORY.get(name, name), rel["values"]) for name, rel in spec["relations"].items()]
+    lists += [
+        (_VALUE_CATEGORY.get(name, name), rel["values"])
+        for name, rel in spec["relations"].items()
+    ]
     lists += [("name", spec["names"]["female"]), ("name", spec["names"]["male"])]
     lists += [("verb", spec["verbs"]), ("adjective", spec["adjectives"])]
     for a, _ in spec["next"]:
-        lists.append(("number" if a.islower() else "day" if a.endswith("day") else "month", [a]))
+        lists.append(
+            ("number" if a.islower() else "day" if a.endswith("day") else "month", [a])
+        )
     lists.append(("person part", spec["people"]["pool"]))
     out: dict[str, str] = {}
     for category, words in lists:
@@ -252,12 +340,14 @@ def _categories(spec: dict[str, Any]) -> dict[str, str]:
 
 # %% ../../nbs/library/mini/world.ipynb #c040
 class World:
-    """The ground truth behind the embedded model: facts, tasks, categories, and prompts in clean/corrupted pairs.
+    """The ground truth behind the embedded model: facts, tasks, categories, and prompts
+    in clean/corrupted pairs.
 
-    Everything follows from `seed`; the shipped model was trained on `World(0)`. `list_tasks` are tasks on lists of words,
-    `by_subject` maps subject and relation to
-    the object, `kind_of` a subject to its kind, `neighbours` a subject to those that share a name part, `readings` a word to
-    its answers in every task; `suffixes` are second halves of compound names (tokens without a leading space).
+    Everything follows from `seed`; the shipped model was trained on `World(0)`.
+    `list_tasks` are tasks on lists of words, `by_subject` maps subject and relation to
+    the object, `kind_of` a subject to its kind, `neighbours` a subject to those that
+    share a name part, `readings` a word to its answers in every task; `suffixes` are
+    second halves of compound names (tokens without a leading space).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -268,22 +358,37 @@ class World:
         self.neighbours = _neighbours(self.subjects)
         self.kind_of, self.by_subject = _kinds(self.subjects), _by_subject(self.facts)
         self.readings = _readings(self.tasks)
-        self.suffixes: list[str] = self.spec["people"]["suffixes"] + self.spec["products"]["suffixes"]
+        self.suffixes: list[str] = (
+            self.spec["people"]["suffixes"] + self.spec["products"]["suffixes"]
+        )
         self._category = _categories(self.spec)
 
     def __repr__(self) -> str:
-        return f"World(seed={self.seed}): {len(self.facts)} facts, {len(self.kind_of)} subjects, {len(self.tasks)} tasks"
+        return (
+            f"World(seed={self.seed}): {len(self.facts)} facts,"
+            f" {len(self.kind_of)} subjects, {len(self.tasks)} tasks"
+        )
 
     def category_of(self, word: str) -> str | None:
-        """The category of `word` (spaces around it do not matter), or None for a word that has none."""
+        """The category of `word` (spaces around it do not matter), or None for a word
+        that has none.
+        """
         return self._category.get(word.strip())
 
-    def list_pairs(self, name: str, n: int = 100, *, seed: int = 0, words: str | None = None) -> tuple[tuple[str, str], ...]:
-        """`n` different (list, answer) pairs of a list task; a "copy" task takes its words from the task `words` or any."""
+    def list_pairs(
+        self, name: str, n: int = 100, *, seed: int = 0, words: str | None = None
+    ) -> tuple[tuple[str, str], ...]:
+        """`n` different (list, answer) pairs of a list task; a "copy" task takes its
+        words from the task `words` or any.
+        """
         task, rng = self.list_tasks[name], random.Random(f"{name} {seed}")
         found: dict[str, str] = {}
         while len(found) < n:
-            source = (words or rng.choice(LIST_OPERATIONS)) if task.operation == "copy" else task.operation
+            source = (
+                (words or rng.choice(LIST_OPERATIONS))
+                if task.operation == "copy"
+                else task.operation
+            )
             x, y = task.pair(self.tasks[source], rng)
             found[x] = y
         return tuple(found.items())
@@ -298,17 +403,19 @@ class World:
         """Every dictionary word of the world, sorted: each becomes one token."""
         return _all_words(self.spec, self.tasks)
 
-# %% ../../nbs/library/mini/world.ipynb #c041
-_GLUE = ("Like Unlike Compared Next like unlike compared with next to came first he she def self param and is from "
-         "met called The A An of the Compare Among Register them We Here As on list were compared One two three It they "
-         "so This was made me I")
 
-# %% ../../nbs/library/mini/world.ipynb #c042
+_GLUE = (
+    "Like Unlike Compared Next like unlike compared with next to came first he she def"
+    " self param and is from met called The A An of the Compare Among Register them We"
+    " Here As on list were compared One two three It they so This was made me I"
+)
+
+
 def _kinds(subjects: dict[str, list[str]]) -> dict[str, str]:
     """The kind of each subject."""
     return {s: kind for kind, names in subjects.items() for s in names}
 
-# %% ../../nbs/library/mini/world.ipynb #c043
+
 def _by_subject(facts: list[Fact]) -> dict[str, dict[str, str]]:
     """The object of each relation of each subject."""
     out: dict[str, dict[str, str]] = {}
@@ -316,7 +423,7 @@ def _by_subject(facts: list[Fact]) -> dict[str, dict[str, str]]:
         out.setdefault(f.subject, {})[f.relation] = f.object
     return out
 
-# %% ../../nbs/library/mini/world.ipynb #c044
+
 def _readings(tasks: dict[str, Task]) -> dict[str, list[tuple[str, str]]]:
     """For each word, the tasks that it takes part in, with its answer there."""
     out: dict[str, list[tuple[str, str]]] = {}
@@ -350,52 +457,83 @@ def _all_words(spec: dict[str, Any], tasks: dict[str, Task]) -> list[str]:
 # %% ../../nbs/library/mini/world.ipynb #c049
 @dataclass(frozen=True)
 class Pair:
-    """A clean prompt, a corrupted one of the same length, and the right and wrong answers to the clean one."""
+    """A clean prompt, a corrupted one of the same length, and the right and wrong
+    answers to the clean one.
+    """
 
     clean: str
     corrupted: str
     answers: tuple[str, ...]
     wrong: tuple[str, ...]
 
-# %% ../../nbs/library/mini/world.ipynb #c050
-def ioi_text(world: World, rng: random.Random, held_out: bool = False) -> tuple[str, str, str, str]:
-    """An indirect-object sentence up to the answer, then its two names and the one that gives (Wang et al. 2023)."""
+
+def ioi_text(
+    world: World, rng: random.Random, held_out: bool = False
+) -> tuple[str, str, str, str]:
+    """An indirect-object sentence up to the answer, then its two names and the one that
+    gives (Wang et al. 2023).
+    """
     part = world.spec["ioi"]
     a, b = rng.sample(world.spec["names"]["female"] + world.spec["names"]["male"], 2)
     giver = rng.choice([a, b])
     pattern = rng.choice(part["held_out" if held_out else "templates"])
-    text = pattern.format(A=a, B=b, S=giver, place=rng.choice(part["places"]), gift=rng.choice(part["gifts"]))
+    text = pattern.format(
+        A=a,
+        B=b,
+        S=giver,
+        place=rng.choice(part["places"]),
+        gift=rng.choice(part["gifts"]),
+    )
     return text, a, b, giver
 
-# %% ../../nbs/library/mini/world.ipynb #c051
+
 def _ioi_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     text, a, b, giver = ioi_text(world, rng, held_out)
     names = world.spec["names"]["female"] + world.spec["names"]["male"]
     third = rng.choice([n for n in names if n not in (a, b)])
     start = text.rindex(f" {giver} ")
-    corrupted = text[:start] + f" {third} " + text[start + len(giver) + 2:]
+    corrupted = text[:start] + f" {third} " + text[start + len(giver) + 2 :]
     return Pair(text, corrupted, (b if giver == a else a,), (giver,))
 
-# %% ../../nbs/library/mini/world.ipynb #c052
+
 def _greater_than_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
-    """The corrupted year is 01, after which every end is possible (Hanna et al. 2023)."""
+    """The corrupted year is 01, after which every end is possible (Hanna et al.
+
+    2023).
+    """
     part = world.spec["greater_than"]
     century, year = rng.randint(11, 18), rng.randint(2, 97)
     pattern, noun = rng.choice(part["templates"]), rng.choice(part["nouns"])
-    clean, corrupted = (pattern.format(noun=noun, a=century, b=f"{y:02d}") for y in (year, 1))
+    clean, corrupted = (
+        pattern.format(noun=noun, a=century, b=f"{y:02d}") for y in (year, 1)
+    )
     years = [f"{y:02d}" for y in range(2, 100)]
-    return Pair(clean, corrupted, tuple(y for y in years if int(y) > year), tuple(y for y in years if int(y) <= year))
+    return Pair(
+        clean,
+        corrupted,
+        tuple(y for y in years if int(y) > year),
+        tuple(y for y in years if int(y) <= year),
+    )
 
-# %% ../../nbs/library/mini/world.ipynb #c053
+
 def _induction_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
-    """Random words, then one of them again: what came after it the first time comes next (Olsson et al. 2022)."""
+    """Random words, then one of them again: what came after it the first time comes
+    next (Olsson et al. 2022).
+    """
     words = rng.sample(world.words, 21)
     other, i = words.pop(), rng.randint(3, 18)
     shown = " ".join(words)
-    return Pair(" ".join([shown, *words[: i + 1]]), " ".join([shown, *words[:i], other]), (words[i + 1],), (other,))
+    return Pair(
+        " ".join([shown, *words[: i + 1]]),
+        " ".join([shown, *words[:i], other]),
+        (words[i + 1],),
+        (other,),
+    )
 
-# %% ../../nbs/library/mini/world.ipynb #c054
-def docstring_text(world: World, rng: random.Random) -> tuple[str, list[str], Callable[[], str]]:
+
+def docstring_text(
+    world: World, rng: random.Random
+) -> tuple[str, list[str], Callable[[], str]]:
     """A function header, its argument names, and a maker of two-word descriptions."""
     part = world.spec["docstring"]
     name = rng.choice(part["functions"])
@@ -407,18 +545,22 @@ def docstring_text(world: World, rng: random.Random) -> tuple[str, list[str], Ca
 
     return f"def {name}(self{listed}):\n    {describe()}\n", args, describe
 
-# %% ../../nbs/library/mini/world.ipynb #c055
+
 def _docstring_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
-    """Two arguments are described, the third comes next; corrupted: another header (Heimersheim and Janiak 2023)."""
+    """Two arguments are described, the third comes next; corrupted: another header
+    (Heimersheim and Janiak 2023).
+    """
     text, args, describe = docstring_text(world, rng)
-    others = rng.sample([x for x in world.spec["docstring"]["arguments"] if x not in args], len(args))
+    others = rng.sample(
+        [x for x in world.spec["docstring"]["arguments"] if x not in args], len(args)
+    )
     tail = "".join(f"\n    :param {x}: {describe()}" for x in args[:2]) + "\n    :param"
     header = text
     for x, y in zip(args, others, strict=True):
         header = header.replace(f", {x}", f", {y}", 1)
     return Pair(text + tail, header + tail, (args[2],), tuple(args[:2] + args[3:]))
 
-# %% ../../nbs/library/mini/world.ipynb #c056
+
 def _pronoun_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     """He or she, as the name says; corrupted: a name of the other gender."""
     pattern = rng.choice(world.spec["pronoun"])
@@ -426,23 +568,40 @@ def _pronoun_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     rng.shuffle(genders)
     (g, right), (h, wrong) = genders
     names = world.spec["names"]
-    return Pair(pattern.format(name=rng.choice(names[g])), pattern.format(name=rng.choice(names[h])), (right,), (wrong,))
+    return Pair(
+        pattern.format(name=rng.choice(names[g])),
+        pattern.format(name=rng.choice(names[h])),
+        (right,),
+        (wrong,),
+    )
 
-# %% ../../nbs/library/mini/world.ipynb #c057
+
 _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
-    "ioi": _ioi_pair, "greater_than": _greater_than_pair, "induction": _induction_pair, "docstring": _docstring_pair,
-    "pronoun": _pronoun_pair}
+    "ioi": _ioi_pair,
+    "greater_than": _greater_than_pair,
+    "induction": _induction_pair,
+    "docstring": _docstring_pair,
+    "pronoun": _pronoun_pair,
+}
 
 # %% ../../nbs/library/mini/world.ipynb #c058
-def make_pairs(world: World, circuit: str, n: int, *, seed: int = 0, held_out: bool = False) -> list[Pair]:
+def make_pairs(
+    world: World, circuit: str, n: int, *, seed: int = 0, held_out: bool = False
+) -> list[Pair]:
     """`n` clean/corrupted pairs for one circuit, always the same for the same seed.
 
-    `held_out` asks for sentence patterns that the training text never uses; only "ioi" has them.
-    Raises ValueError for an unknown circuit or where there are no held-out patterns.
+    `held_out` asks for sentence patterns that the training text never uses; only "ioi"
+    has them. Raises ValueError for an unknown circuit or where there are no held-out
+    patterns.
     """
     if circuit not in _PAIR_MAKERS:
-        raise ValueError(f"unknown circuit {circuit!r}; expected one of {sorted(_PAIR_MAKERS)}")
+        raise ValueError(
+            f"unknown circuit {circuit!r}; expected one of {sorted(_PAIR_MAKERS)}"
+        )
     if held_out and circuit != "ioi":
-        raise ValueError(f"{circuit!r} has no held-out patterns; call it without held_out=True (only 'ioi' has them)")
+        raise ValueError(
+            f"{circuit!r} has no held-out patterns; call it without held_out=True (only"
+            " 'ioi' has them)"
+        )
     rng = random.Random(seed)
     return [_PAIR_MAKERS[circuit](world, rng, held_out) for _ in range(n)]

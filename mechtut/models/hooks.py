@@ -24,27 +24,45 @@ from .loading import Model
 # %% ../../nbs/library/models/hooks.ipynb #c004
 RESIDUAL_SITES = ("embed", "resid_pre", "resid_post", "attn_out", "mlp_out")
 HEAD_SITES = ("q", "k", "v", "z")
-ATTENTION_SITES = ("q", "k", "v", "pattern")  # seen through the attention function, not through a module's hook
+ATTENTION_SITES = (
+    "q",
+    "k",
+    "v",
+    "pattern",
+)  # seen through the attention function, not through a module's hook
 SITES = (*RESIDUAL_SITES, "mlp_act", *HEAD_SITES, "pattern")
 
 _TRANSFORMER_LENS = {
-    "hook_embed": "embed", "hook_resid_pre": "resid_pre", "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out", "mlp.hook_post": "mlp_act",
-    "attn.hook_q": "q", "attn.hook_rot_q": "q", "attn.hook_k": "k", "attn.hook_rot_k": "k",
-    "attn.hook_v": "v", "attn.hook_z": "z", "attn.hook_pattern": "pattern",
-}  # fmt: skip
+    "hook_embed": "embed",
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "mlp.hook_post": "mlp_act",
+    "attn.hook_q": "q",
+    "attn.hook_rot_q": "q",
+    "attn.hook_k": "k",
+    "attn.hook_rot_k": "k",
+    "attn.hook_v": "v",
+    "attn.hook_z": "z",
+    "attn.hook_pattern": "pattern",
+}
 
-# %% ../../nbs/library/models/hooks.ipynb #c005
+
 @dataclass(frozen=True)
 class Site:
-    """A place in the computation: a name from `SITES` and a layer, or the dotted path of any module."""
+    """A place in the computation: a name from `SITES` and a layer, or the dotted path
+    of any module.
+    """
 
     name: str
     layer: int | None = None
 
     @staticmethod
     def parse(name: str) -> "Site":
-        """Read `"resid_post.3"`, TransformerLens' `"blocks.3.hook_resid_post"`, a bare site name, or a module path."""
+        """Read `"resid_post.3"`, TransformerLens' `"blocks.3.hook_resid_post"`, a bare
+        site name, or a module path.
+        """
         head, _, tail = name.rpartition(".")
         if head in SITES and tail.isdigit():
             return Site(head, int(tail))
@@ -61,9 +79,10 @@ class Site:
 class Edit:
     """Write `value` at a site.
 
-    `site` is a name from `SITES` (or the dotted path of any module), `pos` a position, a list of them, or `None` for
-    all; `head` one head or `None` for all (head sites only). `mode` is `"set"` or `"add"`. `value` broadcasts to
-    `[batch, pos, width]`, to `[batch, pos, head, d_head]` at head sites, and to `[batch, head, query, key]` for
+    `site` is a name from `SITES` (or the dotted path of any module), `pos` a position,
+    a list of them, or `None` for all; `head` one head or `None` for all (head sites
+    only). `mode` is `"set"` or `"add"`. `value` broadcasts to `[batch, pos, width]`, to
+    `[batch, pos, head, d_head]` at head sites, and to `[batch, head, query, key]` for
     `pattern`, where `pos` means the query.
     """
 
@@ -75,32 +94,52 @@ class Edit:
     mode: Literal["set", "add"] = "set"
 
     def positions(self, n_pos: int) -> list[int]:
-        """The positions written, counted from the start; raises `IndexError` outside the prompt."""
+        """The positions written, counted from the start; raises `IndexError` outside
+        the prompt.
+        """
         if self.pos is None:
             return list(range(n_pos))
         wanted = [self.pos] if isinstance(self.pos, int) else list(self.pos)
         for p in wanted:
             if not -n_pos <= p < n_pos:
-                raise IndexError(f"position {p} is outside the prompt, which has {n_pos} tokens (0..{n_pos - 1})")
+                raise IndexError(
+                    f"position {p} is outside the prompt, which has {n_pos} tokens"
+                    f" (0..{n_pos - 1})"
+                )
         return [p % n_pos for p in wanted]
 
-# %% ../../nbs/library/models/hooks.ipynb #c009
+
 def write_into(x: Tensor, edit: Edit, columns: Sequence[int | None]) -> None:
-    """Write the edit into `x` in place. `columns` are its positions in `x`'s own position axis; `None` is not there."""
+    """Write the edit into `x` in place.
+
+    `columns` are its positions in `x`'s own position axis; `None` is not there.
+    """
     here = [(i, c) for i, c in enumerate(columns) if c is not None]
     index: tuple[Any, ...] = (slice(None), [c for _, c in here])
     if edit.site == "pattern":
-        index = (slice(None), slice(None) if edit.head is None else [edit.head], [c for _, c in here])
+        index = (
+            slice(None),
+            slice(None) if edit.head is None else [edit.head],
+            [c for _, c in here],
+        )
     elif edit.head is not None:
         index = (*index, edit.head)
     old = x[index]
     value = torch.as_tensor(edit.value, device=x.device)
-    if len(here) < len(columns) and value.ndim > old.ndim - 2 and value.shape[1 - old.ndim] > 1:
-        value = value.index_select(1 - old.ndim, torch.tensor([i for i, _ in here], device=x.device))
+    if (
+        len(here) < len(columns)
+        and value.ndim > old.ndim - 2
+        and value.shape[1 - old.ndim] > 1
+    ):
+        value = value.index_select(
+            1 - old.ndim, torch.tensor([i for i, _ in here], device=x.device)
+        )
     # Summing in the wider of the two types and rounding once is what adding float64 noise to a float32 model means.
-    x[index] = (old + value if edit.mode == "add" else value.expand(old.shape)).to(x.dtype)
+    x[index] = (old + value if edit.mode == "add" else value.expand(old.shape)).to(
+        x.dtype
+    )
 
-# %% ../../nbs/library/models/hooks.ipynb #c010
+
 def write(x: Tensor, edit: Edit, columns: Sequence[int]) -> Tensor:
     """A copy of `x` with the edit written at `columns`."""
     out = x.clone()
@@ -114,16 +153,19 @@ class _Place:
     side: Literal["in", "out"]
     n_heads: int | None = None  # split the last axis into this many heads
 
-# %% ../../nbs/library/models/hooks.ipynb #c014
+
 def check_layer(model: Model, layer: int | None, site: str) -> int:
     """The layer as an index, or an `IndexError` that says which layers there are."""
     if layer is None:
         raise ValueError(f"site {site!r} needs a layer, 0..{model.n_layers - 1}")
     if not 0 <= layer < model.n_layers:
-        raise IndexError(f"layer {layer} does not exist in {model.name}: it has layers 0..{model.n_layers - 1}")
+        raise IndexError(
+            f"layer {layer} does not exist in {model.name}: it has layers"
+            f" 0..{model.n_layers - 1}"
+        )
     return layer
 
-# %% ../../nbs/library/models/hooks.ipynb #c015
+
 def _place(model: Model | nn.Module, site: Site) -> _Place:
     if not isinstance(model, Model) or site.name not in SITES:
         return _module_place(model.hf if isinstance(model, Model) else model, site.name)
@@ -133,30 +175,47 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
     layer = check_layer(model, site.layer, site.name)
     if site.name in ("resid_pre", "resid_post"):
         return _Place(model.blocks[layer], "in" if site.name == "resid_pre" else "out")
-    path = {"attn_out": family.attn_out, "mlp_out": family.mlp_out,
-            "mlp_act": family.mlp_proj, "z": family.attn_proj}[site.name]  # fmt: skip
+    path = {
+        "attn_out": family.attn_out,
+        "mlp_out": family.mlp_out,
+        "mlp_act": family.mlp_proj,
+        "z": family.attn_proj,
+    }[site.name]
     side: Literal["in", "out"] = "in" if site.name in ("mlp_act", "z") else "out"
-    return _Place(model.part(layer, path), side, model.n_heads if site.name == "z" else None)
+    return _Place(
+        model.part(layer, path), side, model.n_heads if site.name == "z" else None
+    )
 
-# %% ../../nbs/library/models/hooks.ipynb #c016
+
 def _module_place(root: nn.Module, path: str) -> _Place:
     try:
         return _Place(root.get_submodule(path), "out")
     except AttributeError:
-        near = [n for n, _ in root.named_modules() if n and n.split(".")[-1] == path.split(".")[-1]][:3]
+        near = [
+            n
+            for n, _ in root.named_modules()
+            if n and n.split(".")[-1] == path.split(".")[-1]
+        ][:3]
         hint = f"; modules with that ending: {', '.join(near)}" if near else ""
-        raise ValueError(f"unknown site {path!r}: not one of {', '.join(SITES)}, nor a module path{hint}") from None
+        raise ValueError(
+            f"unknown site {path!r}: not one of {', '.join(SITES)}, nor a module"
+            f" path{hint}"
+        ) from None
 
-# %% ../../nbs/library/models/hooks.ipynb #c017
+
 def _to_site(x: Tensor, place: _Place, batch: int | None) -> Tensor:
     if x.ndim == 2 and batch is not None:  # OPT's MLP sees [batch * pos, width]
         x = rearrange(x, "(batch pos) d -> batch pos d", batch=batch)
-    return x if place.n_heads is None else rearrange(x, "b p (head d) -> b p head d", head=place.n_heads)
+    return (
+        x
+        if place.n_heads is None
+        else rearrange(x, "b p (head d) -> b p head d", head=place.n_heads)
+    )
 
 # %% ../../nbs/library/models/hooks.ipynb #c019
 Visitor = Callable[[Tensor], Tensor | None]
 
-# %% ../../nbs/library/models/hooks.ipynb #c020
+
 def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
     def visit(x: Tensor) -> Tensor | None:
         new = fn(_to_site(x, place, batch()))
@@ -171,7 +230,9 @@ def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
         new = visit(output[0] if isinstance(output, tuple) else output)
-        return new if new is None or not isinstance(output, tuple) else (new, *output[1:])
+        return (
+            new if new is None or not isinstance(output, tuple) else (new, *output[1:])
+        )
 
     if place.side == "in":
         return place.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -182,13 +243,16 @@ def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
 class AttentionTap:
     """What the registered attention function does while it is switched on.
 
-    `arguments(layer, q, k, v) -> (q, k, v)` may read or replace tensors shaped `[batch, head, pos, d_head]`.
-    `pattern(layer, p) -> p or None` asks for attention probabilities, which forces eager attention. `explicit_mask`
-    makes the model build a mask even where a fused kernel would not need one.
+    `arguments(layer, q, k, v) -> (q, k, v)` may read or replace tensors shaped `[batch,
+    head, pos, d_head]`. `pattern(layer, p) -> p or None` asks for attention
+    probabilities, which forces eager attention. `explicit_mask` makes the model build a
+    mask even where a fused kernel would not need one.
     """
 
     own: str  # the attention implementation that the model was configured with
-    arguments: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    arguments: (
+        Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None
+    ) = None
     pattern: Callable[[int, Tensor], Tensor | None] | None = None
     explicit_mask: bool = False
 
@@ -197,13 +261,17 @@ class AttentionTap:
         """The implementation that does the work."""
         return "eager" if self.pattern is not None else self.own
 
-# %% ../../nbs/library/models/hooks.ipynb #c023
+
 _taps: list[AttentionTap] = []  # the innermost switched-on tap is last
 _NAME = "mechtut"
 
-# %% ../../nbs/library/models/hooks.ipynb #c024
-def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    """The registered attention function: the model's own, with the tap's eyes and hands."""
+
+def _attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """The registered attention function: the model's own, with the tap's eyes and
+    hands.
+    """
     tap, layer = _taps[-1], int(module.layer_idx)
     if tap.arguments is not None:
         q, k, v = tap.arguments(layer, q, k, v)
@@ -216,33 +284,36 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     values = v.repeat_interleave(new.shape[1] // v.shape[1], dim=1)
     return rearrange(new @ values, "b head pos d -> b pos head d"), new
 
-# %% ../../nbs/library/models/hooks.ipynb #c025
+
 def _mask(*args: Any, **kwargs: Any) -> Any:
     tap = _taps[-1]
     if tap.explicit_mask:
         kwargs["allow_is_causal_skip"] = False
     return _mask_registry()[tap.delegate](*args, **kwargs)
 
-# %% ../../nbs/library/models/hooks.ipynb #c026
+
 def _registry() -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS
 
-# %% ../../nbs/library/models/hooks.ipynb #c027
+
 def _mask_registry() -> Any:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     return ALL_MASK_ATTENTION_FUNCTIONS
 
-# %% ../../nbs/library/models/hooks.ipynb #c028
+
 @contextmanager
 def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
-    """Route the model's attention through an `AttentionTap` and restore it on exit, also after an error."""
+    """Route the model's attention through an `AttentionTap` and restore it on exit,
+    also after an error.
+    """
     if not model.family.attention_interface:
         raise NotImplementedError(
-            f"{model.config.model_type} does not look its attention up in transformers' AttentionInterface, so "
-            "q, k, v, pattern and the replay engine cannot reach it; residual, attn_out, mlp_out and z sites work"
+            f"{model.config.model_type} does not look its attention up in transformers'"
+            " AttentionInterface, so q, k, v, pattern and the replay engine cannot"
+            " reach it; residual, attn_out, mlp_out and z sites work"
         )
     config = model.config
     own = config._attn_implementation
@@ -259,8 +330,12 @@ def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
 
 # %% ../../nbs/library/models/hooks.ipynb #c030
 @contextmanager
-def visiting(model: Model | nn.Module, visitors: Mapping[Site, Visitor]) -> Iterator[set[Site]]:
-    """Call each visitor with its site's tensor in every forward pass inside the block; yields the sites that fired."""
+def visiting(
+    model: Model | nn.Module, visitors: Mapping[Site, Visitor]
+) -> Iterator[set[Site]]:
+    """Call each visitor with its site's tensor in every forward pass inside the block;
+    yields the sites that fired.
+    """
     fired: set[Site] = set()
     seen: dict[str, int] = {}
 
@@ -274,21 +349,31 @@ def visiting(model: Model | nn.Module, visitors: Mapping[Site, Visitor]) -> Iter
     def note_batch(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen["batch"] = (args[0] if args else kwargs["hidden_states"]).shape[0]
 
-    inside = {s for s in visitors if isinstance(model, Model) and s.name in ATTENTION_SITES}
+    inside = {
+        s for s in visitors if isinstance(model, Model) and s.name in ATTENTION_SITES
+    }
     with ExitStack() as stack, torch.no_grad():
         if isinstance(model, Model):
-            for layer in {s.layer or 0 for s in visitors.keys() - inside if s.name in SITES}:
+            for layer in {
+                s.layer or 0 for s in visitors.keys() - inside if s.name in SITES
+            }:
                 block = model.blocks[check_layer(model, layer, "block")]
-                stack.callback(block.register_forward_pre_hook(note_batch, with_kwargs=True).remove)
+                stack.callback(
+                    block.register_forward_pre_hook(note_batch, with_kwargs=True).remove
+                )
         for site in visitors.keys() - inside:
-            handle = _hook(_place(model, site), marking(site), lambda: seen.get("batch"))
+            handle = _hook(
+                _place(model, site), marking(site), lambda: seen.get("batch")
+            )
             stack.callback(handle.remove)
         if inside:
             assert isinstance(model, Model)
-            stack.enter_context(_visit_attention(model, {s: marking(s) for s in inside}))
+            stack.enter_context(
+                _visit_attention(model, {s: marking(s) for s in inside})
+            )
         yield fired
 
-# %% ../../nbs/library/models/hooks.ipynb #c031
+
 def _visit_attention(model: Model, visitors: Mapping[Site, Visitor]) -> Any:
     for site in visitors:
         check_layer(model, site.layer, site.name)
@@ -306,25 +391,34 @@ def _visit_attention(model: Model, visitors: Mapping[Site, Visitor]) -> Any:
         return visitor(p) if visitor else None
 
     wants_pattern = any(s.name == "pattern" for s in visitors)
-    return attention_tap(model, arguments=arguments, pattern=pattern if wants_pattern else None)
+    return attention_tap(
+        model, arguments=arguments, pattern=pattern if wants_pattern else None
+    )
 
 # %% ../../nbs/library/models/hooks.ipynb #c033
 def _all_fired(wanted: Sequence[Site], fired: set[Site]) -> None:
     silent = [str(s) for s in wanted if s not in fired]
     if silent:
-        raise RuntimeError(f"the forward pass never reached {', '.join(silent)}; does this model use that module?")
+        raise RuntimeError(
+            f"the forward pass never reached {', '.join(silent)}; does this model use"
+            " that module?"
+        )
 
-# %% ../../nbs/library/models/hooks.ipynb #c034
+
 def _site_of(edit: Edit) -> Site:
     site = Site.parse(edit.site)
     return Site(site.name, site.layer if edit.layer is None else edit.layer)
 
-# %% ../../nbs/library/models/hooks.ipynb #c035
-@contextmanager
-def intervene(model: Model | nn.Module, edits: Sequence[Edit], *, must_fire: bool = True) -> Iterator[None]:
-    """Inside the `with` block every forward pass writes the edits; edits of one site apply in the order given.
 
-    Raises `RuntimeError` on exit if the block ran without reaching one of the edited sites, unless `must_fire=False`.
+@contextmanager
+def intervene(
+    model: Model | nn.Module, edits: Sequence[Edit], *, must_fire: bool = True
+) -> Iterator[None]:
+    """Inside the `with` block every forward pass writes the edits; edits of one site
+    apply in the order given.
+
+    Raises `RuntimeError` on exit if the block ran without reaching one of the edited
+    sites, unless `must_fire=False`.
     """
     by_site: dict[Site, list[Edit]] = {}
     for edit in edits:
@@ -346,9 +440,11 @@ def intervene(model: Model | nn.Module, edits: Sequence[Edit], *, must_fire: boo
     if must_fire:
         _all_fired(list(by_site), fired)
 
-# %% ../../nbs/library/models/hooks.ipynb #c036
+
 def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
-    """Raise a clear `ValueError` or `IndexError` for a site, layer or head that the model does not have."""
+    """Raise a clear `ValueError` or `IndexError` for a site, layer or head that the
+    model does not have.
+    """
     for edit in edits:
         if edit.site in ATTENTION_SITES and isinstance(model, Model):
             check_layer(model, edit.layer, edit.site)
@@ -357,15 +453,23 @@ def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
         if edit.head is None:
             continue
         if edit.site not in (*HEAD_SITES, "pattern") or not isinstance(model, Model):
-            raise ValueError(f"site {edit.site!r} has no heads; leave head=None, or use one of {HEAD_SITES}")
+            raise ValueError(
+                f"site {edit.site!r} has no heads; leave head=None, or use one of"
+                f" {HEAD_SITES}"
+            )
         n = model.n_kv_heads if edit.site in "kv" else model.n_heads
         if not 0 <= edit.head < n:
-            raise IndexError(f"head {edit.head} does not exist at {edit.site!r}: {model.name} has heads 0..{n - 1}")
+            raise IndexError(
+                f"head {edit.head} does not exist at {edit.site!r}: {model.name} has"
+                f" heads 0..{n - 1}"
+            )
 
 # %% ../../nbs/library/models/hooks.ipynb #c038
 @dataclass(frozen=True)
 class Activations(Mapping[str, Tensor]):
-    """Captured tensors by site: `acts["resid_post.3"]`, or `acts["resid_post"]` stacked over layers."""
+    """Captured tensors by site: `acts["resid_post.3"]`, or `acts["resid_post"]` stacked
+    over layers.
+    """
 
     by_site: dict[Site, Tensor] = field(repr=False)
     logits: Tensor = field(repr=False)
@@ -374,9 +478,13 @@ class Activations(Mapping[str, Tensor]):
         site = Site.parse(name)
         if site in self.by_site:
             return self.by_site[site]
-        layers = sorted(s.layer for s in self.by_site if s.name == site.name and s.layer is not None)
+        layers = sorted(
+            s.layer for s in self.by_site if s.name == site.name and s.layer is not None
+        )
         if site.layer is not None or not layers:
-            raise KeyError(f"{name!r} was not captured; captured: {', '.join(sorted(set(self)))}")
+            raise KeyError(
+                f"{name!r} was not captured; captured: {', '.join(sorted(set(self)))}"
+            )
         return torch.stack([self.by_site[Site(site.name, layer)] for layer in layers])
 
     def __iter__(self) -> Iterator[str]:
@@ -385,18 +493,23 @@ class Activations(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.by_site)
 
-# %% ../../nbs/library/models/hooks.ipynb #c039
+
 def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[Site]:
     """Parse site names; a layered site without a layer means every layer."""
     out: list[Site] = []
     for site in map(Site.parse, [sites] if isinstance(sites, str) else sites):
-        if isinstance(model, Model) and site.name in SITES and site.name != "embed" and site.layer is None:
+        if (
+            isinstance(model, Model)
+            and site.name in SITES
+            and site.name != "embed"
+            and site.layer is None
+        ):
             out += [Site(site.name, i) for i in range(model.n_layers)]
         else:
             out.append(site)
     return out
 
-# %% ../../nbs/library/models/hooks.ipynb #c040
+
 def capture(
     model: Model | nn.Module,
     inputs: Int[Tensor, "batch pos"] | Any,
@@ -405,11 +518,13 @@ def capture(
     edits: Sequence[Edit] = (),
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Activations:
-    """Run the model once and return the values at `sites`, under `edits` if any are given.
+    """Run the model once and return the values at `sites`, under `edits` if any are
+    given.
 
-    `sites` is a name or several: `"resid_post"` (every layer), `"z.4"`, or a dotted module path of any `nn.Module`.
-    A site that is also edited is captured after the edit. Raises `ValueError` for an unknown site, `IndexError` for a
-    layer that does not exist, `RuntimeError` if a site was never reached.
+    `sites` is a name or several: `"resid_post"` (every layer), `"z.4"`, or a dotted
+    module path of any `nn.Module`. A site that is also edited is captured after the
+    edit. Raises `ValueError` for an unknown site, `IndexError` for a layer that does
+    not exist, `RuntimeError` if a site was never reached.
     """
     wanted, kept = expand_sites(model, sites), {}
 
@@ -419,7 +534,14 @@ def capture(
 
         return keep
 
-    with intervene(model, edits), visiting(model, {s: keeper(s) for s in wanted}) as fired:
-        logits = model.logits(inputs, attention_mask) if isinstance(model, Model) else model(inputs)
+    with (
+        intervene(model, edits),
+        visiting(model, {s: keeper(s) for s in wanted}) as fired,
+    ):
+        logits = (
+            model.logits(inputs, attention_mask)
+            if isinstance(model, Model)
+            else model(inputs)
+        )
     _all_fired(wanted, fired)
     return Activations({s: kept[s] for s in wanted}, logits)

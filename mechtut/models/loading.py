@@ -25,29 +25,56 @@ from torch import Tensor, nn
 # %% ../../nbs/library/models/loading.ipynb #c004
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of one architecture family are: dotted module paths, below one block from `attn` on."""
+    """Where the parts of one architecture family are: dotted module paths, below one
+    block from `attn` on.
+    """
 
     blocks: str  # the list of blocks, from the model's root
     embed: str  # the token embedding
     norm: str  # the final norm, before the unembedding
     attn: str = "self_attn"
-    attn_proj: str = "self_attn.o_proj"  # its input is z, the heads' outputs side by side
+    attn_proj: str = (
+        "self_attn.o_proj"  # its input is z, the heads' outputs side by side
+    )
     mlp_proj: str = "mlp.down_proj"  # its input is the MLP's neurons
     attn_out: str = "self_attn"  # its output is added to the residual stream
     mlp_out: str = "mlp"  # likewise
     unembed: str = "lm_head"
-    attention_interface: bool = True  # does it look its attention function up in transformers' registry?
+    attention_interface: bool = (
+        True  # does it look its attention function up in transformers' registry?
+    )
 
-# %% ../../nbs/library/models/loading.ipynb #c005
+
 _LLAMA = Family("model.layers", "model.embed_tokens", "model.norm")
-_POST_NORM = Family("model.layers", "model.embed_tokens", "model.norm",
-                    attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")  # fmt: skip
+_POST_NORM = Family(
+    "model.layers",
+    "model.embed_tokens",
+    "model.norm",
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "transformer.wte", "transformer.ln_f",
-                   "attn", "attn.c_proj", "mlp.c_proj", "attn", "mlp"),
-    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm",
-                       "attention", "attention.dense", "mlp.dense_4h_to_h", "attention", "mlp"),
+    "gpt2": Family(
+        "transformer.h",
+        "transformer.wte",
+        "transformer.ln_f",
+        "attn",
+        "attn.c_proj",
+        "mlp.c_proj",
+        "attn",
+        "mlp",
+    ),
+    "gpt_neox": Family(
+        "gpt_neox.layers",
+        "gpt_neox.embed_in",
+        "gpt_neox.final_layer_norm",
+        "attention",
+        "attention.dense",
+        "mlp.dense_4h_to_h",
+        "attention",
+        "mlp",
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -55,29 +82,57 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _POST_NORM,
     "gemma3_text": _POST_NORM,
     "olmo2": _POST_NORM,
-    "opt": Family("model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.final_layer_norm",
-                  "self_attn", "self_attn.out_proj", "fc2", "self_attn", "fc2"),
-    "phi": Family("model.layers", "model.embed_tokens", "model.final_layernorm",
-                  "self_attn", "self_attn.dense", "mlp.fc2"),
-    "gptj": Family("transformer.h", "transformer.wte", "transformer.ln_f",
-                   "attn", "attn.out_proj", "mlp.fc_out", "attn", "mlp", attention_interface=False),
-}  # fmt: skip
+    "opt": Family(
+        "model.decoder.layers",
+        "model.decoder.embed_tokens",
+        "model.decoder.final_layer_norm",
+        "self_attn",
+        "self_attn.out_proj",
+        "fc2",
+        "self_attn",
+        "fc2",
+    ),
+    "phi": Family(
+        "model.layers",
+        "model.embed_tokens",
+        "model.final_layernorm",
+        "self_attn",
+        "self_attn.dense",
+        "mlp.fc2",
+    ),
+    "gptj": Family(
+        "transformer.h",
+        "transformer.wte",
+        "transformer.ln_f",
+        "attn",
+        "attn.out_proj",
+        "mlp.fc_out",
+        "attn",
+        "mlp",
+        attention_interface=False,
+    ),
+}
 
 # %% ../../nbs/library/models/loading.ipynb #c007
 def find_family(hf: nn.Module) -> Family:
-    """The family row of a Hugging Face causal LM. Raises `ValueError` naming the model type if there is none."""
+    """The family row of a Hugging Face causal LM.
+
+    Raises `ValueError` naming the model type if there is none.
+    """
     config: Any = getattr(hf, "config", None)
     kind = getattr(config, "model_type", type(hf).__name__)
     if kind not in FAMILIES:
         raise ValueError(
-            f"no family row for model_type {kind!r}; known: {', '.join(sorted(FAMILIES))}. "
-            f"Add one with mechtut.models.loading.FAMILIES[{kind!r}] = Family(...), or give `capture`/`intervene` "
-            "the plain module and dotted module paths."
+            f"no family row for model_type {kind!r}; known:"
+            f" {', '.join(sorted(FAMILIES))}. Add one with"
+            f" mechtut.models.loading.FAMILIES[{kind!r}] = Family(...), or give"
+            " `capture`/`intervene` the plain module and dotted module paths."
         )
     if kind == "opt" and not config.do_layer_norm_before:
         raise ValueError(
-            "this OPT normalises after each residual addition (do_layer_norm_before=False, as opt-350m), so its "
-            "stream is not a sum of contributions; use another OPT size."
+            "this OPT normalises after each residual addition"
+            " (do_layer_norm_before=False, as opt-350m), so its stream is not a sum of"
+            " contributions; use another OPT size."
         )
     return FAMILIES[kind]
 
@@ -86,7 +141,8 @@ def find_family(hf: nn.Module) -> Family:
 class Model:
     """A Hugging Face causal LM in eval mode, its tokenizer, and the names of its parts.
 
-    `hf` is the user's own, unmodified model. `tokenizer` may be `None` if you only ever pass token ids.
+    `hf` is the user's own, unmodified model. `tokenizer` may be `None` if you only ever
+    pass token ids.
     """
 
     hf: Any
@@ -111,7 +167,9 @@ class Model:
 
     @property
     def n_kv_heads(self) -> int:
-        """Number of key/value heads per layer; fewer than `n_heads` under grouped-query attention."""
+        """Number of key/value heads per layer; fewer than `n_heads` under grouped-query
+        attention.
+        """
         return int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
 
     @property
@@ -121,8 +179,13 @@ class Model:
 
     @property
     def d_head(self) -> int:
-        """Width of one head's output (`z`). Not always `d_model // n_heads`: Gemma and Qwen 3 differ."""
-        return int(getattr(self.config, "head_dim", None) or self.d_model // self.n_heads)
+        """Width of one head's output (`z`).
+
+        Not always `d_model // n_heads`: Gemma and Qwen 3 differ.
+        """
+        return int(
+            getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+        )
 
     @property
     def n_ctx(self) -> int:
@@ -150,11 +213,16 @@ class Model:
         return self.hf.get_submodule(self.family.embed)
 
     def part(self, layer: int, path: str) -> nn.Module:
-        """The module at `path` below block `layer`, e.g. `model.part(3, model.family.mlp_out)`."""
+        """The module at `path` below block `layer`, e.g.
+
+        `model.part(3, model.family.mlp_out)`.
+        """
         return self.blocks[layer].get_submodule(path)
 
     def to_tokens(self, text: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
-        """Token ids `[pos]` of a text, special tokens as the tokenizer adds them; ids are passed through, checked."""
+        """Token ids `[pos]` of a text, special tokens as the tokenizer adds them; ids
+        are passed through, checked.
+        """
         return _to_tokens(self, text)
 
     def to_str_tokens(self, text: str | Sequence[int] | Tensor) -> list[str]:
@@ -163,25 +231,44 @@ class Model:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, with no clean-up of spaces."""
-        return _need_tokenizer(self).decode(list(ids), clean_up_tokenization_spaces=False)
+        return _need_tokenizer(self).decode(
+            list(ids), clean_up_tokenization_spaces=False
+        )
 
     @torch.no_grad()
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """One plain forward pass. With an `attention_mask`, positions count from each row's first real token."""
-        given = mask_arguments(attention_mask) or {"attention_mask": torch.ones_like(tokens)}
+        """One plain forward pass.
+
+        With an `attention_mask`, positions count from each row's first real token.
+        """
+        given = mask_arguments(attention_mask) or {
+            "attention_mask": torch.ones_like(tokens)
+        }
         return self.hf(input_ids=tokens, use_cache=False, **given).logits
 
-    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits of a residual stream: final norm, unembedding and, where the model has one, the soft cap."""
-        logits = self.hf.get_submodule(self.family.unembed)(self.hf.get_submodule(self.family.norm)(resid))
+    def unembed(
+        self, resid: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits of a residual stream: final norm, unembedding and, where the model has
+        one, the soft cap.
+        """
+        logits = self.hf.get_submodule(self.family.unembed)(
+            self.hf.get_submodule(self.family.norm)(resid)
+        )
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 # %% ../../nbs/library/models/loading.ipynb #c012
-def mask_arguments(attention_mask: Int[Tensor, "batch pos"] | None) -> dict[str, Tensor]:
-    """`attention_mask` and the matching `position_ids` as keyword arguments for a forward pass."""
+def mask_arguments(
+    attention_mask: Int[Tensor, "batch pos"] | None,
+) -> dict[str, Tensor]:
+    """`attention_mask` and the matching `position_ids` as keyword arguments for a
+    forward pass.
+    """
     if attention_mask is None:
         return {}
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -190,10 +277,13 @@ def mask_arguments(attention_mask: Int[Tensor, "batch pos"] | None) -> dict[str,
 # %% ../../nbs/library/models/loading.ipynb #c015
 def _need_tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} was loaded without a tokenizer; pass token ids, or load_model(hf, tokenizer)")
+        raise ValueError(
+            f"{model.name} was loaded without a tokenizer; pass token ids, or"
+            " load_model(hf, tokenizer)"
+        )
     return model.tokenizer
 
-# %% ../../nbs/library/models/loading.ipynb #c016
+
 def _to_tokens(model: Model, text: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
     if isinstance(text, str):
         ids = torch.tensor(_need_tokenizer(model)(text)["input_ids"], dtype=torch.long)
@@ -202,10 +292,16 @@ def _to_tokens(model: Model, text: str | Sequence[int] | Tensor) -> Int[Tensor, 
     if ids.numel() == 0:
         raise ValueError(f"prompt {text!r} has no tokens; give at least one word")
     if ids.numel() > model.n_ctx:
-        raise ValueError(f"prompt has {ids.numel()} tokens but {model.name} reads at most {model.n_ctx}; shorten it")
+        raise ValueError(
+            f"prompt has {ids.numel()} tokens but {model.name} reads at most"
+            f" {model.n_ctx}; shorten it"
+        )
     d_vocab = model.embed.weight.shape[0]
     if ids.min() < 0 or ids.max() >= d_vocab:
-        raise ValueError(f"token id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside 0..{d_vocab - 1}")
+        raise ValueError(
+            f"token id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside"
+            f" 0..{d_vocab - 1}"
+        )
     return ids.to(model.device)
 
 # %% ../../nbs/library/models/loading.ipynb #c018
@@ -213,32 +309,47 @@ def mini_folder() -> Path:
     """Folder of the embedded model inside the installed package."""
     return Path(str(resources.files("mechtut"))) / "data" / "mini"
 
-# %% ../../nbs/library/models/loading.ipynb #c019
+
 def verify_fingerprint(folder: Path) -> None:
-    """Check the weights in `folder` against its `fingerprint.json`; raise `ValueError` if a file is damaged."""
+    """Check the weights in `folder` against its `fingerprint.json`; raise `ValueError`
+    if a file is damaged.
+    """
     for file, expected in json.loads((folder / "fingerprint.json").read_text()).items():
         path = folder / file
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        found = (
+            hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file()
+            else "no file"
+        )
         if found != expected:
             raise ValueError(
-                f"{path} is damaged (sha256 {found[:12]}, expected {expected[:12]}): reinstall mechtut, "
-                "or fetch the file again if this is a git checkout"
+                f"{path} is damaged (sha256 {found[:12]}, expected {expected[:12]}):"
+                " reinstall mechtut, or fetch the file again if this is a git checkout"
             )
 
 # %% ../../nbs/library/models/loading.ipynb #c021
 def _unwrap_bridge(bridge: Any) -> tuple[Any, Any]:
-    """The Hugging Face model inside a TransformerLens `TransformerBridge` (sharing its weights) and the tokenizer."""
+    """The Hugging Face model inside a TransformerLens `TransformerBridge` (sharing its
+    weights) and the tokenizer.
+    """
     wired = bridge.original_model
-    weights = {k.replace("._original_component", ""): v for k, v in wired.state_dict().items()}
-    clean = type(wired)(copy.deepcopy(wired.config))  # its random weights are dropped two lines below
+    weights = {
+        k.replace("._original_component", ""): v for k, v in wired.state_dict().items()
+    }
+    clean = type(wired)(
+        copy.deepcopy(wired.config)
+    )  # its random weights are dropped two lines below
     missing = [k for k in clean.state_dict() if k not in weights]
     if missing:
-        raise ValueError(f"this bridge lacks weights {missing[:3]}; pass the Hugging Face model to load_model instead")
+        raise ValueError(
+            f"this bridge lacks weights {missing[:3]}; pass the Hugging Face model to"
+            " load_model instead"
+        )
     clean.load_state_dict({k: weights[k] for k in clean.state_dict()}, assign=True)
     clean.tie_weights()
     return clean, bridge.tokenizer
 
-# %% ../../nbs/library/models/loading.ipynb #c022
+
 def load_model(
     source: Any = "mini",
     tokenizer: Any = None,
@@ -249,10 +360,12 @@ def load_model(
 ) -> Model:
     """Load a causal language model.
 
-    `source` is `"mini"` (the embedded model), a hub id, a local folder, a Hugging Face model instance, or a
-    TransformerLens `TransformerBridge`. `dtype` defaults to float32 for what is loaded here and to the model's own
-    for an instance; `device` defaults to a GPU where there is one (an instance stays where it is). Other keywords go to
-    `from_pretrained`. Code from the hub is never run. Raises `ValueError` for a family that has no row.
+    `source` is `"mini"` (the embedded model), a hub id, a local folder, a Hugging Face
+    model instance, or a TransformerLens `TransformerBridge`. `dtype` defaults to
+    float32 for what is loaded here and to the model's own for an instance; `device`
+    defaults to a GPU where there is one (an instance stays where it is). Other keywords
+    go to `from_pretrained`. Code from the hub is never run. Raises `ValueError` for a
+    family that has no row.
     """
     if isinstance(source, Model):
         return source
@@ -260,35 +373,52 @@ def load_model(
         source, bridge_tokenizer = _unwrap_bridge(source)
         tokenizer = tokenizer or bridge_tokenizer
     if isinstance(source, nn.Module):
-        hf, name = source, getattr(getattr(source, "config", None), "_name_or_path", "") or type(source).__name__
+        hf, name = (
+            source,
+            getattr(getattr(source, "config", None), "_name_or_path", "")
+            or type(source).__name__,
+        )
         hf = hf.to(dtype=dtype, device=device) if dtype or device else hf
     else:
-        hf, tokenizer, name = _from_pretrained(str(source), tokenizer, dtype, device, kwargs)
+        hf, tokenizer, name = _from_pretrained(
+            str(source), tokenizer, dtype, device, kwargs
+        )
     family = find_family(hf)
     hf.eval().requires_grad_(False)
     model = Model(hf, tokenizer, family, name)
     _check_finite(model)
     return model
 
-# %% ../../nbs/library/models/loading.ipynb #c023
+
 def _from_pretrained(
-    source: str, tokenizer: Any, dtype: torch.dtype | None, device: Any, kwargs: dict[str, Any]
+    source: str,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    device: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[Any, Any, str]:
     with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidgets
         warnings.filterwarnings("ignore", message="IProgress not found")
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # two seconds to import: only when needed
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )  # two seconds to import: only when needed
 
     path: str | Path = source
     if source == "mini":
         path = mini_folder()
         verify_fingerprint(path)
     with _no_progress_bar(quiet=source == "mini"):
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, trust_remote_code=False, **kwargs)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        hf = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or torch.float32, trust_remote_code=False, **kwargs
+        )
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+        path, trust_remote_code=False
+    )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return nn.Module.to(hf, target), tokenizer, source
 
-# %% ../../nbs/library/models/loading.ipynb #c024
+
 @contextmanager
 def _no_progress_bar(quiet: bool) -> Iterator[None]:
     """Loading the embedded model takes a blink: no bar for it."""
@@ -303,18 +433,25 @@ def _no_progress_bar(quiet: bool) -> Iterator[None]:
         if quiet:
             logging.enable_progress_bar()
 
-# %% ../../nbs/library/models/loading.ipynb #c025
+
 def _check_finite(model: Model) -> None:
     for name, weight in model.hf.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{model.name} has NaN or infinite values in {name}; the file may be damaged")
+            raise ValueError(
+                f"{model.name} has NaN or infinite values in {name}; the file may be"
+                " damaged"
+            )
 
 # %% ../../nbs/library/models/loading.ipynb #c033
 def weight_fingerprint(model: Model, samples: int = 4096) -> str:
-    """Short hash of the model's weights: name, shape and an even sample of every parameter."""
+    """Short hash of the model's weights: name, shape and an even sample of every
+    parameter.
+    """
     digest = hashlib.sha256()
     for name, weight in model.hf.named_parameters():
         flat = weight.detach().flatten()
         probe = flat[:: max(1, flat.numel() // samples)].double()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + probe.cpu().numpy().tobytes())
+        digest.update(
+            f"{name}{tuple(weight.shape)}".encode() + probe.cpu().numpy().tobytes()
+        )
     return digest.hexdigest()[:16]

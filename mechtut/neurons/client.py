@@ -27,13 +27,15 @@ from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/neurons/client.ipynb #c004
 Messages = Sequence[Mapping[str, str]]  # each with "role" and "content"
-TopLogprobs = list[list[tuple[str, float]]]  # per token: (text, log-probability) of the likeliest
+TopLogprobs = list[
+    list[tuple[str, float]]
+]  # per token: (text, log-probability) of the likeliest
 
-# %% ../../nbs/library/neurons/client.ipynb #c005
+
 class ServerError(RuntimeError):
     """A server that failed, refused, or answered with something that cannot be used."""
 
-# %% ../../nbs/library/neurons/client.ipynb #c006
+
 @dataclass(frozen=True)
 class Request:
     """One request: the end of its address, and its body."""
@@ -44,62 +46,107 @@ class Request:
     @property
     def input_length(self) -> int:
         """Characters that the server will read."""
-        return len(json.dumps(self.body.get("messages", self.body.get("prompt", self.body)), ensure_ascii=False))
+        return len(
+            json.dumps(
+                self.body.get("messages", self.body.get("prompt", self.body)),
+                ensure_ascii=False,
+            )
+        )
 
-# %% ../../nbs/library/neurons/client.ipynb #c007
+
 def chat(
-    messages: Messages, *, max_tokens: int, temperature: float = 0.0, top_logprobs: int = 0, n: int = 1,
-    json_mode: bool = False, seed: int | None = None,
-) -> Request:  # fmt: skip
+    messages: Messages,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_logprobs: int = 0,
+    n: int = 1,
+    json_mode: bool = False,
+    seed: int | None = None,
+) -> Request:
     """A chat completion; the server's model name is added when it is sent."""
-    body: dict[str, Any] = {"messages": [dict(m) for m in messages], "max_tokens": max_tokens, "temperature": temperature}
+    body: dict[str, Any] = {
+        "messages": [dict(m) for m in messages],
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
     body |= {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
     body |= {"response_format": {"type": "json_object"}} if json_mode else {}
     body |= {"n": n} if n > 1 else {}
     return Request("chat/completions", body | ({} if seed is None else {"seed": seed}))
 
-# %% ../../nbs/library/neurons/client.ipynb #c008
-def completion(prompt: str, *, max_tokens: int = 1, top_logprobs: int = 0, echo: bool = False) -> Request:
+
+def completion(
+    prompt: str, *, max_tokens: int = 1, top_logprobs: int = 0, echo: bool = False
+) -> Request:
     """A plain completion; with `echo` the prompt's own tokens are answered as well."""
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0}
+    body: dict[str, Any] = {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+    }
     body |= {"logprobs": top_logprobs} if top_logprobs else {}
     return Request("completions", body | ({"echo": True} if echo else {}))
 
-# %% ../../nbs/library/neurons/client.ipynb #c009
+
 def texts(answer: Mapping[str, Any]) -> list[str]:
-    """What was written, one text per choice. Raises `ServerError` for a refusal or an answer without text."""
+    """What was written, one text per choice.
+
+    Raises `ServerError` for a refusal or an answer without text.
+    """
     try:
         found = []
         for choice in answer["choices"]:
             message = choice.get("message", {})
-            if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-                raise ServerError(f"the server refused: {message.get('refusal') or 'content filter'}; change the prompt")
+            if (
+                message.get("refusal")
+                or choice.get("finish_reason") == "content_filter"
+            ):
+                raise ServerError(
+                    f"the server refused: {message.get('refusal') or 'content filter'};"
+                    " change the prompt"
+                )
             found.append(message["content"] if "message" in choice else choice["text"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ServerError(f"not an answer of a language model: {json.dumps(answer)[:200]}") from error
+        raise ServerError(
+            f"not an answer of a language model: {json.dumps(answer)[:200]}"
+        ) from error
     if not found or not all(isinstance(t, str) for t in found):
         raise ServerError(f"an answer without text: {json.dumps(answer)[:200]}")
     return found
 
-# %% ../../nbs/library/neurons/client.ipynb #c010
-def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
-    """Tokens of the first choice, and at each the likeliest alternatives, for both kinds of completion.
 
-    Raises `ServerError` if there are none. Nothing is known about the first token of an echo: its list is empty.
+def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
+    """Tokens of the first choice, and at each the likeliest alternatives, for both
+    kinds of completion.
+
+    Raises `ServerError` if there are none. Nothing is known about the first token of an
+    echo: its list is empty.
     """
     found = (answer.get("choices") or [{}])[0].get("logprobs") or {}
     if content := found.get("content"):
-        pairs = [[(a["token"], float(a["logprob"])) for a in t.get("top_logprobs") or []] for t in content]
+        pairs = [
+            [(a["token"], float(a["logprob"])) for a in t.get("top_logprobs") or []]
+            for t in content
+        ]
         return [t["token"] for t in content], pairs
     if not found.get("tokens") or not found.get("top_logprobs"):
-        raise ServerError("the answer has no log-probabilities, though they were asked for")
-    tops = [[(text, float(lp)) for text, lp in (top or {}).items()] for top in found["top_logprobs"]]
+        raise ServerError(
+            "the answer has no log-probabilities, though they were asked for"
+        )
+    tops = [
+        [(text, float(lp)) for text, lp in (top or {}).items()]
+        for top in found["top_logprobs"]
+    ]
     return list(found["tokens"]), tops
 
 # %% ../../nbs/library/neurons/client.ipynb #c013
 @dataclass(frozen=True)
 class Cost:
-    """An estimate before anything is sent. Tokens are guessed at three characters each, answers at their full length."""
+    """An estimate before anything is sent.
+
+    Tokens are guessed at three characters each, answers at their full length.
+    """
 
     requests: int
     cached: int
@@ -108,7 +155,11 @@ class Cost:
     dollars: float  # NaN if no prices were given
 
     def __str__(self) -> str:
-        money = "no prices given" if math.isnan(self.dollars) else f"about ${self.dollars:.2f}"
+        money = (
+            "no prices given"
+            if math.isnan(self.dollars)
+            else f"about ${self.dollars:.2f}"
+        )
         new = self.requests - self.cached
         tokens = f"{self.input_tokens} + {self.output_tokens} tokens"
         return f"{new} new requests ({self.cached} answered already), {tokens}, {money}"
@@ -121,12 +172,14 @@ class Capabilities:
     chat: bool = False
     top_logprobs: int = 0  # alternatives per token of a chat answer
     completion_logprobs: int = 0  # the same for plain completions
-    echo_offset: int | None = None  # log-probabilities of the prompt's own tokens: 0 in place, 1 one late, None absent
+    echo_offset: int | None = (
+        None  # log-probabilities of the prompt's own tokens: 0 in place, 1 one late, None absent
+    )
     n: bool = False  # several samples in one request
     json_mode: bool = False
     decision: bool = False  # the `systemone` endpoint of `transformers serve`
 
-# %% ../../nbs/library/neurons/client.ipynb #c016
+
 class Turnstile:
     """Lets callers through at a rate per minute; `None` is no limit."""
 
@@ -147,10 +200,12 @@ class Turnstile:
 class Server:
     """An OpenAI-compatible server, with a memory.
 
-    `base_url` defaults to `OPENAI_BASE_URL`; the key is read from `OPENAI_API_KEY` when it is needed and kept nowhere else.
-    Every answer is written to `cache` at once, so that a stopped run costs nothing twice. Failures that may pass are tried
-    again after `backoff` seconds, twice as long each time, or as long as the server asks for. `prices` are dollars per
-    million tokens in and out; with a `budget`, work that would cost more is refused before it starts.
+    `base_url` defaults to `OPENAI_BASE_URL`; the key is read from `OPENAI_API_KEY` when
+    it is needed and kept nowhere else. Every answer is written to `cache` at once, so
+    that a stopped run costs nothing twice. Failures that may pass are tried again after
+    `backoff` seconds, twice as long each time, or as long as the server asks for.
+    `prices` are dollars per million tokens in and out; with a `budget`, work that would
+    cost more is refused before it starts.
     """
 
     model: str
@@ -165,7 +220,10 @@ class Server:
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        self.base_url, self.turnstile = _checked(self), Turnstile(self.requests_per_minute)
+        self.base_url, self.turnstile = (
+            _checked(self),
+            Turnstile(self.requests_per_minute),
+        )
 
     @cached_property
     def client(self) -> Any:
@@ -174,57 +232,86 @@ class Server:
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """What the server can do, found out by a few tiny requests when first asked for."""
+        """What the server can do, found out by a few tiny requests when first asked
+        for.
+        """
         return probe(self)
 
     def estimate(self, requests: Sequence[Request]) -> Cost:
         """What these requests would cost, given what is cached already."""
         return _estimate(self, requests)
 
-    def send(self, requests: Sequence[Request], *, progress: bool | None = None) -> list[dict[str, Any]]:
-        """The answers, in order; several requests at a time, each answer cached as it comes.
+    def send(
+        self, requests: Sequence[Request], *, progress: bool | None = None
+    ) -> list[dict[str, Any]]:
+        """The answers, in order; several requests at a time, each answer cached as it
+        comes.
 
-        Raises `ServerError` if requests failed for good; by then all others have been answered and cached, so the same
-        call again asks for the missing ones only. Raises `ValueError` if the estimate is over the budget.
+        Raises `ServerError` if requests failed for good; by then all others have been
+        answered and cached, so the same call again asks for the missing ones only.
+        Raises `ValueError` if the estimate is over the budget.
         """
         return _send(self, requests, progress)
 
     def ask(self, request: Request) -> dict[str, Any]:
-        """One request, not cached, retried while the failure may pass. Raises `ServerError`."""
+        """One request, not cached, retried while the failure may pass.
+
+        Raises `ServerError`.
+        """
         return _ask(self, request)
 
-# %% ../../nbs/library/neurons/client.ipynb #c019
+
 def _checked(server: Server) -> str:
     """The server's address, from the environment if it was not given."""
     url = server.base_url or os.environ.get("OPENAI_BASE_URL")
     if not url:
-        raise ValueError("no server: give base_url, or set OPENAI_BASE_URL (and OPENAI_API_KEY if it needs a key)")
+        raise ValueError(
+            "no server: give base_url, or set OPENAI_BASE_URL (and OPENAI_API_KEY if it"
+            " needs a key)"
+        )
     if server.concurrency < 1 or server.retries < 0:
-        raise ValueError(f"concurrency={server.concurrency} must be positive and retries={server.retries} not negative")
+        raise ValueError(
+            f"concurrency={server.concurrency} must be positive and"
+            f" retries={server.retries} not negative"
+        )
     return url
 
-# %% ../../nbs/library/neurons/client.ipynb #c020
+
 def _connect(server: Server) -> Any:
     try:
         import openai
     except ImportError as error:
-        raise ImportError('talking to servers needs the openai package: pip install "mechtut[servers]"') from error
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none, the client wants something
-    return openai.OpenAI(base_url=server.base_url, api_key=key, max_retries=0, timeout=server.timeout)
+        raise ImportError(
+            "talking to servers needs the openai package: pip install"
+            ' "mechtut[servers]"'
+        ) from error
+    key = (
+        os.environ.get("OPENAI_API_KEY") or "none"
+    )  # local servers want none, the client wants something
+    return openai.OpenAI(
+        base_url=server.base_url, api_key=key, max_retries=0, timeout=server.timeout
+    )
 
 # %% ../../nbs/library/neurons/client.ipynb #c022
 def _cache_path(server: Server, request: Request) -> Path:
-    """Where the answer is kept: address (without user and password), model and body tell requests apart."""
+    """Where the answer is kept: address (without user and password), model and body
+    tell requests apart.
+    """
     parts = urlsplit(str(server.base_url))
-    where = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    where = urlunsplit(
+        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")
+    )
     text = json.dumps([where, server.model, request.path, request.body], sort_keys=True)
-    return Path(server.cache or "") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    return (
+        Path(server.cache or "")
+        / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    )
 
-# %% ../../nbs/library/neurons/client.ipynb #c023
+
 def _is_cached(server: Server, request: Request) -> bool:
     return server.cache is not None and _cache_path(server, request).exists()
 
-# %% ../../nbs/library/neurons/client.ipynb #c024
+
 def _remembered(server: Server, request: Request) -> dict[str, Any]:
     """The answer from the cache, or from the server and into the cache."""
     path = _cache_path(server, request)
@@ -235,27 +322,49 @@ def _remembered(server: Server, request: Request) -> dict[str, Any]:
     if server.cache is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(f".{threading.get_ident()}.part")
-        half.write_text(json.dumps({"request": request.body, "answer": answer}, ensure_ascii=False), encoding="utf-8")
+        half.write_text(
+            json.dumps({"request": request.body, "answer": answer}, ensure_ascii=False),
+            encoding="utf-8",
+        )
         half.replace(path)
     return answer
 
-# %% ../../nbs/library/neurons/client.ipynb #c025
+
 def _estimate(server: Server, requests: Sequence[Request]) -> Cost:
     new = [r for r in requests if not _is_cached(server, r)]
     tokens_in = sum(math.ceil(r.input_length / 3) for r in new)
-    tokens_out = sum(int(r.body.get("max_tokens", 0)) * int(r.body.get("n", 1)) for r in new)
+    tokens_out = sum(
+        int(r.body.get("max_tokens", 0)) * int(r.body.get("n", 1)) for r in new
+    )
     a, b = server.prices or (math.nan, math.nan)
-    return Cost(len(requests), len(requests) - len(new), tokens_in, tokens_out, (a * tokens_in + b * tokens_out) / 1e6)
+    return Cost(
+        len(requests),
+        len(requests) - len(new),
+        tokens_in,
+        tokens_out,
+        (a * tokens_in + b * tokens_out) / 1e6,
+    )
 
 # %% ../../nbs/library/neurons/client.ipynb #c027
-def _send(server: Server, requests: Sequence[Request], progress: bool | None) -> list[dict[str, Any]]:
+def _send(
+    server: Server, requests: Sequence[Request], progress: bool | None
+) -> list[dict[str, Any]]:
     cost = server.estimate(requests)
     if server.budget is not None and not cost.dollars <= server.budget:
-        raise ValueError(f"{cost}: not within the budget of ${server.budget:.2f}; give prices, or raise the budget")
+        raise ValueError(
+            f"{cost}: not within the budget of ${server.budget:.2f}; give prices, or"
+            " raise the budget"
+        )
     with ThreadPoolExecutor(server.concurrency) as pool:
         jobs = [pool.submit(_remembered, server, r) for r in requests]
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="requests", delay=1, disable=quiet(progress)):
+            for job in tqdm(
+                as_completed(jobs),
+                total=len(jobs),
+                desc="requests",
+                delay=1,
+                disable=quiet(progress),
+            ):
                 error = None if job.cancelled() else job.exception()
                 if error is not None and not isinstance(error, ServerError):
                     raise error
@@ -266,17 +375,25 @@ def _send(server: Server, requests: Sequence[Request], progress: bool | None) ->
             raise
     return _collected(server, jobs)
 
-# %% ../../nbs/library/neurons/client.ipynb #c028
+
 def _collected(server: Server, jobs: Sequence[Future]) -> list[dict[str, Any]]:
-    """The answers of finished jobs; if some failed, an error that says how many and the first reason."""
+    """The answers of finished jobs; if some failed, an error that says how many and the
+    first reason.
+    """
     failed = [e for job in jobs if not job.cancelled() and (e := job.exception())]
     if failed:
         good = len(jobs) - len(failed) - sum(job.cancelled() for job in jobs)
-        kept = f"; {good} answers are kept, call again for the rest" if server.cache else ""
-        raise ServerError(f"{len(failed)} of {len(jobs)} requests failed{kept}. First: {failed[0]}") from failed[0]
+        kept = (
+            f"; {good} answers are kept, call again for the rest"
+            if server.cache
+            else ""
+        )
+        raise ServerError(
+            f"{len(failed)} of {len(jobs)} requests failed{kept}. First: {failed[0]}"
+        ) from failed[0]
     return [job.result() for job in jobs]
 
-# %% ../../nbs/library/neurons/client.ipynb #c029
+
 def _ask(server: Server, request: Request) -> dict[str, Any]:
     for attempt in range(server.retries + 1):
         server.turnstile.wait()
@@ -289,40 +406,60 @@ def _ask(server: Server, request: Request) -> dict[str, Any]:
             time.sleep(max(wait, server.backoff * 2**attempt))
     raise AssertionError("unreachable")
 
-# %% ../../nbs/library/neurons/client.ipynb #c030
+
 def _post(server: Server, request: Request) -> dict[str, Any]:
     import openai
 
     try:
-        answer = server.client.post(f"/{request.path}", body={"model": server.model, **request.body}, cast_to=object)
+        answer = server.client.post(
+            f"/{request.path}",
+            body={"model": server.model, **request.body},
+            cast_to=object,
+        )
     except openai.APIStatusError as error:
-        raise _failure(error) from None  # the original would show headers, with the key, in a traceback
-    except (openai.APIConnectionError, openai.APIResponseValidationError, ValueError) as error:
-        raise _passing(f"{request.path}: {type(error).__name__}: {error.__cause__ or error}") from None
+        raise _failure(
+            error
+        ) from None  # the original would show headers, with the key, in a traceback
+    except (
+        openai.APIConnectionError,
+        openai.APIResponseValidationError,
+        ValueError,
+    ) as error:
+        raise _passing(
+            f"{request.path}: {type(error).__name__}: {error.__cause__ or error}"
+        ) from None
     if not isinstance(answer, dict):
         raise _passing(f"{request.path}: the answer is not JSON: {str(answer)[:100]!r}")
     return answer
 
-# %% ../../nbs/library/neurons/client.ipynb #c031
+
 def _cancel(jobs: Iterable[Future]) -> None:
     for job in jobs:
         job.cancel()
 
-# %% ../../nbs/library/neurons/client.ipynb #c032
+
 def _passing(message: str, retry_after: float = 0.0) -> ServerError:
     """A failure that may pass."""
     error = ServerError(message)
     error.retry_after = retry_after  # type: ignore[attr-defined]
     return error
 
-# %% ../../nbs/library/neurons/client.ipynb #c033
+
 def _failure(error: Any) -> ServerError:
-    """The error of an HTTP status: busy and broken servers may recover; a wrong key or address stays wrong."""
+    """The error of an HTTP status: busy and broken servers may recover; a wrong key or
+    address stays wrong.
+    """
     code, key = error.status_code, os.environ.get("OPENAI_API_KEY") or "\0"
-    message = f"the server answers {code}: {str(error.body or error.message)[:300].replace(key, '***')}"
+    message = (
+        f"the server answers {code}:"
+        f" {str(error.body or error.message)[:300].replace(key, '***')}"
+    )
     if code in (408, 409, 425, 429) or code >= 500:
         after = error.response.headers.get("retry-after", "")
-        return _passing(message, min(float(after), 120.0) if after.replace(".", "", 1).isdigit() else 0.0)
+        return _passing(
+            message,
+            min(float(after), 120.0) if after.replace(".", "", 1).isdigit() else 0.0,
+        )
     failure = ServerError(message)
     failure.fatal = code in (401, 403, 404)  # type: ignore[attr-defined]
     return failure
@@ -331,20 +468,45 @@ def _failure(error: Any) -> ServerError:
 _ASK: Messages = [{"role": "user", "content": "Continue with one number: 1, 2, 3, 4,"}]
 _COUNT = "1, 2, 3, 4, 5, 6, 7,"
 
-# %% ../../nbs/library/neurons/client.ipynb #c039
+
 def probe(server: Server) -> Capabilities:
-    """Find out what a server can do. Raises `ServerError` if it cannot be reached or answers nothing at all."""
+    """Find out what a server can do.
+
+    Raises `ServerError` if it cannot be reached or answers nothing at all.
+    """
     plain = _try(server, chat(_ASK, max_tokens=4))
     written = _try(server, completion(_COUNT, max_tokens=1))
     if plain is None and written is None:
         server.ask(chat(_ASK, max_tokens=4))  # raises with the server's own words
-        raise ServerError("the server answers, but with no text, neither to chat nor to plain completions")
+        raise ServerError(
+            "the server answers, but with no text, neither to chat nor to plain"
+            " completions"
+        )
     two = _try(server, chat(_ASK, max_tokens=4, temperature=1.0, n=2))
-    form = [{"role": "user", "content": 'Answer with this JSON object and nothing else: {"levels": [3]}'}]
+    form = [
+        {
+            "role": "user",
+            "content": 'Answer with this JSON object and nothing else: {"levels": [3]}',
+        }
+    ]
     formed = _try(server, chat(form, max_tokens=24, json_mode=True))
     most = (20, 11, 5)
-    k = next((k for k in most if _believable(_try(server, completion(_COUNT, top_logprobs=k)))), 0)
-    top = next((k for k in most if _believable(_try(server, chat(_ASK, max_tokens=1, top_logprobs=k)))), 0)
+    k = next(
+        (
+            k
+            for k in most
+            if _believable(_try(server, completion(_COUNT, top_logprobs=k)))
+        ),
+        0,
+    )
+    top = next(
+        (
+            k
+            for k in most
+            if _believable(_try(server, chat(_ASK, max_tokens=1, top_logprobs=k)))
+        ),
+        0,
+    )
     return Capabilities(
         chat=plain is not None,
         top_logprobs=top,
@@ -355,9 +517,12 @@ def probe(server: Server) -> Capabilities:
         decision=_decides(server),
     )
 
-# %% ../../nbs/library/neurons/client.ipynb #c040
+
 def _try(server: Server, request: Request) -> dict[str, Any] | None:
-    """The answer, or None where the server will not do this. Failures that may pass are retried as usual."""
+    """The answer, or None where the server will not do this.
+
+    Failures that may pass are retried as usual.
+    """
     try:
         answer = server.ask(request)
         texts(answer)
@@ -367,30 +532,37 @@ def _try(server: Server, request: Request) -> dict[str, Any] | None:
         return None
     return answer
 
-# %% ../../nbs/library/neurons/client.ipynb #c041
+
 def _believable(answer: dict[str, Any] | None) -> bool:
-    """Log-probabilities that can be: several alternatives, different ones, none positive, together at most certain."""
+    """Log-probabilities that can be: several alternatives, different ones, none
+    positive, together at most certain.
+    """
     try:
         tops = [top for top in logprobs(answer or {})[1] if top]
     except (ServerError, KeyError, TypeError, ValueError, AttributeError):
         return False
     return bool(tops) and all(
-        len(top) > 1 and len({lp for _, lp in top}) > 1 and all(lp <= 1e-6 for _, lp in top)
-        and sum(math.exp(lp) for _, lp in top) <= 1.01 for top in tops
-    )  # fmt: skip
+        len(top) > 1
+        and len({lp for _, lp in top}) > 1
+        and all(lp <= 1e-6 for _, lp in top)
+        and sum(math.exp(lp) for _, lp in top) <= 1.01
+        for top in tops
+    )
 
-# %% ../../nbs/library/neurons/client.ipynb #c042
+
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
 
-# %% ../../nbs/library/neurons/client.ipynb #c043
-def _echo_offset(server: Server, k: int) -> int | None:
-    """Where an echo says what was likely at a place: there (0), one late (1), or nowhere to be found (None).
 
-    The next token's distribution is known from a plain completion; it is looked for in the echo of prompt and next token.
+def _echo_offset(server: Server, k: int) -> int | None:
+    """Where an echo says what was likely at a place: there (0), one late (1), or
+    nowhere to be found (None).
+
+    The next token's distribution is known from a plain completion; it is looked for in
+    the echo of prompt and next token.
     """
     first = _try(server, completion(_COUNT, top_logprobs=k))
     if first is None:
@@ -406,11 +578,15 @@ def _echo_offset(server: Server, k: int) -> int | None:
     starts = [len("".join(tokens[:i])) for i in range(len(tokens))]
     place = starts.index(len(_COUNT)) if len(_COUNT) in starts else -1
     for offset in (0, 1):
-        if place >= 0 and place + offset < len(tops) and _same(tops[place + offset], expected):
+        if (
+            place >= 0
+            and place + offset < len(tops)
+            and _same(tops[place + offset], expected)
+        ):
             return offset
     return None
 
-# %% ../../nbs/library/neurons/client.ipynb #c044
+
 def _same(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> bool:
     """Do two lists of alternatives agree, where they name the same ones?"""
     x, y = dict(a), dict(b)
@@ -419,28 +595,48 @@ def _same(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> boo
 
 # %% ../../nbs/library/neurons/client.ipynb #c045
 def decision(state: str, questions: Mapping[str, str], n_levels: int) -> Request:
-    """Typed questions to `transformers serve`: each is answered with a probability for every level, no text is written."""
+    """Typed questions to `transformers serve`: each is answered with a probability for
+    every level, no text is written.
+    """
     levels = [str(i) for i in range(n_levels)]
-    asked = {k: {"type": "score", "instructions": text, "criteria": levels} for k, text in questions.items()}
+    asked = {
+        k: {"type": "score", "instructions": text, "criteria": levels}
+        for k, text in questions.items()
+    }
     return Request("systemone", {"state": state, "questions": asked})
 
-# %% ../../nbs/library/neurons/client.ipynb #c046
+
 def expected_levels(answer: Mapping[str, Any], questions: Sequence[str]) -> list[float]:
-    """The expected level of each question. Raises `ServerError` if one is missing or its probabilities cannot be."""
+    """The expected level of each question.
+
+    Raises `ServerError` if one is missing or its probabilities cannot be.
+    """
     values = []
     for name in questions:
         try:
-            p = {int(k): float(v) for k, v in answer["answers"][name]["probabilities"].items()}
+            p = {
+                int(k): float(v)
+                for k, v in answer["answers"][name]["probabilities"].items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ServerError(f"no probabilities for question {name!r}: {json.dumps(answer)[:200]}") from error
+            raise ServerError(
+                f"no probabilities for question {name!r}: {json.dumps(answer)[:200]}"
+            ) from error
         if abs(sum(p.values()) - 1) > 1e-3 or min(p.values()) < 0:
-            raise ServerError(f"the probabilities of question {name!r} sum to {sum(p.values()):.3g}, not 1")
+            raise ServerError(
+                f"the probabilities of question {name!r} sum to {sum(p.values()):.3g},"
+                " not 1"
+            )
         values.append(sum(level * v for level, v in p.items()))
     return values
 
-# %% ../../nbs/library/neurons/client.ipynb #c047
+
 def _decides(server: Server) -> bool:
     try:
-        return bool(expected_levels(server.ask(decision("2 + 2", {"q": "Which level?"}, 11)), ["q"]))
+        return bool(
+            expected_levels(
+                server.ask(decision("2 + 2", {"q": "Which level?"}, 11)), ["q"]
+            )
+        )
     except ServerError:
         return False

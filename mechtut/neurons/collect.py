@@ -25,14 +25,27 @@ from .records import Kept, NeuronRecords, Plan, read_shards, write_shards
 from ..patching.results import provenance
 from ..models.hooks import Site, Visitor, check_layer
 from ..patching.checkpoints import fingerprint, quiet
-from .statistics import Reservoir, Source, State, empty_top, excerpts, keep_top, power_sums, run_trunk, unpack
+from mechtut.neurons.statistics import (
+    Reservoir,
+    Source,
+    State,
+    empty_top,
+    excerpts,
+    keep_top,
+    power_sums,
+    run_trunk,
+    unpack,
+)
 
 # %% ../../nbs/library/neurons/collect.ipynb #c004
 class Collector:
     """Takes in batches and keeps what `plan` says."""
 
     def __init__(self, plan: Plan, d_vocab: int, kept: Kept | None = None):
-        self.plan, self.kept = plan, kept or Kept(torch.zeros(d_vocab, dtype=torch.int64))
+        self.plan, self.kept = (
+            plan,
+            kept or Kept(torch.zeros(d_vocab, dtype=torch.int64)),
+        )
         self.pool = Reservoir(plan.n_pool, plan.seed, self.kept.pool)
         self.maxima = Reservoir(plan.n_maxima, plan.seed, self.kept.maxima)
         self._prune_at = 4096
@@ -42,30 +55,40 @@ class Collector:
         self.ids = rows.reshape(-1, self.plan.n_tokens)
         self.in_pool = self.pool.offer(self.kept.n_excerpts, len(self.ids))
         self.in_maxima = self.maxima.offer(self.kept.n_excerpts, len(self.ids))
-        self.kept.excerpts.update(enumerate(self.ids.int().numpy(), self.kept.n_excerpts))
+        self.kept.excerpts.update(
+            enumerate(self.ids.int().numpy(), self.kept.n_excerpts)
+        )
 
     def visitor(self, layer: int) -> Visitor:
         """What to do with a layer's activations `[row, pos, neuron]`."""
-        return lambda x: _keep(self, layer, x.float().reshape(-1, self.plan.n_tokens, x.shape[-1]))
+        return lambda x: _keep(
+            self, layer, x.float().reshape(-1, self.plan.n_tokens, x.shape[-1])
+        )
 
     def end(self) -> None:
         """Count the batch in, after the model ran on it."""
         self.kept.n_excerpts += len(self.ids)
         self.kept.pool, self.kept.maxima = self.pool.ids, self.maxima.ids
-        self.kept.token_counts += self.ids.flatten().bincount(minlength=len(self.kept.token_counts))
+        self.kept.token_counts += self.ids.flatten().bincount(
+            minlength=len(self.kept.token_counts)
+        )
         if len(self.kept.excerpts) > self._prune_at:
             prune(self.kept)
             self._prune_at = 2 * len(self.kept.excerpts) + 4096
 
-# %% ../../nbs/library/neurons/collect.ipynb #c005
+
 def prune(kept: Kept) -> None:
     """Forget the tokens of excerpts that nothing refers to any more."""
-    used = [unpack(state["top_keys"])[1].unique().tolist() for state in kept.states.values()]
+    used = [
+        unpack(state["top_keys"])[1].unique().tolist() for state in kept.states.values()
+    ]
     live = set(kept.pool).union(*used)
     kept.excerpts = {i: tokens for i, tokens in kept.excerpts.items() if i in live}
 
-# %% ../../nbs/library/neurons/collect.ipynb #c006
-def _keep(collector: Collector, layer: int, x: Float[Tensor, "excerpt pos neuron"]) -> None:
+
+def _keep(
+    collector: Collector, layer: int, x: Float[Tensor, "excerpt pos neuron"]
+) -> None:
     """Take a layer's activations of the current batch into its state."""
     kept, plan = collector.kept, collector.plan
     if layer not in kept.states:
@@ -73,94 +96,160 @@ def _keep(collector: Collector, layer: int, x: Float[Tensor, "excerpt pos neuron
     state, largest = kept.states[layer], x.amax(1)
     if not torch.isfinite(largest).all():  # a NaN survives the maximum
         neuron = int((~torch.isfinite(largest)).any(0).nonzero()[0])
-        raise ValueError(f"neuron {neuron} of layer {layer} has a NaN or infinite activation: run the model in float32?")
+        raise ValueError(
+            f"neuron {neuron} of layer {layer} has a NaN or infinite activation: run"
+            " the model in float32?"
+        )
     keep_top(state, x, largest, kept.n_excerpts)
-    for name, won, values in (("pool_activations", collector.in_pool, x), ("maxima", collector.in_maxima, largest)):
+    for name, won, values in (
+        ("pool_activations", collector.in_pool, x),
+        ("maxima", collector.in_maxima, largest),
+    ):
         for slot, row in won.items():
             state[name][slot] = values[row]
     if plan.moments:
         state["sums"] += power_sums(x.flatten(0, 1), state["shift"])
     if plan.token_table:
-        state["token_sums"].index_add_(0, collector.ids.flatten().to(x.device), x.flatten(0, 1))
+        state["token_sums"].index_add_(
+            0, collector.ids.flatten().to(x.device), x.flatten(0, 1)
+        )
 
-# %% ../../nbs/library/neurons/collect.ipynb #c007
+
 def _empty(collector: Collector, x: Float[Tensor, "excerpt pos neuron"]) -> State:
     """A layer's state before the first batch."""
     n, plan = x.shape[-1], collector.plan
     state = empty_top(n, plan.n_top, plan.n_tokens, x.device)
-    state["pool_activations"] = torch.zeros(plan.n_pool, plan.n_tokens, n, device=x.device)
+    state["pool_activations"] = torch.zeros(
+        plan.n_pool, plan.n_tokens, n, device=x.device
+    )
     state["maxima"] = torch.zeros(plan.n_maxima, n, device=x.device)
     if plan.moments:
         state["shift"] = x.flatten(0, 1).mean(0)
         state["sums"] = torch.zeros(5, n, dtype=torch.float64, device=x.device)
     if plan.token_table:
-        state["token_sums"] = torch.zeros(len(collector.kept.token_counts), n, device=x.device)
+        state["token_sums"] = torch.zeros(
+            len(collector.kept.token_counts), n, device=x.device
+        )
     return state
 
 # %% ../../nbs/library/neurons/collect.ipynb #c013
 def collect(
-    model: Model, texts_or_token_batches: Source, *, layers: Literal["all"] | int | Sequence[int] = "all", n_top: int = 20,
-    n_random: int = 20, n_tokens: int = 64, folder: str | Path | None = None, batch_size: int | None = None,
-    n_quantiles: int = 4, moments: bool = True, token_table: bool = False, seed: int = 0, save_every: int = 4096,
+    model: Model,
+    texts_or_token_batches: Source,
+    *,
+    layers: Literal["all"] | int | Sequence[int] = "all",
+    n_top: int = 20,
+    n_random: int = 20,
+    n_tokens: int = 64,
+    folder: str | Path | None = None,
+    batch_size: int | None = None,
+    n_quantiles: int = 4,
+    moments: bool = True,
+    token_table: bool = False,
+    seed: int = 0,
+    save_every: int = 4096,
     progress: bool | None = None,
-) -> NeuronRecords:  # fmt: skip
+) -> NeuronRecords:
     """Read a corpus once and keep records of every MLP neuron of the given layers.
 
-    The corpus is an iterable of texts (or lists of token ids), which are joined and cut into excerpts of `n_tokens`, or of
-    token batches `[row, pos]` whose rows are read as they are and cut into excerpts. Memory does not grow with its length.
-    `batch_size` is in rows (by default about 2048 tokens); records do not depend on it but for rounding. `token_table` adds
-    mean activations by token, at 4 bytes per token of the vocabulary and neuron.
+    The corpus is an iterable of texts (or lists of token ids), which are joined and cut
+    into excerpts of `n_tokens`, or of token batches `[row, pos]` whose rows are read as
+    they are and cut into excerpts. Memory does not grow with its length. `batch_size`
+    is in rows (by default about 2048 tokens); records do not depend on it but for
+    rounding. `token_table` adds mean activations by token, at 4 bytes per token of the
+    vocabulary and neuron.
 
-    With a `folder`, the state is written there after every `save_every` excerpts and at the end, and the same call again
-    goes on where it stopped (the same corpus is read up to there, without the model). Raises `ValueError` for a corpus of
-    fewer than `n_top` or `n_random` excerpts, for another corpus in the folder, and for activations that are not finite.
+    With a `folder`, the state is written there after every `save_every` excerpts and at
+    the end, and the same call again goes on where it stopped (the same corpus is read
+    up to there, without the model). Raises `ValueError` for a corpus of fewer than
+    `n_top` or `n_random` excerpts, for another corpus in the folder, and for
+    activations that are not finite.
     """
-    which = tuple(range(model.n_layers)) if layers == "all" else (layers,) if isinstance(layers, int) else tuple(layers)
-    plan = Plan(which, n_top, n_random, n_tokens, n_quantiles, moments, token_table, seed)
+    which = (
+        tuple(range(model.n_layers))
+        if layers == "all"
+        else (layers,)
+        if isinstance(layers, int)
+        else tuple(layers)
+    )
+    plan = Plan(
+        which, n_top, n_random, n_tokens, n_quantiles, moments, token_table, seed
+    )
     _check_plan(model, plan)
-    size, where = batch_size or max(1, 2048 // n_tokens), Path(folder) if folder else None
+    size, where = (
+        batch_size or max(1, 2048 // n_tokens),
+        Path(folder) if folder else None,
+    )
     key = fingerprint(weight_fingerprint(model), plan, size)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Token indices sequence length")  # documents are cut, not read whole
+        warnings.filterwarnings(
+            "ignore", message="Token indices sequence length"
+        )  # documents are cut, not read whole
         rows = excerpts(model, texts_or_token_batches, n_tokens, size)
         kept, corpus = _run(model, plan, rows, where, key, save_every, progress)
     _check_enough(kept, plan)
     about = _about(model, plan, kept, key, corpus, complete=True)
     if where:
         write_shards(where, kept, about)
-    return NeuronRecords(plan=plan, kept=kept, vocabulary=about["vocabulary"], provenance=about["provenance"])
+    return NeuronRecords(
+        plan=plan,
+        kept=kept,
+        vocabulary=about["vocabulary"],
+        provenance=about["provenance"],
+    )
 
-# %% ../../nbs/library/neurons/collect.ipynb #c014
+
 def _check_plan(model: Model, plan: Plan) -> None:
     for layer in plan.layers:
         check_layer(model, layer, "mlp_act")
     if not plan.layers or len(set(plan.layers)) < len(plan.layers):
-        raise ValueError(f"layers must be different layers, at least one, not {plan.layers}")
+        raise ValueError(
+            f"layers must be different layers, at least one, not {plan.layers}"
+        )
     if plan.n_top < 1 or plan.n_random < 0 or plan.n_quantiles < 0:
-        raise ValueError(f"n_top={plan.n_top} must be positive, n_random={plan.n_random} and n_quantiles not negative")
+        raise ValueError(
+            f"n_top={plan.n_top} must be positive, n_random={plan.n_random} and"
+            " n_quantiles not negative"
+        )
     if not 1 <= plan.n_tokens <= model.n_ctx:
-        raise ValueError(f"n_tokens={plan.n_tokens} must be 1..{model.n_ctx}, which is what {model.name} reads")
+        raise ValueError(
+            f"n_tokens={plan.n_tokens} must be 1..{model.n_ctx}, which is what"
+            f" {model.name} reads"
+        )
 
-# %% ../../nbs/library/neurons/collect.ipynb #c015
+
 def _check_enough(kept: Kept, plan: Plan) -> None:
     if kept.n_excerpts < max(plan.n_top, plan.n_random):
         raise ValueError(
-            f"the corpus has only {kept.n_excerpts} excerpts of {plan.n_tokens} tokens, but n_top={plan.n_top} and n_random="
-            f"{plan.n_random} are wanted: give more text, or ask for fewer or shorter excerpts"
+            f"the corpus has only {kept.n_excerpts} excerpts of {plan.n_tokens} tokens,"
+            f" but n_top={plan.n_top} and n_random={plan.n_random} are wanted: give"
+            " more text, or ask for fewer or shorter excerpts"
         )
     if kept.n_excerpts < plan.n_pool:
-        said = f"only {kept.n_excerpts} excerpts: some neurons have fewer than n_random={plan.n_random} random ones"
+        said = (
+            f"only {kept.n_excerpts} excerpts: some neurons have fewer than"
+            f" n_random={plan.n_random} random ones"
+        )
         warnings.warn(said, stacklevel=3)
 
 # %% ../../nbs/library/neurons/collect.ipynb #c017
 def _run(
-    model: Model, plan: Plan, rows: Iterator[Tensor], folder: Path | None, key: str, save_every: int, progress: bool | None
-) -> tuple[Kept, str]:  # fmt: skip
+    model: Model,
+    plan: Plan,
+    rows: Iterator[Tensor],
+    folder: Path | None,
+    key: str,
+    save_every: int,
+    progress: bool | None,
+) -> tuple[Kept, str]:
     """Read the corpus; returns what was kept and the corpus' hash."""
     collector, expected = _resumed(model, plan, folder, key)
     done = saved = collector.kept.n_excerpts
     read, digest = 0, hashlib.sha256()
-    with fast_matmul(model), tqdm(desc="excerpts", unit="excerpt", delay=1, disable=quiet(progress)) as bar:
+    with (
+        fast_matmul(model),
+        tqdm(desc="excerpts", unit="excerpt", delay=1, disable=quiet(progress)) as bar,
+    ):
         for batch in rows:
             digest.update(batch.numpy().tobytes())
             bar.update(n := batch.numel() // plan.n_tokens)
@@ -170,37 +259,76 @@ def _run(
             if read - n < done:
                 raise _other_corpus(folder)
             collector.begin(batch)
-            run_trunk(model, batch.to(model.device), {Site("mlp_act", i): collector.visitor(i) for i in plan.layers})
+            run_trunk(
+                model,
+                batch.to(model.device),
+                {Site("mlp_act", i): collector.visitor(i) for i in plan.layers},
+            )
             collector.end()
             if folder and read - saved >= save_every:
-                write_shards(folder, collector.kept, _about(model, plan, collector.kept, key, digest.hexdigest()))
+                write_shards(
+                    folder,
+                    collector.kept,
+                    _about(model, plan, collector.kept, key, digest.hexdigest()),
+                )
                 saved = read
     if read < done:
         raise _other_corpus(folder)
     return collector.kept, digest.hexdigest()
 
-# %% ../../nbs/library/neurons/collect.ipynb #c018
-def _other_corpus(folder: Path | None) -> ValueError:
-    return ValueError(f"{folder} holds a collection from another corpus: use an empty folder, or give the same texts again")
 
-# %% ../../nbs/library/neurons/collect.ipynb #c019
-def _resumed(model: Model, plan: Plan, folder: Path | None, key: str) -> tuple[Collector, str]:
-    """A collector with what the folder already holds, and the hash of the text it came from."""
+def _other_corpus(folder: Path | None) -> ValueError:
+    return ValueError(
+        f"{folder} holds a collection from another corpus: use an empty folder, or give"
+        " the same texts again"
+    )
+
+
+def _resumed(
+    model: Model, plan: Plan, folder: Path | None, key: str
+) -> tuple[Collector, str]:
+    """A collector with what the folder already holds, and the hash of the text it came
+    from.
+    """
     d_vocab = model.embed.weight.shape[0]
     if folder is None or not (folder / "manifest.json").exists():
         return Collector(plan, d_vocab), ""
     if json.loads((folder / "manifest.json").read_text())["key"] != key:
-        raise ValueError(f"{folder} holds a collection of another model or with other arguments: use an empty folder")
+        raise ValueError(
+            f"{folder} holds a collection of another model or with other arguments: use"
+            " an empty folder"
+        )
     kept, about = read_shards(folder)
-    kept.states = {i: {k: v.to(model.device) for k, v in state.items()} for i, state in kept.states.items()}
+    kept.states = {
+        i: {k: v.to(model.device) for k, v in state.items()}
+        for i, state in kept.states.items()
+    }
     return Collector(plan, d_vocab, kept), about["corpus"]
 
-# %% ../../nbs/library/neurons/collect.ipynb #c020
-def _about(model: Model, plan: Plan, kept: Kept, key: str, corpus: str, *, complete: bool = False) -> dict[str, Any]:
+
+def _about(
+    model: Model,
+    plan: Plan,
+    kept: Kept,
+    key: str,
+    corpus: str,
+    *,
+    complete: bool = False,
+) -> dict[str, Any]:
     """What the manifest says beside the shards."""
     prune(kept)
-    used = {int(t) for tokens in kept.excerpts.values() for t in tokens} | set(kept.token_counts.nonzero()[:, 0].tolist())
-    vocabulary = {i: model.decode([i]) if model.tokenizer else f"<{i}>" for i in sorted(used)}
+    used = {int(t) for tokens in kept.excerpts.values() for t in tokens} | set(
+        kept.token_counts.nonzero()[:, 0].tolist()
+    )
+    vocabulary = {
+        i: model.decode([i]) if model.tokenizer else f"<{i}>" for i in sorted(used)
+    }
     made = provenance(model, **asdict(plan), n_excerpts=kept.n_excerpts, corpus=corpus)
-    return {"key": key, "complete": complete, "corpus": corpus, "plan": asdict(plan), "vocabulary": vocabulary,
-            "provenance": made}  # fmt: skip
+    return {
+        "key": key,
+        "complete": complete,
+        "corpus": corpus,
+        "plan": asdict(plan),
+        "vocabulary": vocabulary,
+        "provenance": made,
+    }

@@ -22,13 +22,19 @@ from .records import NeuronRecord, NeuronRecords
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c004
 def tokens_html(tokens: Sequence[str], values: Sequence[float], highest: float) -> str:
-    """Tokens as coloured spans: full red at `highest`, blue below zero; line breaks are shown as ↵."""
+    """Tokens as coloured spans: full red at `highest`, blue below zero; line breaks are
+    shown as ↵.
+    """
     return "".join(_span(t, v, highest) for t, v in zip(tokens, values, strict=True))
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c005
+
 def _span(token: str, value: float, highest: float) -> str:
     strength = min(1.0, abs(value) / highest) if highest > 0 else 0.0
-    colour = f"rgba(220,70,50,{0.85 * strength:.2f})" if value > 0 else f"rgba(60,120,220,{0.6 * strength:.2f})"
+    colour = (
+        f"rgba(220,70,50,{0.85 * strength:.2f})"
+        if value > 0
+        else f"rgba(60,120,220,{0.6 * strength:.2f})"
+    )
     style = f' style="background:{colour}"' if strength >= 0.02 else ""
     shown = escape(token).replace("\n", "↵<wbr>").replace("\t", "→")
     return f'<span{style} title="{escape(repr(token))} {value:.2f}">{shown}</span>'
@@ -48,19 +54,22 @@ _STYLE = """
 @media (prefers-color-scheme:dark){.neuron{color:#e6e6e6;background:#161616;--soft:#9a9a9a}}
 """
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c008
+
 def _shell(title: str, body: str) -> str:
     """A whole HTML file."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<style>body{{margin:0}}</style></head><body>{body}</body></html>"
+        '<!doctype html><html lang="en"><head><meta'
+        f' charset="utf-8"><title>{escape(title)}</title><meta name="viewport"'
+        ' content="width=device-width,initial-scale=1"><meta name="color-scheme"'
+        ' content="light'
+        f' dark"><style>body{{margin:0}}</style></head><body>{body}</body></html>'
     )
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c010
 @dataclass(frozen=True)
 class NeuronPage:
-    """A neuron's record and, if there is one, a scored explanation; shows itself in a notebook, `save` writes a file.
+    """A neuron's record and, if there is one, a scored explanation; shows itself in a
+    notebook, `save` writes a file.
 
     `scored` is a `ScoredExplanation`. `n_excerpts` limits each section.
     """
@@ -77,7 +86,9 @@ class NeuronPage:
 
     def html(self) -> str:
         """The page as one file."""
-        return _shell(f"Neuron {self.record.layer}.{self.record.neuron}", self._repr_html_())
+        return _shell(
+            f"Neuron {self.record.layer}.{self.record.neuron}", self._repr_html_()
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the page."""
@@ -85,48 +96,81 @@ class NeuronPage:
         path.write_text(self.html(), encoding="utf-8")
         return path
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c011
+
 def _page(page: NeuronPage) -> str:
     """What is shown: explanation, statistics, real against simulated, and the excerpts."""
     r, s = page.record, page.scored
     highest = max((max(x.activations) for x in r.top), default=0.0)
-    parts = [f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron {r.layer}.{r.neuron}</h1>"]
-    parts += [_said(s) if s is not None else "", f"<div class='soft'>{_statistics(r, highest)}</div>"]
+    parts = [
+        f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron"
+        f" {r.layer}.{r.neuron}</h1>"
+    ]
+    parts += [
+        _said(s) if s is not None else "",
+        f"<div class='soft'>{_statistics(r, highest)}</div>",
+    ]
     parts += [_compared(s, highest, page.n_excerpts)] if s is not None else []
     sections = {"Strongest excerpts": r.top, "Random excerpts": r.random}
-    sections |= {f"Quantile {i + 1} of {len(r.quantiles)}": q for i, q in enumerate(r.quantiles) if s is None}
+    sections |= {
+        f"Quantile {i + 1} of {len(r.quantiles)}": q
+        for i, q in enumerate(r.quantiles)
+        if s is None
+    }
     for name, records in sections.items():
-        rows = [_excerpt([("", x.tokens, x.activations)], highest) for x in records[: page.n_excerpts]]
+        rows = [
+            _excerpt([("", x.tokens, x.activations)], highest)
+            for x in records[: page.n_excerpts]
+        ]
         parts.append(f"<h2>{name}</h2>{''.join(rows)}" if rows else "")
     return "".join([*parts, "</div>"])
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c012
-def _statistics(r: NeuronRecord, highest: float) -> str:
-    facts = {"largest": highest, "mean": r.mean, "density": r.density, "skewness": r.skewness, "kurtosis": r.kurtosis}
-    return ", ".join(f"{name} {value:.3f}" for name, value in facts.items() if not math.isnan(value))
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c013
+def _statistics(r: NeuronRecord, highest: float) -> str:
+    facts = {
+        "largest": highest,
+        "mean": r.mean,
+        "density": r.density,
+        "skewness": r.skewness,
+        "kurtosis": r.kurtosis,
+    }
+    return ", ".join(
+        f"{name} {value:.3f}" for name, value in facts.items() if not math.isnan(value)
+    )
+
+
 def _said(s: Any) -> str:
     score = "not defined" if math.isnan(s.score) else f"{s.score:.2f}"
     return (
-        f"<div class='said'>{escape(s.explanation)}</div><div class='soft'>by {escape(s.author)}; correlation {score} "
-        f"on {s.n_top} top and {len(s.lengths) - s.n_top} random excerpts it has not seen</div>"
+        f"<div class='said'>{escape(s.explanation)}</div><div class='soft'>by"
+        f" {escape(s.author)}; correlation {score} on {s.n_top} top and"
+        f" {len(s.lengths) - s.n_top} random excerpts it has not seen</div>"
     )
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c014
+
 def _compared(s: Any, highest: float, n_excerpts: int) -> str:
     """Real above simulated, the simulation on the scale of the neuron."""
     expected = max((max(p) for _, _, p in s.excerpts), default=0.0)
     rows = []
     for tokens, true, simulated in s.excerpts[:n_excerpts]:
         on_scale = [p * highest / expected if expected > 0 else 0.0 for p in simulated]
-        rows.append(_excerpt([("real", tokens, true), ("simulated", tokens, on_scale)], highest))
+        rows.append(
+            _excerpt([("real", tokens, true), ("simulated", tokens, on_scale)], highest)
+        )
     return f"<h2>Real and simulated</h2>{''.join(rows)}"
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c015
-def _excerpt(rows: Sequence[tuple[str, Sequence[str], Sequence[float]]], highest: float) -> str:
-    lines = [f"{f'<b>{name}</b>' if name else ''}<div>{tokens_html(t, v, highest)}</div>" for name, t, v in rows]
-    return "<div class='excerpt'>" + "".join(f"<div class='row'>{line}</div>" for line in lines) + "</div>"
+
+def _excerpt(
+    rows: Sequence[tuple[str, Sequence[str], Sequence[float]]], highest: float
+) -> str:
+    lines = [
+        f"{f'<b>{name}</b>' if name else ''}<div>{tokens_html(t, v, highest)}</div>"
+        for name, t, v in rows
+    ]
+    return (
+        "<div class='excerpt'>"
+        + "".join(f"<div class='row'>{line}</div>" for line in lines)
+        + "</div>"
+    )
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c017
 _SEARCH = """
@@ -138,57 +182,89 @@ count.textContent=n+' of '+rows.length+' neurons'}
 document.querySelector('.neuron input').addEventListener('input',find);find()
 """
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c018
+
 def index_html(scored: Mapping[tuple[int, int], Any], title: str = "Neurons") -> str:
-    """A searchable table of scored explanations, the best first, with links to `LAYER-NEURON.html`."""
+    """A searchable table of scored explanations, the best first, with links to
+    `LAYER-NEURON.html`.
+    """
     rows = "".join(
-        f"<tr><td><a href='{layer}-{neuron}.html'>{layer}.{neuron}</a></td><td>{s.score:.2f}</td>"
+        "<tr><td><a"
+        f" href='{layer}-{neuron}.html'>{layer}.{neuron}</a></td><td>{s.score:.2f}</td>"
         f"<td>{escape(s.explanation)}</td></tr>"
-        for (layer, neuron), s in sorted(scored.items(), key=lambda kv: (math.isnan(kv[1].score), -kv[1].score, kv[0]))
+        for (layer, neuron), s in sorted(
+            scored.items(),
+            key=lambda kv: (math.isnan(kv[1].score), -kv[1].score, kv[0]),
+        )
     )
     return _shell(
         title,
-        f"<style>{_STYLE}</style><div class='neuron'><h1>{escape(title)}</h1><input placeholder='search' "
-        "aria-label='search' autofocus><div class='soft count'></div><table><thead><tr><th>neuron</th><th>score</th>"
+        f"<style>{_STYLE}</style><div class='neuron'><h1>{escape(title)}</h1><input"
+        " placeholder='search' "
+        "aria-label='search' autofocus><div class='soft"
+        " count'></div><table><thead><tr><th>neuron</th><th>score</th>"
         f"<th>explanation</th></tr></thead><tbody>{rows}</tbody></table><script>{_SEARCH}</script></div>",
     )
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c019
+
 def write_pages(
-    folder: str | Path, records: NeuronRecords, scored: Mapping[tuple[int, int], Any], title: str = "Neurons"
-) -> Path:  # fmt: skip
-    """Write `index.html`, a page per scored neuron and `scores.json` into `folder`; returns the index's path."""
+    folder: str | Path,
+    records: NeuronRecords,
+    scored: Mapping[tuple[int, int], Any],
+    title: str = "Neurons",
+) -> Path:
+    """Write `index.html`, a page per scored neuron and `scores.json` into `folder`;
+    returns the index's path.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for (layer, neuron), s in scored.items():
         NeuronPage(records[layer, neuron], s).save(folder / f"{layer}-{neuron}.html")
-    table = [{"layer": a, "neuron": b, "explanation": s.explanation, "score": s.score} for (a, b), s in scored.items()]
-    clean = [{k: None if v != v else v for k, v in row.items()} for row in table]  # JSON has no NaN
+    table = [
+        {"layer": a, "neuron": b, "explanation": s.explanation, "score": s.score}
+        for (a, b), s in scored.items()
+    ]
+    clean = [
+        {k: None if v != v else v for k, v in row.items()} for row in table
+    ]  # JSON has no NaN
     (folder / "scores.json").write_text(json.dumps(clean, indent=1), encoding="utf-8")
     (folder / "index.html").write_text(index_html(scored, title), encoding="utf-8")
     return folder / "index.html"
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c021
-def scores_by_layer(table: pd.DataFrame, columns: Sequence[str], ax: Axes | None = None) -> Axes:
-    """Median and quartiles of scores by layer, one line per column of a table with one row per neuron; NaN left out."""
+def scores_by_layer(
+    table: pd.DataFrame, columns: Sequence[str], ax: Axes | None = None
+) -> Axes:
+    """Median and quartiles of scores by layer, one line per column of a table with one
+    row per neuron; NaN left out.
+    """
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     for column in columns:
         q = table.groupby("layer")[column].quantile([0.25, 0.5, 0.75]).unstack()
         (line,) = ax.plot(q.index, q[0.5], marker=".", lw=1.4, label=column)
-        ax.fill_between(q.index, q[0.25], q[0.75], color=line.get_color(), alpha=0.15, lw=0)
+        ax.fill_between(
+            q.index, q[0.25], q[0.75], color=line.get_color(), alpha=0.15, lw=0
+        )
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     ax.set(xlabel="layer", ylabel="score (correlation)", ylim=(-0.3, 1.02))
     ax.legend(fontsize=8, frameon=False)
     return ax
 
-# %% ../../nbs/library/neurons/dashboards.ipynb #c022
+
 def real_and_simulated(scored: Any, ax: Axes | None = None) -> Axes:
-    """Real against simulated activation, a point per token; top and random excerpts in two colours."""
+    """Real against simulated activation, a point per token; top and random excerpts in
+    two colours.
+    """
     if ax is None:
         _, ax = plt.subplots(figsize=(3.6, 3), layout="constrained")
     for kind, part in scored.to_pandas().groupby("kind", sort=False):
-        ax.scatter(part.simulated, part.true, s=9, alpha=0.5, lw=0, label=f"{kind} excerpts")
-    ax.set(xlabel="simulated", ylabel="real", title=f"neuron {scored.layer}.{scored.neuron}: {scored.score:.2f}")
+        ax.scatter(
+            part.simulated, part.true, s=9, alpha=0.5, lw=0, label=f"{kind} excerpts"
+        )
+    ax.set(
+        xlabel="simulated",
+        ylabel="real",
+        title=f"neuron {scored.layer}.{scored.neuron}: {scored.score:.2f}",
+    )
     ax.legend(fontsize=8, frameon=False)
     return ax

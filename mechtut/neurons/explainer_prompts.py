@@ -21,16 +21,31 @@ from .client import TopLogprobs
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c004
 START, END, UNKNOWN = "<<<", ">>>", "unknown"
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c005
+
 def show_token(token: str) -> str:
-    """A token on one line: tabs, line breaks and backslashes escaped, and nothing that could be taken for a mark."""
-    shown = token.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    """A token on one line: tabs, line breaks and backslashes escaped, and nothing that
+    could be taken for a mark.
+    """
+    shown = (
+        token.replace("\\", "\\\\")
+        .replace("\t", "\\t")
+        .replace("\n", "\\n")
+        .replace("\r", "\\r")
+    )
     return shown.replace(START, "\\<<<").replace(END, "\\>>>")
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c006
-def show_excerpt(tokens: Sequence[str], levels: Sequence[int | str], *, only_active: bool = False) -> str:
-    """Lines of token, tab, level between marks; `only_active` leaves out what is at level 0."""
-    lines = [f"{show_token(t)}\t{v}" for t, v in zip(tokens, levels, strict=True) if not (only_active and v == 0)]
+
+def show_excerpt(
+    tokens: Sequence[str], levels: Sequence[int | str], *, only_active: bool = False
+) -> str:
+    """Lines of token, tab, level between marks; `only_active` leaves out what is at
+    level 0.
+    """
+    lines = [
+        f"{show_token(t)}\t{v}"
+        for t, v in zip(tokens, levels, strict=True)
+        if not (only_active and v == 0)
+    ]
     return "\n".join([START, *lines, END])
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c009
@@ -41,17 +56,24 @@ class Shot:
     explanation: str
     excerpts: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c010
+
 def _shot(explanation: str, *excerpts: str) -> Shot:
     """Excerpts are written as `token/level` with `_` for a leading space."""
     pairs = [[part.rsplit("/", 1) for part in e.split()] for e in excerpts]
-    return Shot(explanation, tuple((tuple(t.replace("_", " ") for t, _ in p), tuple(int(v) for _, v in p)) for p in pairs))
+    return Shot(
+        explanation,
+        tuple(
+            (tuple(t.replace("_", " ") for t, _ in p), tuple(int(v) for _, v in p))
+            for p in pairs
+        ),
+    )
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c011
+
 SHOTS = (
     _shot(
         "words for bad weather",
-        "The/0 _storm/10 _kept/0 _us/0 _at/0 _home/0 ,/0 _and/0 _the/0 _rain/9 _got/0 _in/0 ./0",
+        "The/0 _storm/10 _kept/0 _us/0 _at/0 _home/0 ,/0 _and/0 _the/0 _rain/9 _got/0"
+        " _in/0 ./0",
         "After/0 _two/0 _days/1 _of/0 _fog/8 _we/0 _could/0 _fly/0 _again/0 ./0",
     ),
     _shot(
@@ -66,32 +88,45 @@ SHOTS = (
     ),
 )
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c012
+
 _EXPLAIN = (
-    "We study single neurons of a neural network. Each reacts to something in text. You will see excerpts as lists of "
-    "tokens, one per line, each followed by a tab and a level: 0 means that the neuron is silent there, 10 that it is as "
-    "active as it gets. Find what the active places have in common, and say it in one short phrase, without examples."
+    "We study single neurons of a neural network. Each reacts to something in text. You"
+    " will see excerpts as lists of tokens, one per line, each followed by a tab and a"
+    " level: 0 means that the neuron is silent there, 10 that it is as active as it"
+    " gets. Find what the active places have in common, and say it in one short phrase,"
+    " without examples."
 )
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c013
-def _neuron_text(number: int, excerpts: Sequence[tuple[Sequence[str], Sequence[int]]]) -> str:
-    """The excerpts of a neuron; with few active tokens they are given a second time with only these."""
+
+def _neuron_text(
+    number: int, excerpts: Sequence[tuple[Sequence[str], Sequence[int]]]
+) -> str:
+    """The excerpts of a neuron; with few active tokens they are given a second time
+    with only these.
+    """
     parts = [f"Neuron {number}. Excerpts:", *(show_excerpt(t, v) for t, v in excerpts)]
     if nonzero_share([v for _, v in excerpts]) < 0.2:
-        parts += ["The same, active tokens only:", *(show_excerpt(t, v, only_active=True) for t, v in excerpts)]
+        parts += [
+            "The same, active tokens only:",
+            *(show_excerpt(t, v, only_active=True) for t, v in excerpts),
+        ]
     return "\n".join([*parts, "What is this neuron about?"])
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c014
+
 def nonzero_share(levels: Sequence[Sequence[int]]) -> float:
     """Share of levels that are not 0."""
     flat = [v for row in levels for v in row]
     return sum(v > 0 for v in flat) / len(flat)
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c015
-def explain_messages(records: Sequence[ActivationRecord], *, max_characters: int = 24_000) -> list[dict[str, str]]:
-    """The request to explain a neuron from records, whose largest activation sets the scale.
 
-    Made-up neurons are left out one by one if the request would be too long. Raises `ValueError` if it still is.
+def explain_messages(
+    records: Sequence[ActivationRecord], *, max_characters: int = 24_000
+) -> list[dict[str, str]]:
+    """The request to explain a neuron from records, whose largest activation sets the
+    scale.
+
+    Made-up neurons are left out one by one if the request would be too long. Raises
+    `ValueError` if it still is.
     """
     highest = max_activation(records)
     shown = [(r.tokens, discretize(r.activations, highest)) for r in records]
@@ -104,17 +139,25 @@ def explain_messages(records: Sequence[ActivationRecord], *, max_characters: int
         length = sum(len(m["content"]) for m in messages)
         if length <= max_characters:
             return messages
-    raise ValueError(f"the excerpts alone take {length} characters, more than {max_characters}: use fewer or shorter ones")
+    raise ValueError(
+        f"the excerpts alone take {length} characters, more than {max_characters}: use"
+        " fewer or shorter ones"
+    )
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c016
+
 _LEAD_IN = re.compile(
-    r"^\W*(?:explanation\W+)?(?:(?:it|this neuron|the neuron)\s+)?(?:is|seems|appears)?\s*(?:to be\s+)?"
-    r"(?:about\s+|(?:active|activat\w+|fir\w+|react\w*|respond\w*|look\w*)\s+(?:on|for|to|at|in|by|when)\s+)?", re.IGNORECASE
-)  # fmt: skip
+    r"^\W*(?:explanation\W+)?(?:(?:it|this neuron|the"
+    r" neuron)\s+)?(?:is|seems|appears)?\s*(?:to be\s+)?"
+    r"(?:about\s+|(?:active|activat\w+|fir\w+|react\w*|respond\w*|look\w*)\s+(?:on|for|to|at|in|by|when)\s+)?",
+    re.IGNORECASE,
+)
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c017
+
 def read_explanation(text: str) -> str:
-    """The first line that says something, without its lead-in. Raises `ValueError` if there is none."""
+    """The first line that says something, without its lead-in.
+
+    Raises `ValueError` if there is none.
+    """
     for line in text.strip().splitlines():
         said = _LEAD_IN.sub("", line.strip()).strip(' "*').rstrip(".")
         if re.search(r"\w", said):
@@ -123,54 +166,88 @@ def read_explanation(text: str) -> str:
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c020
 _SIMULATE = (
-    "You play a neuron of a neural network. You are told what the neuron reacts to, and get a text as a list of tokens. "
-    "Give every token a level: 0 where the neuron is silent, up to 10 where it is as active as it gets. Most levels are 0."
+    "You play a neuron of a neural network. You are told what the neuron reacts to, and"
+    " get a text as a list of tokens. Give every token a level: 0 where the neuron is"
+    " silent, up to 10 where it is as active as it gets. Most levels are 0."
 )
-_AS_LINES = " Answer with the whole list again, each token followed by a tab and its level."
-_AS_JSON = ' Answer with a JSON object {"levels": {"0": 3, "1": 0, ...}}: the level of every token by its number, from 0 on.'
+_AS_LINES = (
+    " Answer with the whole list again, each token followed by a tab and its level."
+)
+_AS_JSON = (
+    ' Answer with a JSON object {"levels": {"0": 3, "1": 0, ...}}: the level of every'
+    " token by its number, from 0 on."
+)
 _ONE = " Answer with the level of the last token and nothing else."
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c021
+
 def _task(explanation: str, tokens: Sequence[str], numbered: bool) -> str:
-    lines = [f"{i}\t{show_token(t)}" if numbered else show_token(t) for i, t in enumerate(tokens)]
+    lines = [
+        f"{i}\t{show_token(t)}" if numbered else show_token(t)
+        for i, t in enumerate(tokens)
+    ]
     return "\n".join([f"The neuron reacts to: {explanation}", START, *lines, END])
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c022
-def simulate_messages(explanation: str, tokens: Sequence[str], *, as_json: bool = False) -> list[dict[str, str]]:
+
+def simulate_messages(
+    explanation: str, tokens: Sequence[str], *, as_json: bool = False
+) -> list[dict[str, str]]:
     """The request to write down the levels of an excerpt, as lines or as a JSON object."""
-    messages = [{"role": "system", "content": _SIMULATE + (_AS_JSON if as_json else _AS_LINES)}]
+    messages = [
+        {"role": "system", "content": _SIMULATE + (_AS_JSON if as_json else _AS_LINES)}
+    ]
     for shot in SHOTS:
         shown, levels = shot.excerpts[0]
         by_number = json.dumps({"levels": {str(i): v for i, v in enumerate(levels)}})
         answer = by_number if as_json else show_excerpt(shown, levels)
-        messages.append({"role": "user", "content": _task(shot.explanation, shown, as_json)})
+        messages.append(
+            {"role": "user", "content": _task(shot.explanation, shown, as_json)}
+        )
         messages.append({"role": "assistant", "content": answer})
     return [*messages, {"role": "user", "content": _task(explanation, tokens, as_json)}]
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c023
-def next_level_messages(explanation: str, tokens: Sequence[str], levels: Sequence[int]) -> list[dict[str, str]]:
+
+def next_level_messages(
+    explanation: str, tokens: Sequence[str], levels: Sequence[int]
+) -> list[dict[str, str]]:
     """The request for the level of the last of `tokens`, given those of all before it."""
     messages = [{"role": "system", "content": _SIMULATE + _ONE}]
     for shot in SHOTS:
         shown, known = shot.excerpts[0]
         at = known.index(max(known))
-        messages.append({"role": "user", "content": _so_far(shot.explanation, shown[: at + 1], known[:at])})
+        messages.append(
+            {
+                "role": "user",
+                "content": _so_far(shot.explanation, shown[: at + 1], known[:at]),
+            }
+        )
         messages.append({"role": "assistant", "content": str(known[at])})
-        messages.append({"role": "user", "content": _so_far(shot.explanation, shown[:1], [])})
+        messages.append(
+            {"role": "user", "content": _so_far(shot.explanation, shown[:1], [])}
+        )
         messages.append({"role": "assistant", "content": str(known[0])})
-    return [*messages, {"role": "user", "content": _so_far(explanation, tokens, levels)}]
+    return [
+        *messages,
+        {"role": "user", "content": _so_far(explanation, tokens, levels)},
+    ]
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c024
+
 def _so_far(explanation: str, tokens: Sequence[str], levels: Sequence[int]) -> str:
-    lines = [f"{show_token(t)}\t{v}" for t, v in zip(tokens, [*levels, ""], strict=True)]
+    lines = [
+        f"{show_token(t)}\t{v}" for t, v in zip(tokens, [*levels, ""], strict=True)
+    ]
     return "\n".join([f"The neuron reacts to: {explanation}", START, *lines])
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c025
+
 def echo_prompt(explanation: str, tokens: Sequence[str]) -> tuple[str, list[int]]:
-    """A plain prompt with `unknown` for every level, and where (in characters) each of these stands."""
+    """A plain prompt with `unknown` for every level, and where (in characters) each of
+    these stands.
+    """
     parts = [_SIMULATE]
     for shot in SHOTS:
-        parts += [f"The neuron reacts to: {shot.explanation}", show_excerpt(*shot.excerpts[0])]
+        parts += [
+            f"The neuron reacts to: {shot.explanation}",
+            show_excerpt(*shot.excerpts[0]),
+        ]
     text = "\n".join([*parts, f"The neuron reacts to: {explanation}", START]) + "\n"
     places = []
     for token in tokens:
@@ -181,34 +258,52 @@ def echo_prompt(explanation: str, tokens: Sequence[str]) -> tuple[str, list[int]
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c027
 def read_echo(
-    prompt: str, places: Sequence[int], tokens: Sequence[str], top_logprobs: TopLogprobs, *, offset: int = 0
+    prompt: str,
+    places: Sequence[int],
+    tokens: Sequence[str],
+    top_logprobs: TopLogprobs,
+    *,
+    offset: int = 0,
 ) -> list[list[tuple[str, float]]]:
-    """The alternatives at each place of an echoed prompt; `offset` for servers that report them late.
+    """The alternatives at each place of an echoed prompt; `offset` for servers that
+    report them late.
 
-    Where a server's token begins before the place (a tab and a level in one), that beginning is cut off its alternatives.
-    Raises `ValueError` if the tokens do not spell the prompt or there is nothing at a place.
+    Where a server's token begins before the place (a tab and a level in one), that
+    beginning is cut off its alternatives. Raises `ValueError` if the tokens do not
+    spell the prompt or there is nothing at a place.
     """
     starts, end = [], 0
     for token in tokens:
         starts.append(end)
         end += len(token)
     if "".join(tokens)[: len(prompt)] != prompt:
-        raise ValueError("the echoed tokens do not spell the prompt: use another way to simulate with this server")
+        raise ValueError(
+            "the echoed tokens do not spell the prompt: use another way to simulate"
+            " with this server"
+        )
     found = []
     for place in places:
         i = max(j for j, start in enumerate(starts) if start <= place)
         before = prompt[starts[i] : place]
         top = top_logprobs[i + offset] if i + offset < len(top_logprobs) else []
-        found.append([(text[len(before) :], lp) for text, lp in top if text.startswith(before)])
+        found.append(
+            [(text[len(before) :], lp) for text, lp in top if text.startswith(before)]
+        )
         if not top:
-            raise ValueError(f"the echo says nothing about the level at character {place}")
+            raise ValueError(
+                f"the echo says nothing about the level at character {place}"
+            )
     return found
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c030
-def parse_levels(text: str, tokens: Sequence[str], *, mark: str = "", max_missing: float = 0.1) -> list[int]:
-    """The level of each token in lines of token, tab, level (each perhaps closed by `mark`).
+def parse_levels(
+    text: str, tokens: Sequence[str], *, mark: str = "", max_missing: float = 0.1
+) -> list[int]:
+    """The level of each token in lines of token, tab, level (each perhaps closed by
+    `mark`).
 
-    Raises `ValueError` if lost and surplus lines together are more than a share `max_missing` of the tokens.
+    Raises `ValueError` if lost and surplus lines together are more than a share
+    `max_missing` of the tokens.
     """
     said = []
     for line in text.split("\n"):
@@ -218,29 +313,42 @@ def parse_levels(text: str, tokens: Sequence[str], *, mark: str = "", max_missin
     wanted = [_key(show_token(t)) for t in tokens]
     keys = [_key(t) if _key(t) in wanted else _key(show_token(t)) for t, _ in said]
     levels: dict[int, int] = {}
-    for a, b, n in difflib.SequenceMatcher(None, wanted, keys, autojunk=False).get_matching_blocks():
+    for a, b, n in difflib.SequenceMatcher(
+        None, wanted, keys, autojunk=False
+    ).get_matching_blocks():
         levels.update({a + i: said[b + i][1] for i in range(n)})
     return _filled(levels, len(tokens), len(said) - len(levels), max_missing)
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c031
+
 def _key(shown: str) -> str:
     """Tokens are compared without outer spaces, which models like to drop."""
     return shown.strip(" ") or shown
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c032
-def _filled(levels: Mapping[int, int], n: int, surplus: int, max_missing: float) -> list[int]:
+
+def _filled(
+    levels: Mapping[int, int], n: int, surplus: int, max_missing: float
+) -> list[int]:
     missing = n - len(levels)
     if missing + surplus > max_missing * n:
-        raise ValueError(f"of {n} levels {missing} are missing, and {surplus} belong to no token: the answer is unusable")
+        raise ValueError(
+            f"of {n} levels {missing} are missing, and {surplus} belong to no token:"
+            " the answer is unusable"
+        )
     return [levels.get(i, 0) for i in range(n)]
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c033
+
 def parse_json_levels(text: str, n: int, *, max_missing: float = 0.1) -> list[int]:
-    """The levels of `n` tokens in `{"levels": {"0": 3, ...}}`, or in a list of exactly `n`. Raises `ValueError`."""
+    """The levels of `n` tokens in `{"levels": {"0": 3, ...}}`, or in a list of exactly
+    `n`. Raises `ValueError`.
+    """
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])["levels"]
         pairs = found.items() if isinstance(found, dict) else enumerate(found)
-        levels = {int(i): v for i, v in pairs if isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 10}
+        levels = {
+            int(i): v
+            for i, v in pairs
+            if isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 10
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no JSON object with levels in {text[:80]!r}") from error
     if isinstance(found, list) and len(found) != n:
@@ -250,28 +358,46 @@ def parse_json_levels(text: str, n: int, *, max_missing: float = 0.1) -> list[in
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c036
 _JUDGE = (
-    "You are told what a neuron of a neural network reacts to, and get numbered excerpts. {task} Answer with a JSON object "
-    '{{"answers": [true, false, ...]}} with one answer per excerpt, in order, and nothing else.'
+    "You are told what a neuron of a neural network reacts to, and get numbered"
+    ' excerpts. {task} Answer with a JSON object {{"answers": [true, false, ...]}} with'
+    " one answer per excerpt, in order, and nothing else."
 )
 _DETECT = "For each, decide whether the neuron is active somewhere in it."
-_FUZZ = "In each, some tokens are marked like «this». Decide for each whether the marked tokens are what it reacts to."
+_FUZZ = (
+    "In each, some tokens are marked like «this». Decide for each whether the marked"
+    " tokens are what it reacts to."
+)
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c037
-def judge_messages(explanation: str, excerpts: Sequence[str], *, marked: bool = False) -> list[dict[str, str]]:
-    """The request to judge excerpts: whether the neuron fires in them, or (`marked`) whether it fires where they say."""
+
+def judge_messages(
+    explanation: str, excerpts: Sequence[str], *, marked: bool = False
+) -> list[dict[str, str]]:
+    """The request to judge excerpts: whether the neuron fires in them, or (`marked`)
+    whether it fires where they say.
+    """
     lines = [f"{i}. {text!r}" for i, text in enumerate(excerpts, 1)]
     return [
         {"role": "system", "content": _JUDGE.format(task=_FUZZ if marked else _DETECT)},
-        {"role": "user", "content": "\n".join([f"The neuron reacts to: {explanation}", *lines])},
+        {
+            "role": "user",
+            "content": "\n".join([f"The neuron reacts to: {explanation}", *lines]),
+        },
     ]
 
-# %% ../../nbs/library/neurons/explainer_prompts.ipynb #c038
+
 def parse_answers(text: str, n: int) -> list[bool]:
-    """The `n` answers of a judge. Raises `ValueError` unless there are exactly `n`, all true or false."""
+    """The `n` answers of a judge.
+
+    Raises `ValueError` unless there are exactly `n`, all true or false.
+    """
     try:
         answers = json.loads(text[text.index("{") : text.rindex("}") + 1])["answers"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no JSON object with answers in {text[:80]!r}") from error
-    if not isinstance(answers, list) or len(answers) != n or not all(isinstance(a, bool) for a in answers):
+    if (
+        not isinstance(answers, list)
+        or len(answers) != n
+        or not all(isinstance(a, bool) for a in answers)
+    ):
         raise ValueError(f"need {n} answers true or false, not {str(answers)[:80]}")
     return answers

@@ -12,39 +12,69 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from mechtut.neurons.explainer_prompts import (
-    echo_prompt, explain_messages, judge_messages, next_level_messages, parse_answers, parse_json_levels, parse_levels,
-    read_echo, read_explanation, show_token, simulate_messages,
-)  # fmt: skip
+    echo_prompt,
+    explain_messages,
+    judge_messages,
+    next_level_messages,
+    parse_answers,
+    parse_json_levels,
+    parse_levels,
+    read_echo,
+    read_explanation,
+    show_token,
+    simulate_messages,
+)
 from .records import NeuronRecord
 from .rules import Explanation
 from .scoring import LEVELS, expected_value, max_activation, records_of
-from .client import Request, Server, ServerError, chat, completion, decision, expected_levels, logprobs, texts
+from mechtut.neurons.client import (
+    Request,
+    Server,
+    ServerError,
+    chat,
+    completion,
+    decision,
+    expected_levels,
+    logprobs,
+    texts,
+)
 
 # %% ../../nbs/library/neurons/explainers.ipynb #c004
 Answer = TypeVar("Answer")
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c005
-def readable(
-    server: Server, ask: Callable[[int, int], Request], read: Callable[[int, dict[str, Any]], Answer], n: int, attempts: int
-) -> list[Answer]:
-    """`n` answers as `read` understands them: `ask(i, attempt)` makes request `i`, and what cannot be read is asked again.
 
-    Raises `ServerError` with the last reason if one of them stays unreadable; the readable ones are in the server's cache.
+def readable(
+    server: Server,
+    ask: Callable[[int, int], Request],
+    read: Callable[[int, dict[str, Any]], Answer],
+    n: int,
+    attempts: int,
+) -> list[Answer]:
+    """`n` answers as `read` understands them: `ask(i, attempt)` makes request `i`, and
+    what cannot be read is asked again.
+
+    Raises `ServerError` with the last reason if one of them stays unreadable; the
+    readable ones are in the server's cache.
     """
     found: dict[int, Answer] = {}
     reason = ""
     for attempt in range(attempts):
         todo = [i for i in range(n) if i not in found]
-        for i, answer in zip(todo, server.send([ask(i, attempt) for i in todo]), strict=True):
+        for i, answer in zip(
+            todo, server.send([ask(i, attempt) for i in todo]), strict=True
+        ):
             try:
                 found[i] = read(i, answer)
             except (ValueError, ServerError) as error:
                 reason = str(error)
         if len(found) == n:
             return [found[i] for i in range(n)]
-    raise ServerError(f"{n - len(found)} of {n} answers could not be used after {attempts} attempts; the last: {reason}")
+    raise ServerError(
+        f"{n - len(found)} of {n} answers could not be used after {attempts} attempts;"
+        f" the last: {reason}"
+    )
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c006
+
 def _variation(attempt: int) -> dict[str, Any]:
     """The first attempt is the likeliest answer, later ones are drawn."""
     return {"temperature": 0.7, "seed": attempt} if attempt else {}
@@ -52,7 +82,9 @@ def _variation(attempt: int) -> dict[str, Any]:
 # %% ../../nbs/library/neurons/explainers.ipynb #c009
 @dataclass(frozen=True)
 class ServerExplainer:
-    """Explains neurons by a language model that sees the train excerpts; `n_samples` explanations are drawn."""
+    """Explains neurons by a language model that sees the train excerpts; `n_samples`
+    explanations are drawn.
+    """
 
     server: Server
     n_samples: int = 1
@@ -72,37 +104,64 @@ class ServerExplainer:
         """Sentences in which the explanation holds, to see whether the neuron agrees."""
         return _sentences(self, explanation, n)
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c010
+
 def _messages(record: NeuronRecord, max_characters: int) -> list[dict[str, str]]:
     seen = [*records_of(record, "train")[0], *record.counter_examples]
     if max_activation(seen) <= 0:
         where = f"neuron {record.layer}.{record.neuron}"
-        raise ValueError(f"{where} is never active in its train excerpts: there is nothing to explain")
+        raise ValueError(
+            f"{where} is never active in its train excerpts: there is nothing to"
+            " explain"
+        )
     return explain_messages(seen, max_characters=max_characters)
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c011
-def _explanations(explainer: ServerExplainer, prompts: Sequence[list[dict[str, str]]]) -> list[list[str]]:
-    """`n_samples` readable explanations per prompt: in one request each if the server honours `n`, else in as many."""
+
+def _explanations(
+    explainer: ServerExplainer, prompts: Sequence[list[dict[str, str]]]
+) -> list[list[str]]:
+    """`n_samples` readable explanations per prompt: in one request each if the server
+    honours `n`, else in as many.
+    """
     wanted = explainer.n_samples
     together = wanted > 1 and explainer.server.capabilities.n
     copies = 1 if together else wanted
 
     def ask(i: int, attempt: int) -> Request:
-        draw = {"temperature": 1.0, "seed": i % copies + copies * attempt} if wanted > 1 else _variation(attempt)
-        return chat(prompts[i // copies], max_tokens=60, n=wanted if together else 1, **draw)
+        draw = (
+            {"temperature": 1.0, "seed": i % copies + copies * attempt}
+            if wanted > 1
+            else _variation(attempt)
+        )
+        return chat(
+            prompts[i // copies], max_tokens=60, n=wanted if together else 1, **draw
+        )
 
     def read(_i: int, answer: dict[str, Any]) -> list[str]:
         return [read_explanation(t) for t in texts(answer)]
 
-    flat = readable(explainer.server, ask, read, len(prompts) * copies, explainer.attempts)
-    return [[text for part in flat[i : i + copies] for text in part] for i in range(0, len(flat), copies)]
+    flat = readable(
+        explainer.server, ask, read, len(prompts) * copies, explainer.attempts
+    )
+    return [
+        [text for part in flat[i : i + copies] for text in part]
+        for i in range(0, len(flat), copies)
+    ]
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c012
-def _sentences(explainer: ServerExplainer, explanation: Explanation, n: int) -> list[str]:
-    wanted = f"Write {n} short, very different sentences, one per line, that each contain {explanation.text}. No numbering."
+
+def _sentences(
+    explainer: ServerExplainer, explanation: Explanation, n: int
+) -> list[str]:
+    wanted = (
+        f"Write {n} short, very different sentences, one per line, that each contain"
+        f" {explanation.text}. No numbering."
+    )
 
     def ask(_i: int, attempt: int) -> Request:
-        return chat([{"role": "user", "content": wanted}], max_tokens=60 * n, **_variation(attempt))
+        return chat(
+            [{"role": "user", "content": wanted}],
+            max_tokens=60 * n,
+            **_variation(attempt),
+        )
 
     def read(_i: int, answer: dict[str, Any]) -> list[str]:
         lines = [line.strip() for line in texts(answer)[0].splitlines() if line.strip()]
@@ -115,14 +174,15 @@ def _sentences(explainer: ServerExplainer, explanation: Explanation, n: int) -> 
 # %% ../../nbs/library/neurons/explainers.ipynb #c014
 Way = Literal["auto", "echo", "token", "decision", "json", "text"]
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c015
+
 @dataclass(frozen=True)
 class ServerSimulator:
     """Simulates neurons by a language model.
 
-    `echo` asks once per excerpt for log-probabilities at every level, `token` once per token, `decision` for probabilities
-    of typed questions; `json` and `text` let the model write the levels. `auto` takes the first that the server was seen
-    to do. Above a share `max_missing` of tokens without a usable answer, a simulation is an error.
+    `echo` asks once per excerpt for log-probabilities at every level, `token` once per
+    token, `decision` for probabilities of typed questions; `json` and `text` let the
+    model write the levels. `auto` takes the first that the server was seen to do. Above
+    a share `max_missing` of tokens without a usable answer, a simulation is an error.
     """
 
     server: Server
@@ -130,11 +190,21 @@ class ServerSimulator:
     attempts: int = 3
     max_missing: float = 0.1
 
-    def simulate(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def simulate(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
         """Expected levels of every token. Raises `ServerError` rather than to guess."""
-        ways = {"echo": _by_echo, "token": _by_token, "decision": _by_decision, "json": _written, "text": _written}
+        ways = {
+            "echo": _by_echo,
+            "token": _by_token,
+            "decision": _by_decision,
+            "json": _written,
+            "text": _written,
+        }
         if self.chosen not in ways:
-            raise ValueError(f"way must be 'auto' or one of {', '.join(ways)}, not {self.way!r}")
+            raise ValueError(
+                f"way must be 'auto' or one of {', '.join(ways)}, not {self.way!r}"
+            )
         return ways[self.chosen](self, explanation.text, [list(e) for e in excerpts])
 
     @property
@@ -142,25 +212,43 @@ class ServerSimulator:
         """The way that `auto` takes with this server."""
         return _best_way(self.server) if self.way == "auto" else self.way
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c016
+
 def _best_way(server: Server) -> str:
     can = server.capabilities
-    able = {"echo": can.echo_offset is not None, "token": can.top_logprobs or can.completion_logprobs,
-            "decision": can.decision, "json": can.json_mode, "text": can.chat}  # fmt: skip
+    able = {
+        "echo": can.echo_offset is not None,
+        "token": can.top_logprobs or can.completion_logprobs,
+        "decision": can.decision,
+        "json": can.json_mode,
+        "text": can.chat,
+    }
     found = next((way for way, does in able.items() if does), None)
     if found is None:
-        raise ServerError("this server can do nothing that a simulation needs: no log-probabilities and no chat")
+        raise ServerError(
+            "this server can do nothing that a simulation needs: no log-probabilities"
+            " and no chat"
+        )
     return found
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c017
-def _by_echo(simulator: ServerSimulator, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+
+def _by_echo(
+    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
+) -> list[list[float]]:
     can = simulator.server.capabilities
     if can.echo_offset is None:
-        raise ServerError("this server gives no aligned log-probabilities of its prompt: use another way")
+        raise ServerError(
+            "this server gives no aligned log-probabilities of its prompt: use"
+            " another way"
+        )
     prompts = [echo_prompt(said, e) for e in excerpts]
-    requests = [completion(p, top_logprobs=can.completion_logprobs, echo=True) for p, _ in prompts]
+    requests = [
+        completion(p, top_logprobs=can.completion_logprobs, echo=True)
+        for p, _ in prompts
+    ]
     values = []
-    for (prompt, places), answer in zip(prompts, simulator.server.send(requests), strict=True):
+    for (prompt, places), answer in zip(
+        prompts, simulator.server.send(requests), strict=True
+    ):
         try:
             tops = read_echo(prompt, places, *logprobs(answer), offset=can.echo_offset)
         except ValueError as error:
@@ -168,32 +256,44 @@ def _by_echo(simulator: ServerSimulator, said: str, excerpts: list[list[str]]) -
         values.append(_expected(tops, simulator.max_missing))
     return values
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c018
-def _by_token(simulator: ServerSimulator, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+
+def _by_token(
+    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
+) -> list[list[float]]:
     """One request per token; all excerpts take their next step together."""
     tops: list[list[list[tuple[str, float]]]] = [[] for _ in excerpts]
     levels: list[list[int]] = [[] for _ in excerpts]
     for pos in range(max(map(len, excerpts))):
         going = [i for i, e in enumerate(excerpts) if pos < len(e)]
-        asked = [next_level_messages(said, excerpts[i][: pos + 1], levels[i]) for i in going]
-        answers = simulator.server.send([_one_level(simulator.server, m) for m in asked])
+        asked = [
+            next_level_messages(said, excerpts[i][: pos + 1], levels[i]) for i in going
+        ]
+        answers = simulator.server.send(
+            [_one_level(simulator.server, m) for m in asked]
+        )
         for i, answer in zip(going, answers, strict=True):
             top = logprobs(answer)[1][0]
             tops[i].append(top)
             levels[i].append(0 if math.isnan(v := _value(top)) else round(v))
     return [_expected(row, simulator.max_missing) for row in tops]
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c019
+
 def _one_level(server: Server, messages: list[dict[str, str]]) -> Request:
-    """The request for one level: as a chat, or as plain text for servers with log-probabilities only there."""
+    """The request for one level: as a chat, or as plain text for servers with
+    log-probabilities only there.
+    """
     can = server.capabilities
     if can.top_logprobs or not can.completion_logprobs:
         return chat(messages, max_tokens=1, top_logprobs=can.top_logprobs or 20)
-    return completion("\n".join(_as_text(messages)), top_logprobs=can.completion_logprobs)
+    return completion(
+        "\n".join(_as_text(messages)), top_logprobs=can.completion_logprobs
+    )
 
 # %% ../../nbs/library/neurons/explainers.ipynb #c021
 def _as_text(messages: Sequence[dict[str, str]]) -> list[str]:
-    """Messages as one plain text that ends where the level comes next: answers stand right behind the question's tab."""
+    """Messages as one plain text that ends where the level comes next: answers stand
+    right behind the question's tab.
+    """
     parts: list[str] = []
     for m in messages:
         if m["role"] == "assistant":
@@ -202,47 +302,73 @@ def _as_text(messages: Sequence[dict[str, str]]) -> list[str]:
             parts.append(m["content"])
     return parts
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c022
-def _by_decision(simulator: ServerSimulator, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+
+def _by_decision(
+    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
+) -> list[list[float]]:
     values = []
     for tokens in excerpts:
         state = f"A neuron reacts to: {said}. Text: {''.join(tokens)}"
-        asked = {str(i): f"How active is it at token {i}, {show_token(t)!r}?" for i, t in enumerate(tokens)}
-        parts = [dict(list(asked.items())[k : k + 64]) for k in range(0, len(asked), 64)]  # the endpoint's limit
+        asked = {
+            str(i): f"How active is it at token {i}, {show_token(t)!r}?"
+            for i, t in enumerate(tokens)
+        }
+        parts = [
+            dict(list(asked.items())[k : k + 64]) for k in range(0, len(asked), 64)
+        ]  # the endpoint's limit
         answers = simulator.server.send([decision(state, part, 11) for part in parts])
-        values.append([v for a, part in zip(answers, parts, strict=True) for v in expected_levels(a, list(part))])
+        values.append(
+            [
+                v
+                for a, part in zip(answers, parts, strict=True)
+                for v in expected_levels(a, list(part))
+            ]
+        )
     return values
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c023
-def _written(simulator: ServerSimulator, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+
+def _written(
+    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
+) -> list[list[float]]:
     as_json = simulator.chosen == "json"
 
     def ask(i: int, attempt: int) -> Request:
         messages = simulate_messages(said, excerpts[i], as_json=as_json)
-        room = 16 * len(excerpts[i]) + 32  # a lost answer costs more than room for a long one
+        room = (
+            16 * len(excerpts[i]) + 32
+        )  # a lost answer costs more than room for a long one
         return chat(messages, max_tokens=room, json_mode=as_json, **_variation(attempt))
 
     def read(i: int, answer: dict[str, Any]) -> list[int]:
         text, tokens = texts(answer)[0], excerpts[i]
         if as_json:
-            return parse_json_levels(text, len(tokens), max_missing=simulator.max_missing)
+            return parse_json_levels(
+                text, len(tokens), max_missing=simulator.max_missing
+            )
         return parse_levels(text, tokens, max_missing=simulator.max_missing)
 
     rows = readable(simulator.server, ask, read, len(excerpts), simulator.attempts)
     return [[float(v) for v in row] for row in rows]
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c024
+
 def _value(top: Sequence[tuple[str, float]]) -> float:
     """The expected level, NaN where no level is among the alternatives."""
     return expected_value(top) if any(t in LEVELS for t, _ in top) else math.nan
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c025
-def _expected(tops: Sequence[Sequence[tuple[str, float]]], max_missing: float) -> list[float]:
-    """Expected levels; a few places where no level is among the alternatives count as 0, many are an error."""
+
+def _expected(
+    tops: Sequence[Sequence[tuple[str, float]]], max_missing: float
+) -> list[float]:
+    """Expected levels; a few places where no level is among the alternatives count as
+    0, many are an error.
+    """
     values = [_value(top) for top in tops]
     lost = sum(math.isnan(v) for v in values)
     if lost > max_missing * len(values):
-        raise ServerError(f"no level 0 … 10 among the alternatives at {lost} of {len(values)} tokens: use another way")
+        raise ServerError(
+            f"no level 0 … 10 among the alternatives at {lost} of {len(values)} tokens:"
+            " use another way"
+        )
     return [0.0 if math.isnan(v) else v for v in values]
 
 # %% ../../nbs/library/neurons/explainers.ipynb #c028
@@ -254,26 +380,46 @@ class ServerJudge:
     batch: int = 10
     attempts: int = 3
 
-    def detect(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[bool]:
+    def detect(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[bool]:
         """Is the neuron active somewhere in each excerpt?"""
         return self._judge(explanation, ["".join(e) for e in excerpts], marked=False)
 
     def fuzz(
-        self, explanation: Explanation, excerpts: Sequence[Sequence[str]], marks: Sequence[Sequence[bool]]
-    ) -> list[bool]:  # fmt: skip
+        self,
+        explanation: Explanation,
+        excerpts: Sequence[Sequence[str]],
+        marks: Sequence[Sequence[bool]],
+    ) -> list[bool]:
         """Are the marked tokens of each excerpt those that the neuron reacts to?"""
         pairs = [zip(e, m, strict=True) for e, m in zip(excerpts, marks, strict=True)]
-        return self._judge(explanation, ["".join(f"«{t}»" if on else t for t, on in p) for p in pairs], marked=True)
+        return self._judge(
+            explanation,
+            ["".join(f"«{t}»" if on else t for t, on in p) for p in pairs],
+            marked=True,
+        )
 
-    def _judge(self, explanation: Explanation, shown: list[str], *, marked: bool) -> list[bool]:
+    def _judge(
+        self, explanation: Explanation, shown: list[str], *, marked: bool
+    ) -> list[bool]:
         parts = [shown[i : i + self.batch] for i in range(0, len(shown), self.batch)]
         json_mode = self.server.capabilities.json_mode
 
         def ask(i: int, attempt: int) -> Request:
             messages = judge_messages(explanation.text, parts[i], marked=marked)
-            return chat(messages, max_tokens=8 * len(parts[i]) + 32, json_mode=json_mode, **_variation(attempt))
+            return chat(
+                messages,
+                max_tokens=8 * len(parts[i]) + 32,
+                json_mode=json_mode,
+                **_variation(attempt),
+            )
 
         def read(i: int, answer: dict[str, Any]) -> list[bool]:
             return parse_answers(texts(answer)[0], len(parts[i]))
 
-        return [a for part in readable(self.server, ask, read, len(parts), self.attempts) for a in part]
+        return [
+            a
+            for part in readable(self.server, ask, read, len(parts), self.attempts)
+            for a in part
+        ]

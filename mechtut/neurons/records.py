@@ -27,9 +27,11 @@ from .statistics import Reservoir, State, moments, unpack
 # %% ../../nbs/library/neurons/records.ipynb #c004
 @dataclass(frozen=True)
 class ActivationRecord:
-    """An excerpt of text: its tokens, and how active one neuron was at each of them. `ids` are the tokens' numbers.
+    """An excerpt of text: its tokens, and how active one neuron was at each of them.
+    `ids` are the tokens' numbers.
 
-    Raises `ValueError` if there are no tokens, if there are not as many activations, or if one of these is not finite.
+    Raises `ValueError` if there are no tokens, if there are not as many activations, or
+    if one of these is not finite.
     """
 
     tokens: list[str]
@@ -38,18 +40,24 @@ class ActivationRecord:
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, str):
-            raise TypeError(f"tokens must be a list of strings, not one string ({self.tokens[:20]!r}); split it")
+            raise TypeError(
+                "tokens must be a list of strings, not one string"
+                f" ({self.tokens[:20]!r}); split it"
+            )
         object.__setattr__(self, "tokens", list(self.tokens))
         object.__setattr__(self, "activations", [float(a) for a in self.activations])
         if not self.tokens or len(self.tokens) != len(self.activations):
             raise ValueError(
-                f"a record has one activation per token and at least one token, not {len(self.tokens)} tokens and "
-                f"{len(self.activations)} activations"
+                "a record has one activation per token and at least one token, not"
+                f" {len(self.tokens)} tokens and {len(self.activations)} activations"
             )
         bad = [i for i, a in enumerate(self.activations) if not math.isfinite(a)]
         if bad:
             i = bad[0]
-            raise ValueError(f"activation {i} (token {self.tokens[i]!r}) is {self.activations[i]}; they must be finite")
+            raise ValueError(
+                f"activation {i} (token {self.tokens[i]!r}) is {self.activations[i]};"
+                " they must be finite"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,10 +72,12 @@ class ActivationRecord:
 class NeuronRecord:
     """All that is kept about one neuron.
 
-    `top` are its strongest excerpts, by their largest activation, the strongest first; of equals the earlier one. `random`
-    is a random sample of the others. `quantiles[i]` holds further random excerpts whose largest activation lies between
-    `quantile_boundaries[i]` and `[i + 1]`. No excerpt is in two of the three. Moments are over all tokens of the corpus;
-    `kurtosis` is 3 for a normal distribution; `density` is the share of tokens with a positive activation.
+    `top` are its strongest excerpts, by their largest activation, the strongest first;
+    of equals the earlier one. `random` is a random sample of the others. `quantiles[i]`
+    holds further random excerpts whose largest activation lies between
+    `quantile_boundaries[i]` and `[i + 1]`. No excerpt is in two of the three. Moments
+    are over all tokens of the corpus; `kurtosis` is 3 for a normal distribution;
+    `density` is the share of tokens with a positive activation.
     """
 
     layer: int
@@ -81,16 +91,23 @@ class NeuronRecord:
     skewness: float = math.nan
     kurtosis: float = math.nan
     density: float = math.nan
-    counter_examples: list[ActivationRecord] = field(default_factory=list)  # from a revision
+    counter_examples: list[ActivationRecord] = field(
+        default_factory=list
+    )  # from a revision
 
     @property
     def spare(self) -> list[ActivationRecord]:
-        """The quantile samples in one list: text that explainers may look at, since no score is ever taken there."""
+        """The quantile samples in one list: text that explainers may look at, since no
+        score is ever taken there.
+        """
         return [r for group in self.quantiles for r in group]
 
     def __repr__(self) -> str:
         largest = max(self.top[0].activations) if self.top else math.nan
-        return f"NeuronRecord({self.layer}.{self.neuron}: {len(self.top)} top, {len(self.random)} random, max {largest:.3g})"
+        return (
+            f"NeuronRecord({self.layer}.{self.neuron}: {len(self.top)} top,"
+            f" {len(self.random)} random, max {largest:.3g})"
+        )
 
 # %% ../../nbs/library/neurons/records.ipynb #c008
 @dataclass(frozen=True)
@@ -108,7 +125,9 @@ class Plan:
 
     @property
     def n_pool(self) -> int:
-        """Random excerpts kept in full: even if all of a neuron's top excerpts are among them, `n_random` are left."""
+        """Random excerpts kept in full: even if all of a neuron's top excerpts are
+        among them, `n_random` are left.
+        """
         return self.n_random + self.n_top if self.n_random else 0
 
     @property
@@ -116,54 +135,79 @@ class Plan:
         """Random excerpts whose largest activations give the quantiles."""
         return 1024 if self.n_random else 0
 
-# %% ../../nbs/library/neurons/records.ipynb #c009
+
 @dataclass
 class Kept:
     """What a pass over a corpus has kept so far."""
 
     token_counts: Int[Tensor, "d_vocab"]
     states: dict[int, State] = field(default_factory=dict)  # tensors by layer
-    excerpts: dict[int, Int[np.ndarray, "pos"]] = field(default_factory=dict)  # token ids by excerpt number
-    pool: list[int] = field(default_factory=list)  # excerpts of the random sample, by slot
+    excerpts: dict[int, Int[np.ndarray, "pos"]] = field(
+        default_factory=dict
+    )  # token ids by excerpt number
+    pool: list[int] = field(
+        default_factory=list
+    )  # excerpts of the random sample, by slot
     maxima: list[int] = field(default_factory=list)  # of the larger one
     n_excerpts: int = 0
 
 # %% ../../nbs/library/neurons/records.ipynb #c011
 def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
-    """Write what was kept into a new sub-folder, point the manifest at it, and remove older ones."""
+    """Write what was kept into a new sub-folder, point the manifest at it, and remove
+    older ones.
+    """
     shards = folder / f"excerpts-{kept.n_excerpts:09d}"
     shutil.rmtree(shards, ignore_errors=True)
     shards.mkdir(parents=True)
     for layer, state in kept.states.items():
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, shards / f"layer-{layer:03d}.safetensors")
+        save_file(
+            {k: v.cpu().contiguous() for k, v in state.items()},
+            shards / f"layer-{layer:03d}.safetensors",
+        )
     ids = sorted(kept.excerpts)
-    tokens = np.stack([kept.excerpts[i] for i in ids]) if ids else np.zeros((0, 1), np.int32)
+    tokens = (
+        np.stack([kept.excerpts[i] for i in ids]) if ids else np.zeros((0, 1), np.int32)
+    )
     numbers = {"ids": ids, "pool": kept.pool, "maxima": kept.maxima}
     tensors = {k: torch.tensor(v, dtype=torch.int64) for k, v in numbers.items()}
     tensors |= {"tokens": torch.from_numpy(tokens), "token_counts": kept.token_counts}
     save_file(tensors, shards / "excerpts.safetensors")
     half = folder / "manifest.json.part"
-    half.write_text(json.dumps({"shards": shards.name, "n_excerpts": kept.n_excerpts, **about}, indent=1))
+    half.write_text(
+        json.dumps(
+            {"shards": shards.name, "n_excerpts": kept.n_excerpts, **about}, indent=1
+        )
+    )
     half.replace(folder / "manifest.json")
     for old in folder.glob("excerpts-*"):
         if old != shards:
             shutil.rmtree(old)
 
-# %% ../../nbs/library/neurons/records.ipynb #c012
+
 def read_shards(folder: Path) -> tuple[Kept, dict[str, Any]]:
     """What `write_shards` wrote, and the rest of the manifest."""
     about = json.loads((folder / "manifest.json").read_text())
     shards = folder / about["shards"]
     shared = load_file(shards / "excerpts.safetensors")
-    states = {int(p.stem[6:]): load_file(p) for p in sorted(shards.glob("layer-*.safetensors"))}
+    states = {
+        int(p.stem[6:]): load_file(p)
+        for p in sorted(shards.glob("layer-*.safetensors"))
+    }
     excerpts = dict(zip(shared["ids"].tolist(), shared["tokens"].numpy(), strict=True))
     pool, maxima = shared["pool"].tolist(), shared["maxima"].tolist()
-    return Kept(shared["token_counts"], states, excerpts, pool, maxima, about["n_excerpts"]), about
+    return (
+        Kept(
+            shared["token_counts"], states, excerpts, pool, maxima, about["n_excerpts"]
+        ),
+        about,
+    )
 
 # %% ../../nbs/library/neurons/records.ipynb #c015
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NeuronRecords(Result):
-    """The records of many neurons: `records[layer, neuron]` is a `NeuronRecord`, and iterating gives (layer, neuron)."""
+    """The records of many neurons: `records[layer, neuron]` is a `NeuronRecord`, and
+    iterating gives (layer, neuron).
+    """
 
     plan: Plan
     kept: Kept = field(repr=False)
@@ -178,61 +222,103 @@ class NeuronRecords(Result):
         return _neuron_record(self, *where)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((layer, i) for layer, state in self.kept.states.items() for i in range(len(state["top_keys"])))
+        return (
+            (layer, i)
+            for layer, state in self.kept.states.items()
+            for i in range(len(state["top_keys"]))
+        )
 
     def __len__(self) -> int:
         return sum(len(state["top_keys"]) for state in self.kept.states.values())
 
     def token_means(self, layer: int, neuron: int) -> dict[str, float]:
-        """A neuron's mean activation on each token of the corpus; needs `collect(..., token_table=True)`."""
+        """A neuron's mean activation on each token of the corpus; needs `collect(...,
+        token_table=True)`.
+        """
         return _token_means(self, layer, neuron)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per neuron: its largest activation, and moments and density where they were collected."""
-        return pd.concat([_layer_table(self, layer) for layer in self.kept.states], ignore_index=True)
+        """One row per neuron: its largest activation, and moments and density where
+        they were collected.
+        """
+        return pd.concat(
+            [_layer_table(self, layer) for layer in self.kept.states], ignore_index=True
+        )
 
     def save(self, folder: str | Path) -> Path:
-        """`collect(..., folder=...)` writes shards as it goes; there is nothing else to write."""
-        raise NotImplementedError("collect(..., folder=...) writes the records; NeuronRecords.load(folder) reads them")
+        """`collect(..., folder=...)` writes shards as it goes; there is nothing else to
+        write.
+        """
+        raise NotImplementedError(
+            "collect(..., folder=...) writes the records; NeuronRecords.load(folder)"
+            " reads them"
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what `collect` wrote into `folder`. Raises `ValueError` if that run was never finished."""
+        """Read what `collect` wrote into `folder`.
+
+        Raises `ValueError` if that run was never finished.
+        """
         return cls(**_loaded(Path(folder)))
 
-# %% ../../nbs/library/neurons/records.ipynb #c016
+
 def _loaded(folder: Path) -> dict[str, Any]:
     kept, about = read_shards(folder)
     if not about["complete"]:
-        raise ValueError(f"{folder} holds an unfinished collection ({kept.n_excerpts} excerpts): call collect again")
+        raise ValueError(
+            f"{folder} holds an unfinished collection ({kept.n_excerpts} excerpts):"
+            " call collect again"
+        )
     plan = Plan(**{**about["plan"], "layers": tuple(about["plan"]["layers"])})
     vocabulary = {int(i): s for i, s in about["vocabulary"].items()}
-    return {"plan": plan, "kept": kept, "vocabulary": vocabulary, "provenance": about["provenance"]}
+    return {
+        "plan": plan,
+        "kept": kept,
+        "vocabulary": vocabulary,
+        "provenance": about["provenance"],
+    }
 
-# %% ../../nbs/library/neurons/records.ipynb #c017
+
 _MOMENTS = ("mean", "variance", "skewness", "kurtosis", "density")
 
-# %% ../../nbs/library/neurons/records.ipynb #c018
+
 def _moments(records: NeuronRecords, layer: int) -> dict[str, list[float]]:
-    """Moments and density of every neuron of a layer, by name; nothing if they were not collected."""
+    """Moments and density of every neuron of a layer, by name; nothing if they were not
+    collected.
+    """
     if not records.plan.moments:
         return {}
     state = records.kept.states[layer]
-    values = moments(state["sums"], state["shift"].double(), records.n_excerpts * records.plan.n_tokens)
+    values = moments(
+        state["sums"],
+        state["shift"].double(),
+        records.n_excerpts * records.plan.n_tokens,
+    )
     return dict(zip(_MOMENTS, values.tolist(), strict=True))
 
-# %% ../../nbs/library/neurons/records.ipynb #c019
+
 def _layer_table(records: NeuronRecords, layer: int) -> pd.DataFrame:
     values = unpack(records.kept.states[layer]["top_keys"].max(1).values)[0]
-    table = pd.DataFrame({"layer": layer, "neuron": range(len(values)), "max": values.tolist()})
+    table = pd.DataFrame(
+        {"layer": layer, "neuron": range(len(values)), "max": values.tolist()}
+    )
     return table.assign(**_moments(records, layer))
 
-# %% ../../nbs/library/neurons/records.ipynb #c020
+
 def _token_means(records: NeuronRecords, layer: int, neuron: int) -> dict[str, float]:
     if not records.plan.token_table:
-        raise ValueError("token statistics were not collected; use collect(..., token_table=True)")
-    sums, counts = records.kept.states[layer]["token_sums"][:, neuron], records.kept.token_counts
-    return {records.vocabulary[i]: float(sums[i] / counts[i]) for i in counts.nonzero()[:, 0].tolist()}
+        raise ValueError(
+            "token statistics were not collected; use collect(..., token_table=True)"
+        )
+    sums, counts = (
+        records.kept.states[layer]["token_sums"][:, neuron],
+        records.kept.token_counts,
+    )
+    return {
+        records.vocabulary[i]: float(sums[i] / counts[i])
+        for i in counts.nonzero()[:, 0].tolist()
+    }
 
 # %% ../../nbs/library/neurons/records.ipynb #c022
 def _neuron_record(records: NeuronRecords, layer: int, neuron: int) -> NeuronRecord:
@@ -243,46 +329,70 @@ def _neuron_record(records: NeuronRecords, layer: int, neuron: int) -> NeuronRec
     top = [_excerpt(records, i, row) for i, row in zip(ids, rows, strict=True)]
     pool = [(slot, i) for slot, i in _in_random_order(records) if i not in ids]
     values = state["pool_activations"][[slot for slot, _ in pool], :, neuron].tolist()
-    others = [_excerpt(records, i, row) for (_, i), row in zip(pool, values, strict=True)]
+    others = [
+        _excerpt(records, i, row) for (_, i), row in zip(pool, values, strict=True)
+    ]
     edges = _quantile_boundaries(records, layer, neuron)
-    numbers: dict[str, Any] = {name: values[neuron] for name, values in _moments(records, layer).items()}
+    numbers: dict[str, Any] = {
+        name: values[neuron] for name, values in _moments(records, layer).items()
+    }
     quantiles = _by_quantile(others[plan.n_random :], edges)
-    return NeuronRecord(layer, neuron, top, others[: plan.n_random], quantiles, edges, **numbers)
+    return NeuronRecord(
+        layer, neuron, top, others[: plan.n_random], quantiles, edges, **numbers
+    )
 
-# %% ../../nbs/library/neurons/records.ipynb #c023
+
 def _state(records: NeuronRecords, layer: int, neuron: int) -> State:
     if layer not in records.kept.states:
-        raise IndexError(f"layer {layer} was not collected; collected: {sorted(records.kept.states)}")
+        raise IndexError(
+            f"layer {layer} was not collected; collected: {sorted(records.kept.states)}"
+        )
     state = records.kept.states[layer]
     n = len(state["top_keys"])
     if not 0 <= neuron < n:
         raise IndexError(f"layer {layer} has neurons 0..{n - 1}, not {neuron}")
     return state
 
-# %% ../../nbs/library/neurons/records.ipynb #c024
-def _excerpt(records: NeuronRecords, i: int, activations: list[float]) -> ActivationRecord:
+
+def _excerpt(
+    records: NeuronRecords, i: int, activations: list[float]
+) -> ActivationRecord:
     ids = records.kept.excerpts[i].tolist()
     return ActivationRecord([records.vocabulary[t] for t in ids], activations, ids)
 
-# %% ../../nbs/library/neurons/records.ipynb #c025
-def _in_random_order(records: NeuronRecords) -> list[tuple[int, int]]:
-    """Slots and excerpt numbers of the random sample by priority (which slot an excerpt got depends on when it came)."""
-    reservoir = Reservoir(records.plan.n_pool, records.plan.seed)
-    return sorted(enumerate(records.kept.pool), key=lambda slot: reservoir.priority(slot[1]))
 
-# %% ../../nbs/library/neurons/records.ipynb #c026
-def _quantile_boundaries(records: NeuronRecords, layer: int, neuron: int) -> list[float]:
+def _in_random_order(records: NeuronRecords) -> list[tuple[int, int]]:
+    """Slots and excerpt numbers of the random sample by priority (which slot an excerpt
+    got depends on when it came).
+    """
+    reservoir = Reservoir(records.plan.n_pool, records.plan.seed)
+    return sorted(
+        enumerate(records.kept.pool), key=lambda slot: reservoir.priority(slot[1])
+    )
+
+
+def _quantile_boundaries(
+    records: NeuronRecords, layer: int, neuron: int
+) -> list[float]:
     """Quantiles of the excerpts' largest activations, from the sample of maxima."""
     n = records.plan.n_quantiles
-    maxima = records.kept.states[layer]["maxima"][: len(records.kept.maxima), neuron].double()
+    maxima = records.kept.states[layer]["maxima"][
+        : len(records.kept.maxima), neuron
+    ].double()
     if not n or not len(maxima):
         return []
-    edges: list[float] = maxima.quantile(torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)).tolist()
+    edges: list[float] = maxima.quantile(
+        torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)
+    ).tolist()
     return edges
 
-# %% ../../nbs/library/neurons/records.ipynb #c027
-def _by_quantile(records: list[ActivationRecord], edges: list[float]) -> list[list[ActivationRecord]]:
+
+def _by_quantile(
+    records: list[ActivationRecord], edges: list[float]
+) -> list[list[ActivationRecord]]:
     groups = [list[ActivationRecord]() for _ in edges[1:]]
     for record in records if groups else ():
-        groups[int(np.searchsorted(edges[1:-1], max(record.activations), side="right"))].append(record)
+        groups[
+            int(np.searchsorted(edges[1:-1], max(record.activations), side="right"))
+        ].append(record)
     return groups

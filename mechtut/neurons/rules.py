@@ -21,38 +21,52 @@ from .records import ActivationRecord, NeuronRecord
 from .scoring import records_of
 
 # %% ../../nbs/library/neurons/rules.ipynb #c003
-CategoryOf = Callable[[str], str | None]  # from a token's text to the name of its category, if it has one
+CategoryOf = Callable[
+    [str], str | None
+]  # from a token's text to the name of its category, if it has one
 
-# %% ../../nbs/library/neurons/rules.ipynb #c004
+
 @dataclass(frozen=True)
 class Explanation:
-    """What somebody says about a neuron: a sentence, who said it, and for look-up tables the table itself."""
+    """What somebody says about a neuron: a sentence, who said it, and for look-up
+    tables the table itself.
+    """
 
     text: str
     author: str = "you"
-    table: Mapping[tuple[str, ...], float] | None = field(default=None, repr=False)  # mean activation by token, or by pair
+    table: Mapping[tuple[str, ...], float] | None = field(
+        default=None, repr=False
+    )  # mean activation by token, or by pair
 
     def __str__(self) -> str:
         return self.text
 
-# %% ../../nbs/library/neurons/rules.ipynb #c005
+
 class Explainer(Protocol):
     """Whatever can explain a neuron."""
 
     def explain(self, record: NeuronRecord) -> Explanation:
-        """Say what the neuron does, from the train split and the spare excerpts of its record."""
+        """Say what the neuron does, from the train split and the spare excerpts of its
+        record.
+        """
 
-# %% ../../nbs/library/neurons/rules.ipynb #c006
+
 class Simulator(Protocol):
     """Whatever can guess a neuron's activations from an explanation."""
 
-    def simulate(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """One number per token of every excerpt, from the explanation and the tokens alone."""
+    def simulate(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """One number per token of every excerpt, from the explanation and the tokens
+        alone.
+        """
 
 # %% ../../nbs/library/neurons/rules.ipynb #c008
 @dataclass(frozen=True)
 class Term:
-    """One term of a rule: `on`, `after` or `before`, a kind of thing, which one, and what it adds to the activation."""
+    """One term of a rule: `on`, `after` or `before`, a kind of thing, which one, and
+    what it adds to the activation.
+    """
 
     place: Literal["on", "after", "before"]
     kind: Literal["token", "category", "line break", "start"]
@@ -60,26 +74,44 @@ class Term:
     weight: float = 1.0
 
     def __str__(self) -> str:
-        what = {"token": repr(self.value), "category": f"{self.value} words", "line break": "line breaks"}
-        named = "at the start" if self.kind == "start" else f"{self.place} {what[self.kind]}"
+        what = {
+            "token": repr(self.value),
+            "category": f"{self.value} words",
+            "line break": "line breaks",
+        }
+        named = (
+            "at the start"
+            if self.kind == "start"
+            else f"{self.place} {what[self.kind]}"
+        )
         return f"{named} ({self.weight:+.2g})"
 
-# %% ../../nbs/library/neurons/rules.ipynb #c009
+
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _TERM = re.compile(
-    rf"(?:\b(?P<place>on|after|before)\s+(?:(?P<token>{_QUOTED})|(?P<breaks>line breaks?)"
-    r"|(?P<category>\w+(?: \w+)?)\s+words?)|(?P<start>at the start))(?:\s*\((?P<weight>[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\))?"
+    rf"(?:\b(?P<place>on|after|before)\s+(?:(?P<token>{_QUOTED})|(?P<breaks>line"
+    r" breaks?)"
+    r"|(?P<category>\w+(?: \w+)?)\s+words?)|(?P<start>at the"
+    r" start))(?:\s*\((?P<weight>[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\))?"
 )
 
-# %% ../../nbs/library/neurons/rules.ipynb #c010
+
 def rule_sentence(terms: Sequence[Term]) -> str:
     """The terms as one sentence."""
     said = [str(t) for t in terms]
-    return "fires " + " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said) if said else "never fires"
+    return (
+        "fires "
+        + " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+        if said
+        else "never fires"
+    )
 
-# %% ../../nbs/library/neurons/rules.ipynb #c011
+
 def read_rule(sentence: str) -> list[Term]:
-    """The terms of a sentence. Raises `ValueError` if there are none, with an example of the language."""
+    """The terms of a sentence.
+
+    Raises `ValueError` if there are none, with an example of the language.
+    """
     terms = []
     for m in _TERM.finditer(sentence):
         kind, value = "start", ""
@@ -93,42 +125,69 @@ def read_rule(sentence: str) -> list[Term]:
         terms.append(Term(place, kind, value, float(m["weight"] or 1)))  # type: ignore[arg-type]
     if not terms and sentence != "never fires":
         raise ValueError(
-            f"found no rule in {sentence!r}; write for example: fires on month words (+3), after ' in' and on line breaks. "
-            "Free text needs a language model as simulator"
+            f"found no rule in {sentence!r}; write for example: fires on month words"
+            " (+3), after ' in' and on line breaks. Free text needs a language model"
+            " as simulator"
         )
     return terms
 
 # %% ../../nbs/library/neurons/rules.ipynb #c014
 @dataclass(frozen=True)
 class RuleSimulator:
-    """Simulates sentences of the small language; `category_of` says which category a token belongs to."""
+    """Simulates sentences of the small language; `category_of` says which category a
+    token belongs to.
+    """
 
     category_of: CategoryOf | None = None
 
-    def simulate(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Sum of the weights of those terms that hold at each token. Raises `ValueError` for free text."""
-        weights: dict[Feature, float] = {(t.place, t.kind, t.value): t.weight for t in read_rule(explanation.text)}
-        if self.category_of is None and any(kind == "category" for _, kind, _ in weights):
-            raise ValueError("this rule speaks of categories: give RuleSimulator a category_of function")
+    def simulate(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Sum of the weights of those terms that hold at each token.
+
+        Raises `ValueError` for free text.
+        """
+        weights: dict[Feature, float] = {
+            (t.place, t.kind, t.value): t.weight for t in read_rule(explanation.text)
+        }
+        if self.category_of is None and any(
+            kind == "category" for _, kind, _ in weights
+        ):
+            raise ValueError(
+                "this rule speaks of categories: give RuleSimulator a category_of"
+                " function"
+            )
         ahead = any(place == "before" for place, _, _ in weights)
         seen = [features(e, self.category_of, ahead=ahead) for e in excerpts]
         return [[sum(weights.get(f, 0.0) for f in at) for at in row] for row in seen]
 
-# %% ../../nbs/library/neurons/rules.ipynb #c015
+
 Feature = tuple[str, str, str]  # place, kind, value
 
-# %% ../../nbs/library/neurons/rules.ipynb #c016
-def features(tokens: Sequence[str], category_of: CategoryOf | None = None, *, ahead: bool = False) -> list[list[Feature]]:
-    """All that a rule could say about each token of an excerpt; with `ahead`, also about the token that follows it."""
+
+def features(
+    tokens: Sequence[str], category_of: CategoryOf | None = None, *, ahead: bool = False
+) -> list[list[Feature]]:
+    """All that a rule could say about each token of an excerpt; with `ahead`, also
+    about the token that follows it.
+    """
     found: list[list[Feature]] = []
     for i, token in enumerate(tokens):
         here = [*_of_token("on", token, category_of)]
-        here += _of_token("after", tokens[i - 1], category_of) if i else [("on", "start", "")]
-        here += _of_token("before", tokens[i + 1], category_of) if ahead and i + 1 < len(tokens) else []
+        here += (
+            _of_token("after", tokens[i - 1], category_of)
+            if i
+            else [("on", "start", "")]
+        )
+        here += (
+            _of_token("before", tokens[i + 1], category_of)
+            if ahead and i + 1 < len(tokens)
+            else []
+        )
         found.append(here)
     return found
 
-# %% ../../nbs/library/neurons/rules.ipynb #c017
+
 def _of_token(place: str, token: str, category_of: CategoryOf | None) -> list[Feature]:
     out = [(place, "token", token)]
     if "\n" in token:
@@ -139,38 +198,59 @@ def _of_token(place: str, token: str, category_of: CategoryOf | None) -> list[Fe
 
 # %% ../../nbs/library/neurons/rules.ipynb #c020
 def induce(
-    y: Float[np.ndarray, "token"], columns: Int[np.ndarray, "token slot"], n_features: int, *, n_terms: int = 5,
-    min_count: int = 2, min_gain: float = 0.01,
-) -> tuple[list[int], Float[np.ndarray, "term"]]:  # fmt: skip
-    """Greedy least squares of `y` on at most `n_terms` binary features (with an intercept); `columns` lists each token's.
+    y: Float[np.ndarray, "token"],
+    columns: Int[np.ndarray, "token slot"],
+    n_features: int,
+    *,
+    n_terms: int = 5,
+    min_count: int = 2,
+    min_gain: float = 0.01,
+) -> tuple[list[int], Float[np.ndarray, "term"]]:
+    """Greedy least squares of `y` on at most `n_terms` binary features (with an
+    intercept); `columns` lists each token's.
 
-    A feature must occur `min_count` times and explain a share `min_gain` of the variance when it is added. Empty slots
-    hold `n_features`. Returns the features and their weights, the most useful first.
+    A feature must occur `min_count` times and explain a share `min_gain` of the
+    variance when it is added. Empty slots hold `n_features`. Returns the features and
+    their weights, the most useful first.
     """
-    counts = np.bincount(columns.ravel(), minlength=n_features + 1)[:n_features].astype(np.float64)
+    counts = np.bincount(columns.ravel(), minlength=n_features + 1)[:n_features].astype(
+        np.float64
+    )
     chosen: list[int] = []
     weights, residual = np.zeros(0), y - y.mean()
     total = float(residual @ residual)
     for _ in range(n_terms if total > 0 else 0):
-        sums = np.bincount(columns.ravel(), np.repeat(residual, columns.shape[1]), n_features + 1)[:n_features]
-        gains = np.where((counts >= min_count) & (counts < len(y)), sums**2 / (counts * (1 - counts / len(y)) + 1), 0)
+        sums = np.bincount(
+            columns.ravel(), np.repeat(residual, columns.shape[1]), n_features + 1
+        )[:n_features]
+        gains = np.where(
+            (counts >= min_count) & (counts < len(y)),
+            sums**2 / (counts * (1 - counts / len(y)) + 1),
+            0,
+        )
         gains[chosen] = 0
         best = int(gains.argmax())
         if gains[best] < min_gain * total:
             break
         chosen.append(best)
-        design = np.stack([(columns == f).any(1) for f in chosen], axis=1).astype(np.float64)
+        design = np.stack([(columns == f).any(1) for f in chosen], axis=1).astype(
+            np.float64
+        )
         centred = design - design.mean(0)
-        weights = np.linalg.lstsq(centred.T @ centred, centred.T @ (y - y.mean()), rcond=None)[0]
+        weights = np.linalg.lstsq(
+            centred.T @ centred, centred.T @ (y - y.mean()), rcond=None
+        )[0]
         residual = y - y.mean() - centred @ weights
     return chosen, weights
 
-# %% ../../nbs/library/neurons/rules.ipynb #c021
+
 @dataclass(frozen=True)
 class RuleExplainer:
-    """Explains a neuron by one sentence of at most `n_terms` terms, found by sparse regression.
+    """Explains a neuron by one sentence of at most `n_terms` terms, found by sparse
+    regression.
 
-    With `ahead`, terms may speak of the token that follows, for neurons that get a word ready before it is said.
+    With `ahead`, terms may speak of the token that follows, for neurons that get a word
+    ready before it is said.
     """
 
     category_of: CategoryOf | None = None
@@ -180,42 +260,68 @@ class RuleExplainer:
     ahead: bool = False
 
     def explain(self, record: NeuronRecord) -> Explanation:
-        """A rule fitted on the train and spare excerpts. Raises `ValueError` if the neuron is silent in all of them."""
+        """A rule fitted on the train and spare excerpts.
+
+        Raises `ValueError` if the neuron is silent in all of them.
+        """
         seen = seen_by_explainers(record)
         y = np.array([a for r in seen for a in r.activations])
         known: dict[Feature, int] = {}
-        said = [at for r in seen for at in features(r.tokens, self.category_of, ahead=self.ahead)]
+        said = [
+            at
+            for r in seen
+            for at in features(r.tokens, self.category_of, ahead=self.ahead)
+        ]
         rows = [[known.setdefault(f, len(known)) for f in at] for at in said]
         width = max(map(len, rows))
         columns = np.array([row + [len(known)] * (width - len(row)) for row in rows])
-        options = {"n_terms": self.n_terms, "min_count": self.min_count, "min_gain": self.min_gain}
+        options = {
+            "n_terms": self.n_terms,
+            "min_count": self.min_count,
+            "min_gain": self.min_gain,
+        }
         chosen, weights = induce(y, columns, len(known), **options)  # type: ignore[arg-type]
         names = list(known)
-        terms = [Term(*names[f], weight=float(w)) for f, w in zip(chosen, weights, strict=True)]  # type: ignore[arg-type]
+        terms = [
+            Term(*names[f], weight=float(w))
+            for f, w in zip(chosen, weights, strict=True)
+        ]  # type: ignore[arg-type]
         return Explanation(rule_sentence(terms), "rules")
 
-# %% ../../nbs/library/neurons/rules.ipynb #c022
+
 def seen_by_explainers(record: NeuronRecord) -> list[ActivationRecord]:
-    """What explainers may use: the train split, spare excerpts, counter-examples. Raises `ValueError` if all are silent."""
+    """What explainers may use: the train split, spare excerpts, counter-examples.
+
+    Raises `ValueError` if all are silent.
+    """
     top, _ = records_of(record, "train")
     seen = [*top, *record.spare, *record.counter_examples]
     if not any(a > 0 for r in seen for a in r.activations):
         where = f"neuron {record.layer}.{record.neuron}"
-        raise ValueError(f"{where} is never active in the excerpts it is to be explained by: there is nothing to explain")
+        raise ValueError(
+            f"{where} is never active in the excerpts it is to be explained by: there"
+            " is nothing to explain"
+        )
     return seen
 
 # %% ../../nbs/library/neurons/rules.ipynb #c024
 @dataclass(frozen=True)
 class TableExplainer:
-    """Explains a neuron by its mean activation on each token, or on each pair of tokens (`pairs=True`)."""
+    """Explains a neuron by its mean activation on each token, or on each pair of tokens
+    (`pairs=True`).
+    """
 
     pairs: bool = False
 
     def explain(self, record: NeuronRecord) -> Explanation:
-        """A table of means over the train and spare excerpts; the entry `()` is the mean over all tokens."""
+        """A table of means over the train and spare excerpts; the entry `()` is the
+        mean over all tokens.
+        """
         sums: dict[tuple[str, ...], list[float]] = {}
         for r in seen_by_explainers(record):
-            for before, token, a in zip(["", *r.tokens], r.tokens, r.activations, strict=False):
+            for before, token, a in zip(
+                ["", *r.tokens], r.tokens, r.activations, strict=False
+            ):
                 for key in ((), (token,), *([(before, token)] if self.pairs else [])):
                     entry = sums.setdefault(key, [0.0, 0.0])
                     entry[0] += a
@@ -223,19 +329,34 @@ class TableExplainer:
         table = {key: total / n for key, (total, n) in sums.items()}
         kind = "pairs" if self.pairs else "tokens"
         n_entries = sum(len(key) == 1 + self.pairs for key in table)
-        return Explanation(f"look-up table of {n_entries} {kind}", f"{kind} table", table)
+        return Explanation(
+            f"look-up table of {n_entries} {kind}", f"{kind} table", table
+        )
 
-# %% ../../nbs/library/neurons/rules.ipynb #c025
+
 class TableSimulator:
-    """Simulates a look-up table: the pair if it is known, else the token, else the mean."""
+    """Simulates a look-up table: the pair if it is known, else the token, else the
+    mean.
+    """
 
-    def simulate(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Looked-up activations. Raises `ValueError` if the explanation has no table."""
+    def simulate(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Looked-up activations.
+
+        Raises `ValueError` if the explanation has no table.
+        """
         table = explanation.table
         if table is None:
-            raise ValueError(f"the explanation {explanation.text[:40]!r} has no table; use another simulator")
+            raise ValueError(
+                f"the explanation {explanation.text[:40]!r} has no table; use another"
+                " simulator"
+            )
         mean = table.get((), 0.0)
         return [
-            [table.get((b, t), table.get((t,), mean)) for b, t in zip(["", *tokens], tokens, strict=False)]
+            [
+                table.get((b, t), table.get((t,), mean))
+                for b, t in zip(["", *tokens], tokens, strict=False)
+            ]
             for tokens in excerpts
         ]

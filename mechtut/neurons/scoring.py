@@ -19,12 +19,17 @@ from .records import ActivationRecord, NeuronRecord
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c004
 def max_activation(records: Iterable[ActivationRecord]) -> float:
-    """The largest activation of the records, 0 if none is positive. Raises `ValueError` if there are no records."""
+    """The largest activation of the records, 0 if none is positive.
+
+    Raises `ValueError` if there are no records.
+    """
     return max(0.0, max(max(r.activations) for r in records))
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c005
+
 def discretize(activations: Sequence[float], max_activation: float) -> list[int]:
-    """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10; all 0 if `max_activation` is not positive."""
+    """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10; all 0 if
+    `max_activation` is not positive.
+    """
     if max_activation <= 0:
         return [0] * len(activations)
     return [min(10, math.floor(10 * max(0.0, a) / max_activation)) for a in activations]
@@ -32,49 +37,80 @@ def discretize(activations: Sequence[float], max_activation: float) -> list[int]
 # %% ../../nbs/library/neurons/scoring.ipynb #c008
 SPLITS = ("train", "calibration", "valid", "test")
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c009
-def split_records(n_top: int, n_random: int, n_per_split: int | None = None) -> dict[str, list[str]]:
-    """Which records belong to which split: `"T4"` is top record 4, `"R4"` random record 4.
 
-    With `n_per_split` each split gets as many of each kind; else a quarter of the top and a third of the random records.
-    Raises `ValueError` if there are too few.
+def split_records(
+    n_top: int, n_random: int, n_per_split: int | None = None
+) -> dict[str, list[str]]:
+    """Which records belong to which split: `"T4"` is top record 4, `"R4"` random record
+    4.
+
+    With `n_per_split` each split gets as many of each kind; else a quarter of the top
+    and a third of the random records. Raises `ValueError` if there are too few.
     """
-    tops, randoms = (n_top // 4, n_random // 3) if n_per_split is None else (n_per_split, n_per_split)
-    if tops * 4 > n_top or randoms * 3 > n_random or min(n_top, n_random, tops, randoms) < 0:
+    tops, randoms = (
+        (n_top // 4, n_random // 3)
+        if n_per_split is None
+        else (n_per_split, n_per_split)
+    )
+    if (
+        tops * 4 > n_top
+        or randoms * 3 > n_random
+        or min(n_top, n_random, tops, randoms) < 0
+    ):
         raise ValueError(
-            f"n_per_split={n_per_split} needs {tops * 4} top and {randoms * 3} random records, but there are {n_top} and "
-            f"{n_random}: collect more, or ask for fewer"
+            f"n_per_split={n_per_split} needs {tops * 4} top and {randoms * 3} random"
+            f" records, but there are {n_top} and {n_random}: collect more, or ask for"
+            " fewer"
         )
-    top = {name: [f"T{i}" for i in range(k, 4 * tops, 4)] for k, name in enumerate(SPLITS)}
-    random = {name: [f"R{i}" for i in range(k, 3 * randoms, 3)] for k, name in enumerate(SPLITS[1:])}
+    top = {
+        name: [f"T{i}" for i in range(k, 4 * tops, 4)] for k, name in enumerate(SPLITS)
+    }
+    random = {
+        name: [f"R{i}" for i in range(k, 3 * randoms, 3)]
+        for k, name in enumerate(SPLITS[1:])
+    }
     return {name: top[name] + random.get(name, []) for name in SPLITS}
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c010
+
 def records_of(
     record: NeuronRecord, split: str, n_per_split: int | None = None
 ) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
-    """The top and the random records of one split. Raises `ValueError` if it would be empty."""
+    """The top and the random records of one split.
+
+    Raises `ValueError` if it would be empty.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     labels = split_records(len(record.top), len(record.random), n_per_split)[split]
     if not labels:
-        raise ValueError(f"{len(record.top)} top and {len(record.random)} random records are too few for a {split} split")
-    top, random = ([int(label[1:]) for label in labels if label[0] == kind] for kind in "TR")
+        raise ValueError(
+            f"{len(record.top)} top and {len(record.random)} random records are too few"
+            f" for a {split} split"
+        )
+    top, random = (
+        [int(label[1:]) for label in labels if label[0] == kind] for kind in "TR"
+    )
     return [record.top[i] for i in top], [record.random[i] for i in random]
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c013
 LEVELS = {str(level): level for level in range(11)}
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c014
-def expected_value(top_logprobs: Mapping[str, float] | Iterable[tuple[str, float]]) -> float:
-    """Mean level under the log-probabilities of the strings "0" … "10", renormalised; other strings do not count.
+
+def expected_value(
+    top_logprobs: Mapping[str, float] | Iterable[tuple[str, float]],
+) -> float:
+    """Mean level under the log-probabilities of the strings "0" … "10", renormalised;
+    other strings do not count.
 
     0 with a warning if none of them is there; NaN if all their probabilities underflow.
     """
     pairs = top_logprobs.items() if isinstance(top_logprobs, Mapping) else top_logprobs
     found = [(LEVELS[text], math.exp(lp)) for text, lp in pairs if text in LEVELS]
     if not found:
-        warnings.warn("none of the log-probabilities belongs to a level 0 … 10: counted as 0", stacklevel=2)
+        warnings.warn(
+            "none of the log-probabilities belongs to a level 0 … 10: counted as 0",
+            stacklevel=2,
+        )
         return 0.0
     total = math.fsum(p for _, p in found)
     return math.fsum(level * p for level, p in found) / total if total > 0 else math.nan
@@ -82,7 +118,7 @@ def expected_value(top_logprobs: Mapping[str, float] | Iterable[tuple[str, float
 # %% ../../nbs/library/neurons/scoring.ipynb #c017
 Method = Literal["none", "linear", "percentile"]
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c018
+
 @dataclass(frozen=True)
 class Calibration:
     """A map from simulated levels to activations; call it with a list of levels."""
@@ -100,52 +136,72 @@ class Calibration:
             return [float(v) for v in np.interp(x, self.xs, self.ys)]
         return [float(v) for v in self.slope * x + self.intercept]
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c019
-def calibrate(simulated: Sequence[Any], true: Sequence[Any], method: Method = "linear") -> Calibration:
-    """Fit a calibration: none, least squares (slope 0 for constant predictions), or sorted onto sorted."""
+
+def calibrate(
+    simulated: Sequence[Any], true: Sequence[Any], method: Method = "linear"
+) -> Calibration:
+    """Fit a calibration: none, least squares (slope 0 for constant predictions), or
+    sorted onto sorted.
+    """
     if method not in ("none", "linear", "percentile"):
-        raise ValueError(f"method must be 'none', 'linear' or 'percentile', not {method!r}")
+        raise ValueError(
+            f"method must be 'none', 'linear' or 'percentile', not {method!r}"
+        )
     y, x = _flat_pair(true, simulated)
     if method == "percentile":
-        return Calibration(method, xs=tuple(np.sort(x).tolist()), ys=tuple(np.sort(y).tolist()))
+        return Calibration(
+            method, xs=tuple(np.sort(x).tolist()), ys=tuple(np.sort(y).tolist())
+        )
     if method == "none":
         return Calibration(method)
     d = x - x.mean()
     slope = 0.0 if np.all(x == x[0]) else float(d @ (y - y.mean()) / (d @ d))
     return Calibration(method, slope, float(y.mean() - slope * x.mean()))
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c020
-def _flat_pair(true: Sequence[Any], simulated: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+
+def _flat_pair(
+    true: Sequence[Any], simulated: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """Both as flat float64 arrays; lists of excerpts are laid end to end."""
     y, x = _flat(true), _flat(simulated)
     if len(y) != len(x) or not len(y):
-        raise ValueError(f"need as many simulated as true activations, and at least one, not {len(x)} and {len(y)}")
+        raise ValueError(
+            "need as many simulated as true activations, and at least one, not"
+            f" {len(x)} and {len(y)}"
+        )
     for name, values in (("true", y), ("simulated", x)):
         if not np.isfinite(values).all():
             i = int((~np.isfinite(values)).nonzero()[0][0])
             raise ValueError(f"{name} activation {i} is {values[i]}: it must be finite")
     return y, x
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c021
+
 def _flat(values: Sequence[Any]) -> np.ndarray:
     nested = len(values) > 0 and np.ndim(values[0]) > 0
-    return np.concatenate([np.asarray(part, np.float64) for part in values]) if nested else np.asarray(values, np.float64)
+    return (
+        np.concatenate([np.asarray(part, np.float64) for part in values])
+        if nested
+        else np.asarray(values, np.float64)
+    )
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c024
 @dataclass(frozen=True)
 class Scores:
-    """How well a simulation matches: Pearson correlation, R² about zero, explained share of the absolute deviation."""
+    """How well a simulation matches: Pearson correlation, R² about zero, explained
+    share of the absolute deviation.
+    """
 
     correlation: float
     r2: float
     absolute_deviation: float
 
-# %% ../../nbs/library/neurons/scoring.ipynb #c025
+
 def score(true: Sequence[Any], simulated: Sequence[Any]) -> Scores:
     """Score simulated against true activations, flat lists or lists of excerpts.
 
-    Correlation is NaN where one side is constant. The others are -inf for an all-zero truth, NaN if both are all zero.
-    Raises `ValueError` for unequal lengths, nothing at all, and values that are not finite.
+    Correlation is NaN where one side is constant. The others are -inf for an all-zero
+    truth, NaN if both are all zero. Raises `ValueError` for unequal lengths, nothing at
+    all, and values that are not finite.
     """
     y, p = _flat_pair(true, simulated)
     constant = np.all(y == y[0]) or np.all(p == p[0])
@@ -157,8 +213,16 @@ def score(true: Sequence[Any], simulated: Sequence[Any]) -> Scores:
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c028
 def balanced_accuracy(truth: Sequence[bool], answers: Sequence[bool]) -> float:
-    """Mean of the shares of yes-cases and no-cases judged right; raises `ValueError` if one kind is missing."""
+    """Mean of the shares of yes-cases and no-cases judged right; raises `ValueError` if
+    one kind is missing.
+    """
     if len(truth) != len(answers) or len(set(truth)) < 2:
-        raise ValueError(f"need an answer per case and cases of both kinds, not {len(answers)} answers, truth {set(truth)}")
-    rates = [np.mean([a == t for t, a in zip(truth, answers, strict=True) if t == kind]) for kind in (True, False)]
+        raise ValueError(
+            "need an answer per case and cases of both kinds, not"
+            f" {len(answers)} answers, truth {set(truth)}"
+        )
+    rates = [
+        np.mean([a == t for t, a in zip(truth, answers, strict=True) if t == kind])
+        for kind in (True, False)
+    ]
     return float(np.mean(rates))

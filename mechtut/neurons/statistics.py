@@ -22,9 +22,13 @@ from ..models.hooks import Site, Visitor, visiting
 # %% ../../nbs/library/neurons/statistics.ipynb #c004
 Source = Iterable[str | Sequence[int] | Tensor] | Tensor
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c005
-def excerpts(model: Model, source: Source, n_tokens: int, batch_size: int) -> Iterator[Int[Tensor, "row pos"]]:
-    """Batches of token ids: rows of a batch as given; documents joined and cut, the incomplete last row dropped."""
+
+def excerpts(
+    model: Model, source: Source, n_tokens: int, batch_size: int
+) -> Iterator[Int[Tensor, "row pos"]]:
+    """Batches of token ids: rows of a batch as given; documents joined and cut, the
+    incomplete last row dropped.
+    """
     if isinstance(source, str):
         raise TypeError("give a list (or generator) of texts, not one string")
     waiting: list[int] = []
@@ -35,35 +39,58 @@ def excerpts(model: Model, source: Source, n_tokens: int, batch_size: int) -> It
             continue
         waiting += _document(model, item)
         while len(waiting) >= n_tokens * batch_size:
-            yield torch.tensor(waiting[: n_tokens * batch_size]).view(batch_size, n_tokens)
+            yield torch.tensor(waiting[: n_tokens * batch_size]).view(
+                batch_size, n_tokens
+            )
             del waiting[: n_tokens * batch_size]
     if rest := len(waiting) // n_tokens:
         yield torch.tensor(waiting[: rest * n_tokens]).view(rest, n_tokens)
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c006
+
 def _document(model: Model, item: Any) -> list[int]:
     """Ids of one document, with the model's separator in front."""
     if not isinstance(item, str):
         return [int(i) for i in item]
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} was loaded without a tokenizer: give token ids instead of texts")
+        raise ValueError(
+            f"{model.name} was loaded without a tokenizer: give token ids instead of"
+            " texts"
+        )
     ids: list[int] = model.tokenizer(item)["input_ids"]
-    first = next((i for i in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id) if i is not None), None)
+    first = next(
+        (
+            i
+            for i in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
+            if i is not None
+        ),
+        None,
+    )
     return ids if first is None or ids[:1] == [first] else [first, *ids]
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c007
+
 def _checked(model: Model, ids: Tensor, n_tokens: int) -> Int[Tensor, "row pos"]:
     d_vocab = model.embed.weight.shape[0]
     if ids.shape[1] % n_tokens or not ids.numel():
-        raise ValueError(f"rows of {ids.shape[1]} tokens cannot be cut into excerpts of n_tokens={n_tokens}: pass a divisor")
+        raise ValueError(
+            f"rows of {ids.shape[1]} tokens cannot be cut into excerpts of"
+            f" n_tokens={n_tokens}: pass a divisor"
+        )
     if ids.shape[1] > model.n_ctx:
-        raise ValueError(f"rows of {ids.shape[1]} tokens are longer than {model.name} reads ({model.n_ctx})")
+        raise ValueError(
+            f"rows of {ids.shape[1]} tokens are longer than {model.name} reads"
+            f" ({model.n_ctx})"
+        )
     if ids.min() < 0 or ids.max() >= d_vocab:
-        raise ValueError(f"token ids go from {int(ids.min())} to {int(ids.max())}, but the vocabulary is 0..{d_vocab - 1}")
+        raise ValueError(
+            f"token ids go from {int(ids.min())} to {int(ids.max())}, but the"
+            f" vocabulary is 0..{d_vocab - 1}"
+        )
     return ids.long().cpu()
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c010
-def run_trunk(model: Model, tokens: Int[Tensor, "row pos"], visitors: Mapping[Site, Visitor]) -> None:
+def run_trunk(
+    model: Model, tokens: Int[Tensor, "row pos"], visitors: Mapping[Site, Visitor]
+) -> None:
     """Run the model only as far as the last visited layer: no unembedding."""
 
     def stop(_block: Any, _args: Any, _output: Any) -> None:
@@ -75,20 +102,24 @@ def run_trunk(model: Model, tokens: Int[Tensor, "row pos"], visitors: Mapping[Si
             model.logits(tokens, torch.ones_like(tokens))
     except Stop:
         if missed := set(visitors) - fired:
-            raise RuntimeError(f"{model.name} never reached {', '.join(map(str, missed))}") from None
+            raise RuntimeError(
+                f"{model.name} never reached {', '.join(map(str, missed))}"
+            ) from None
     finally:
         hook.remove()
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c013
 _LAST = 2**31 - 1
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c014
+
 def pack(values: Float[Tensor, "*n"], ids: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     """Integers that sort like (value, earlier id first); float32 values, ids below 2³¹."""
-    bits = (values.float() + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 equal to 0.0
+    bits = (
+        (values.float() + 0.0).view(torch.int32).long()
+    )  # + 0.0 makes -0.0 equal to 0.0
     return (torch.where(bits < 0, bits ^ _LAST, bits) << 32) | (_LAST - ids)
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c015
+
 def unpack(keys: Int[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
     """Values and ids of packed keys."""
     ordered = keys >> 32
@@ -98,45 +129,74 @@ def unpack(keys: Int[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*
 # %% ../../nbs/library/neurons/statistics.ipynb #c017
 State = dict[str, Tensor]  # what is kept of one layer
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c018
+
 def empty_top(n_neurons: int, n_top: int, n_tokens: int, device: torch.device) -> State:
     nothing = torch.full((n_neurons, n_top), -torch.inf, device=device)
     return {
         "top_keys": pack(nothing, _LAST - torch.arange(n_top, device=device)),
-        "top_activations": torch.zeros(n_tokens, n_neurons, n_top, device=device),  # by token first: see _copy
+        "top_activations": torch.zeros(
+            n_tokens, n_neurons, n_top, device=device
+        ),  # by token first: see _copy
         "weakest": torch.full((n_neurons,), -torch.inf, device=device),
     }
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c019
+
 def keep_top(
-    state: State, x: Float[Tensor, "excerpt pos neuron"], largest: Float[Tensor, "excerpt neuron"], first_id: int
+    state: State,
+    x: Float[Tensor, "excerpt pos neuron"],
+    largest: Float[Tensor, "excerpt neuron"],
+    first_id: int,
 ) -> None:
-    """Put those excerpts that are strong enough into the neurons' slots; `largest` is their largest activation."""
-    better = largest > state["weakest"]  # the whole batch at once: once warm, nearly nothing passes
+    """Put those excerpts that are strong enough into the neurons' slots; `largest` is
+    their largest activation.
+    """
+    better = (
+        largest > state["weakest"]
+    )  # the whole batch at once: once warm, nearly nothing passes
     columns = better.any(0).nonzero()[:, 0]
     if not len(columns):
         return
     old, k = state["top_keys"][columns], state["top_keys"].shape[1]
     ids = torch.arange(first_id, first_id + len(x), device=x.device)
     new = pack(largest[:, columns].T.contiguous(), ids)
-    both = torch.cat([old, new.masked_fill(~better[:, columns].T, torch.iinfo(torch.int64).min)], dim=1)
+    both = torch.cat(
+        [old, new.masked_fill(~better[:, columns].T, torch.iinfo(torch.int64).min)],
+        dim=1,
+    )
     threshold = both.topk(k).values[:, -1:]  # keys are unique, so exactly k reach it
-    freed, taken = (both[:, :k] < threshold).nonzero(), (both[:, k:] >= threshold).nonzero()
-    neurons, slots, rows = columns[freed[:, 0]], freed[:, 1], taken[:, 1]  # as many freed as taken, neuron by neuron
+    freed, taken = (
+        (both[:, :k] < threshold).nonzero(),
+        (both[:, k:] >= threshold).nonzero(),
+    )
+    neurons, slots, rows = (
+        columns[freed[:, 0]],
+        freed[:, 1],
+        taken[:, 1],
+    )  # as many freed as taken, neuron by neuron
     state["top_keys"][neurons, slots] = both[taken[:, 0], k + rows]
     _copy(x, rows, neurons, state["top_activations"], slots)
     state["weakest"][columns] = unpack(threshold[:, 0])[0]
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c020
-def _copy(x: Tensor, rows: Tensor, neurons: Tensor, kept: Float[Tensor, "pos neuron slot"], slots: Tensor) -> None:
-    """`kept[:, neurons, slots] = x[rows, :, neurons]`, token by token: one token's values fit the processor's cache."""
+
+def _copy(
+    x: Tensor,
+    rows: Tensor,
+    neurons: Tensor,
+    kept: Float[Tensor, "pos neuron slot"],
+    slots: Tensor,
+) -> None:
+    """`kept[:, neurons, slots] = x[rows, :, neurons]`, token by token: one token's
+    values fit the processor's cache.
+    """
     source, target = rows * x.shape[2] + neurons, neurons * kept.shape[2] + slots
     for pos in range(x.shape[1]):
         kept[pos].view(-1).index_copy_(0, target, x[:, pos].reshape(-1)[source])
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c023
 class Reservoir:
-    """A uniform random sample of `size` excerpt numbers, in a stream of unknown length; the same for the same seed."""
+    """A uniform random sample of `size` excerpt numbers, in a stream of unknown length;
+    the same for the same seed.
+    """
 
     def __init__(self, size: int, seed: int, ids: Sequence[int] = ()):
         self.size, self.seed = size, seed
@@ -152,7 +212,9 @@ class Reservoir:
         return z ^ (z >> 31)
 
     def offer(self, first_id: int, n: int) -> dict[int, int]:
-        """Let `n` excerpts compete; returns {slot: row of the batch} for those that got in."""
+        """Let `n` excerpts compete; returns {slot: row of the batch} for those that got
+        in.
+        """
         won = {}
         for row in range(n if self.size else 0):
             entry = -self.priority(first_id + row)
@@ -169,26 +231,42 @@ class Reservoir:
         return won
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c026
-def power_sums(x: Float[Tensor, "token neuron"], shift: Float[Tensor, "neuron"]) -> Float[Tensor, "5 neuron"]:
+def power_sums(
+    x: Float[Tensor, "token neuron"], shift: Float[Tensor, "neuron"]
+) -> Float[Tensor, "5 neuron"]:
     """Sums over tokens of (x - shift)¹, ², ³, ⁴ and of x > 0, in float64."""
     total = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
-    d, square, of_part = x.new_empty(32, x.shape[1]), x.new_empty(32, x.shape[1]), x.new_empty(5, x.shape[1])
+    d, square, of_part = (
+        x.new_empty(32, x.shape[1]),
+        x.new_empty(32, x.shape[1]),
+        x.new_empty(5, x.shape[1]),
+    )
     for part in x.split(32):
         a, b, ones = d[: len(part)], square[: len(part)], part.new_ones(len(part))
-        torch.mv(torch.gt(part, 0, out=a).T, ones, out=of_part[4])  # a product with ones is the fastest sum over rows
+        torch.mv(
+            torch.gt(part, 0, out=a).T, ones, out=of_part[4]
+        )  # a product with ones is the fastest sum over rows
         torch.mv(torch.sub(part, shift, out=a).T, ones, out=of_part[0])
         torch.mv(torch.mul(a, a, out=b).T, ones, out=of_part[1])
-        torch.mv(a.mul_(b).T, ones, out=of_part[2])  # two buffers hold one power after the other: no new memory
+        torch.mv(
+            a.mul_(b).T, ones, out=of_part[2]
+        )  # two buffers hold one power after the other: no new memory
         torch.mv(b.mul_(b).T, ones, out=of_part[3])
         total += of_part
     return total
 
-# %% ../../nbs/library/neurons/statistics.ipynb #c027
-def moments(sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: int) -> Float[Tensor, "5 neuron"]:
-    """Mean, variance, skewness, kurtosis and density from power sums over `n` tokens; NaN for a constant neuron's last."""
+
+def moments(
+    sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: int
+) -> Float[Tensor, "5 neuron"]:
+    """Mean, variance, skewness, kurtosis and density from power sums over `n` tokens;
+    NaN for a constant neuron's last.
+    """
     m1, m2, m3, m4, positive = sums / n
     variance = (m2 - m1**2).clamp(min=0)
     third = m3 - 3 * m1 * m2 + 2 * m1**3
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
     flat = torch.where(variance > 0, variance, torch.nan)
-    return torch.stack([m1 + shift, variance, third / flat**1.5, fourth / flat**2, positive])
+    return torch.stack(
+        [m1 + shift, variance, third / flat**1.5, fourth / flat**2, positive]
+    )

@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..circuits.attribution import attribution_scores as attribution_scores  # the successors, at home in core
+from mechtut.circuits.attribution import (
+    attribution_scores as attribution_scores,
+)  # the successors, at home in core
 from ..circuits.circuit import Circuit
 from ..circuits.circuit import evaluate_circuit as evaluate_circuit
 from ..circuits.circuit import roc as roc
@@ -33,7 +35,9 @@ from ..patching.checkpoints import Store, fingerprint, quiet
 # %% ../../nbs/papers/30_acdc.ipynb #c014
 @dataclass(frozen=True)
 class Rules:
-    """How a search decides: an edge goes if the metric rises by less than `threshold` (in absolute value, if asked)."""
+    """How a search decides: an edge goes if the metric rises by less than `threshold`
+    (in absolute value, if asked).
+    """
 
     threshold: float
     order: Order = field(default_factory=Order)
@@ -42,7 +46,9 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
-            raise ValueError(f"threshold must be a number of at least 0, not {self.threshold}")
+            raise ValueError(
+                f"threshold must be a number of at least 0, not {self.threshold}"
+            )
 
     def margin(self, delta: float) -> float:
         """How far a change is below the threshold; positive means that the edge goes."""
@@ -50,10 +56,15 @@ class Rules:
 
 # %% ../../nbs/papers/30_acdc.ipynb #c014b
 class _Guess:
-    """What the next decisions will be: that edges go; after two that stayed, that edges stay."""
+    """What the next decisions will be: that edges go; after two that stayed, that edges
+    stay.
+    """
 
     def __init__(self) -> None:
-        self.ahead, self.in_a_row = 3, 0  # how many edges to look at in one pass, and how many stayed just now
+        self.ahead, self.in_a_row = (
+            3,
+            0,
+        )  # how many edges to look at in one pass, and how many stayed just now
 
     @property
     def stays(self) -> bool:
@@ -81,19 +92,33 @@ class _Guess:
 
 # %% ../../nbs/papers/30_acdc.ipynb #c017
 class _Search:
-    """Where a search stands. `known` shares metrics between searches: (state, edge) → metric without the edge."""
+    """Where a search stands.
 
-    def __init__(self, contrast: Contrast, rules: Rules, known: dict[tuple[int, Edge], float] | None = None):
+    `known` shares metrics between searches: (state, edge) → metric without the edge.
+    """
+
+    def __init__(
+        self,
+        contrast: Contrast,
+        rules: Rules,
+        known: dict[tuple[int, Edge], float] | None = None,
+    ):
         self.contrast, self.rules, self.graph = contrast, rules, contrast.graph
         self.cuts, self.current = Cuts(contrast.graph), contrast.metric_full
-        self.pruner, self.guess, self.nodes = Pruner(contrast, self.cuts), _Guess(), tuple(visits(contrast.graph))
+        self.pruner, self.guess, self.nodes = (
+            Pruner(contrast, self.cuts),
+            _Guess(),
+            tuple(visits(contrast.graph)),
+        )
         self.known = {} if known is None else known
         self.state = 0  # stands for the set of edges removed so far
         self.alive: dict[str, bool] = {}
         self.tested: list[Edge] = []
         self.decisions: list[Float[Tensor, "edge 3"]] = []
         self.n_plain = 0  # plain forward passes
-        self.same: set[tuple[int, Edge]] = set()  # (state, edge) where the edge carries the same in both runs
+        self.same: set[tuple[int, Edge]] = (
+            set()
+        )  # (state, edge) where the edge carries the same in both runs
 
     def is_heard(self, node: str) -> bool:
         """Whether any present edge leaves this node; all behind it have been visited."""
@@ -109,14 +134,26 @@ class _Search:
     def incoming(self, node: str) -> list[Edge]:
         """The edges into a node that can be cut, in the order of their tests."""
         if node in self.graph.receiver_index:
-            return [Edge(parent, node) for parent in self.graph.parents(node, self.rules.order)]
+            return [
+                Edge(parent, node)
+                for parent in self.graph.parents(node, self.rules.order)
+            ]
         return [Edge(f"{node}_in", node)] if node.endswith((".q", ".k", ".v")) else []
 
-# %% ../../nbs/papers/30_acdc.ipynb #c017a
+
 def _alike(search: _Search, node: str) -> Iterator[str]:
-    """If this node has a single edge: the next nodes that are of its kind in its layer, are heard, and have one edge."""
+    """If this node has a single edge: the next nodes that are of its kind in its layer,
+    are heard, and have one edge.
+    """
     kind = node.split(".")[-1]
-    if len(search.incoming(node)) != 1 or kind not in ("q", "k", "v", "q_in", "k_in", "v_in"):
+    if len(search.incoming(node)) != 1 or kind not in (
+        "q",
+        "k",
+        "v",
+        "q_in",
+        "k_in",
+        "v_in",
+    ):
         return
     for other in search.nodes[search.nodes.index(node) + 1 :]:
         if layer_of(other) != layer_of(node) or other.split(".")[-1] != kind:
@@ -126,7 +163,9 @@ def _alike(search: _Search, node: str) -> Iterator[str]:
 
 # %% ../../nbs/papers/30_acdc.ipynb #c019
 def _visit_all(search: _Search, store: Store | None, bar: Any) -> None:
-    """The algorithm: every node from the output back; nodes that nobody hears lose their edges untested."""
+    """The algorithm: every node from the output back; nodes that nobody hears lose
+    their edges untested.
+    """
     for number, node in enumerate(search.nodes):
         if node in search.graph.embeddings:
             continue
@@ -139,8 +178,10 @@ def _visit_all(search: _Search, store: Store | None, bar: Any) -> None:
         if not bar.disable:
             bar.set_postfix(circuit=search.cuts.count(), refresh=False)
 
-# %% ../../nbs/papers/30_acdc.ipynb #c020
-def _visit(search: _Search, name: str, node: str, edges: Sequence[Edge], store: Store | None) -> None:
+
+def _visit(
+    search: _Search, name: str, node: str, edges: Sequence[Edge], store: Store | None
+) -> None:
     """Test the edges into one node, or read what an earlier search decided about them."""
     made = []
 
@@ -156,7 +197,11 @@ def _visit(search: _Search, name: str, node: str, edges: Sequence[Edge], store: 
                 _remove(search, edge, without)
     search.tested += edges
     search.decisions.append(rows)
-    if search.rules.remove_redundant and node.endswith("_in") and not any(search.cuts.has(e) for e in edges):
+    if (
+        search.rules.remove_redundant
+        and node.endswith("_in")
+        and not any(search.cuts.has(e) for e in edges)
+    ):
         search.cuts.set(Edge(node, node.removesuffix("_in")), False)
 
 
@@ -167,7 +212,9 @@ def _remove(search: _Search, edge: Edge, metric: float) -> None:
 
 # %% ../../nbs/papers/30_acdc.ipynb #c022
 def _test(search: _Search, node: str, edges: Sequence[Edge]) -> Float[Tensor, "edge 3"]:
-    """Decide about the edges into a node one after another: metric without the edge, change, and 1 if it is kept."""
+    """Decide about the edges into a node one after another: metric without the edge,
+    change, and 1 if it is kept.
+    """
     rows = []
     for i, edge in enumerate(edges):
         if (search.state, edge) not in search.known:
@@ -185,14 +232,26 @@ def _test(search: _Search, node: str, edges: Sequence[Edge]) -> Float[Tensor, "e
     search.pruner.finish(node)
     return torch.tensor(rows, dtype=torch.float64)
 
-# %% ../../nbs/papers/30_acdc.ipynb #c023
+
 def _look_ahead(search: _Search, edges: Sequence[Edge]) -> None:
-    """Note the metric without the first of these edges, and what will be asked next if the guess is right."""
+    """Note the metric without the first of these edges, and what will be asked next if
+    the guess is right.
+    """
     guess, pruner = search.guess, search.pruner
-    edges = [*edges, *(e for node in _alike(search, edges[0].child) if pruner.has(node) for e in search.incoming(node))]
+    edges = [
+        *edges,
+        *(
+            e
+            for node in _alike(search, edges[0].child)
+            if pruner.has(node)
+            for e in search.incoming(node)
+        ),
+    ]
     edges = edges[: pruner.width(guess.width)]
     state, metric = search.state, search.current
-    for edge, found in zip(edges, pruner.without(edges, alone=guess.stays), strict=True):
+    for edge, found in zip(
+        edges, pruner.without(edges, alone=guess.stays), strict=True
+    ):
         if found is None:
             search.same.add((state, edge))
         search.known[state, edge] = known = metric if found is None else found
@@ -202,10 +261,16 @@ def _look_ahead(search: _Search, edges: Sequence[Edge]) -> None:
 
 
 def _without(search: _Search, edge: Edge) -> float:
-    """The metric without one more edge; where the decision is within rounding, by plain forward passes."""
+    """The metric without one more edge; where the decision is within rounding, by plain
+    forward passes.
+    """
     key = (search.state, edge)
     found = finite(search.known[key], search.contrast.metric.name)
-    noise = NOISE * torch.finfo(search.contrast.model.dtype).eps * max(1.0, abs(search.current), abs(found))
+    noise = (
+        NOISE
+        * torch.finfo(search.contrast.model.dtype).eps
+        * max(1.0, abs(search.current), abs(found))
+    )
     if key in search.same or abs(search.rules.margin(found - search.current)) > noise:
         return found
     search.n_plain += 2
@@ -224,81 +289,173 @@ def hash_edge(edge: Edge) -> int:
     """A number for an edge, the same in every process."""
     return int(fingerprint(edge.parent, edge.child), 16)
 
-# %% ../../nbs/papers/30_acdc.ipynb #c024
-def acdc(
-    model: Model, clean: Int[Tensor, "batch pos"], corrupted: Int[Tensor, "batch pos"], *, threshold: float,
-    metric: str | Metric | Callable = "kl", positions: Positions | None = None, labels: Any = None,
-    ablation: Ablation = "resample", order: str | Order = "reverse", abs_value: bool = False, remove_redundant: bool = False,
-    split_qkv: bool = True, split_positions: bool = False, folder: str | Path | None = None, progress: bool | None = None,
-) -> Circuit:  # fmt: skip
-    """Find the edges that matter: cut, from the output back, each edge whose loss raises `metric` by less than `threshold`.
 
-    `clean` and `corrupted` are pairs of prompts of equal length; a cut edge carries what it would on the corrupted prompt
-    (or nothing, with `ablation="zero"`). `metric` is a name (see `mechtut.circuits.metrics`), a `Metric` with its labels, or a
-    function of logits; it is minimised, and read at `positions`: "last" by default, "all" for a function. `order` is a name
-    or an `Order`; `abs_value` keeps edges that change the metric either way; `split_qkv=False` gives each head one input
-    instead of three; `split_positions` tells tokens from positions. With a `folder`, what is decided is kept there, and a
-    second call goes on where the first stopped. Raises `ValueError` for prompts or metrics that cannot be used.
+def acdc(
+    model: Model,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    *,
+    threshold: float,
+    metric: str | Metric | Callable = "kl",
+    positions: Positions | None = None,
+    labels: Any = None,
+    ablation: Ablation = "resample",
+    order: str | Order = "reverse",
+    abs_value: bool = False,
+    remove_redundant: bool = False,
+    split_qkv: bool = True,
+    split_positions: bool = False,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> Circuit:
+    """Find the edges that matter: cut, from the output back, each edge whose loss
+    raises `metric` by less than `threshold`.
+
+    `clean` and `corrupted` are pairs of prompts of equal length; a cut edge carries
+    what it would on the corrupted prompt (or nothing, with `ablation="zero"`). `metric`
+    is a name (see `mechtut.circuits.metrics`), a `Metric` with its labels, or a
+    function of logits; it is minimised, and read at `positions`: "last" by default,
+    "all" for a function. `order` is a name or an `Order`; `abs_value` keeps edges that
+    change the metric either way; `split_qkv=False` gives each head one input instead of
+    three; `split_positions` tells tokens from positions. With a `folder`, what is
+    decided is kept there, and a second call goes on where the first stopped. Raises
+    `ValueError` for prompts or metrics that cannot be used.
     """
     rules = Rules(threshold, parse_order(order), abs_value, remove_redundant)
     with fast_matmul(model):
         contrast = Contrast(
-            model, clean, corrupted, metric, positions, labels=labels, ablation=ablation, split_qkv=split_qkv,
+            model,
+            clean,
+            corrupted,
+            metric,
+            positions,
+            labels=labels,
+            ablation=ablation,
+            split_qkv=split_qkv,
             split_positions=split_positions,
-        )  # fmt: skip
+        )
         return search(contrast, rules, folder=folder, progress=progress)
 
 # %% ../../nbs/papers/30_acdc.ipynb #c025
 def search(
-    contrast: Contrast, rules: Rules, *, known: dict[tuple[int, Edge], float] | None = None,
-    folder: str | Path | None = None, progress: bool | None = None,
-) -> Circuit:  # fmt: skip
-    """One search on a contrast that is there already; `known` shares work with other searches on it."""
+    contrast: Contrast,
+    rules: Rules,
+    *,
+    known: dict[tuple[int, Edge], float] | None = None,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> Circuit:
+    """One search on a contrast that is there already; `known` shares work with other
+    searches on it.
+    """
     store = Store(Path(folder), _key(contrast, rules)) if folder else None
     state = _Search(contrast, rules, known)
-    bar = tqdm(total=len(contrast.graph.edges), desc="acdc", unit="edge", delay=1, disable=quiet(progress))
+    bar = tqdm(
+        total=len(contrast.graph.edges),
+        desc="acdc",
+        unit="edge",
+        delay=1,
+        disable=quiet(progress),
+    )
     with bar, fast_matmul(contrast.model):
         _visit_all(state, store, bar)
         final = state.pruner.metric()
     if abs(final - state.current) > 3e-3 * max(1.0, abs(final)):
-        raise RuntimeError(f"the circuit's metric is {final}, but the search arrived at {state.current}; please report this")
+        raise RuntimeError(
+            f"the circuit's metric is {final}, but the search arrived at"
+            f" {state.current}; please report this"
+        )
     return _result(state, final)
 
 
 def _key(contrast: Contrast, rules: Rules) -> str:
     """Identifies a search: the weights, the prompts, the metric and the rules."""
-    parts = (contrast.metric.columns, contrast.metric.mask, *contrast.metric.labels, contrast.ablation, contrast.graph)
-    return fingerprint(weight_fingerprint(contrast.model), *contrast.tokens, contrast.metric.name, rules, *parts)
+    parts = (
+        contrast.metric.columns,
+        contrast.metric.mask,
+        *contrast.metric.labels,
+        contrast.ablation,
+        contrast.graph,
+    )
+    return fingerprint(
+        weight_fingerprint(contrast.model),
+        *contrast.tokens,
+        contrast.metric.name,
+        rules,
+        *parts,
+    )
 
-# %% ../../nbs/papers/30_acdc.ipynb #c026
+
 def _result(state: _Search, final: float) -> Circuit:
     contrast, rules, graph = state.contrast, state.rules, state.graph
-    kept = {edge for edge, row in zip(state.tested, torch.cat(state.decisions), strict=True) if row[2]}
-    settings = {"metric": contrast.metric.name, "ablation": contrast.ablation, **asdict(rules), "graph": asdict(graph)}
+    kept = {
+        edge
+        for edge, row in zip(state.tested, torch.cat(state.decisions), strict=True)
+        if row[2]
+    }
+    settings = {
+        "metric": contrast.metric.name,
+        "ablation": contrast.ablation,
+        **asdict(rules),
+        "graph": asdict(graph),
+    }
     return Circuit(
-        tested=tuple((e.parent, e.child) for e in state.tested), decisions=torch.cat(state.decisions),
-        found=tuple((e.parent, e.child) for e in state.tested if e in kept and state.cuts.has(e)),
-        metric_full=contrast.metric_full, metric_final=final,
-        n_evaluations=state.pruner.n_evaluations + state.n_plain + 2, n_edges_full=len(graph.edges),
-        threshold=rules.threshold, settings=settings, provenance=provenance(contrast.model, **settings),
-    )  # fmt: skip
+        tested=tuple((e.parent, e.child) for e in state.tested),
+        decisions=torch.cat(state.decisions),
+        found=tuple(
+            (e.parent, e.child) for e in state.tested if e in kept and state.cuts.has(e)
+        ),
+        metric_full=contrast.metric_full,
+        metric_final=final,
+        n_evaluations=state.pruner.n_evaluations + state.n_plain + 2,
+        n_edges_full=len(graph.edges),
+        threshold=rules.threshold,
+        settings=settings,
+        provenance=provenance(contrast.model, **settings),
+    )
 
 # %% ../../nbs/papers/30_acdc.ipynb #c045
 def sweep(
-    model: Model, clean: Int[Tensor, "batch pos"], corrupted: Int[Tensor, "batch pos"], thresholds: Iterable[float], *,
-    metric: str | Metric | Callable = "kl", positions: Positions | None = None, labels: Any = None,
-    ablation: Ablation = "resample", split_qkv: bool = True, split_positions: bool = False, order: str | Order = "reverse",
-    abs_value: bool = False, remove_redundant: bool = False, folder: str | Path | None = None, progress: bool | None = None,
-) -> list[Circuit]:  # fmt: skip
-    """One circuit per threshold, in the order given. Runs are shared, and so is every metric that two searches ask for."""
+    model: Model,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    thresholds: Iterable[float],
+    *,
+    metric: str | Metric | Callable = "kl",
+    positions: Positions | None = None,
+    labels: Any = None,
+    ablation: Ablation = "resample",
+    split_qkv: bool = True,
+    split_positions: bool = False,
+    order: str | Order = "reverse",
+    abs_value: bool = False,
+    remove_redundant: bool = False,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> list[Circuit]:
+    """One circuit per threshold, in the order given.
+
+    Runs are shared, and so is every metric that two searches ask for.
+    """
     with fast_matmul(model):
         contrast = Contrast(
-            model, clean, corrupted, metric, positions, labels=labels, ablation=ablation, split_qkv=split_qkv,
+            model,
+            clean,
+            corrupted,
+            metric,
+            positions,
+            labels=labels,
+            ablation=ablation,
+            split_qkv=split_qkv,
             split_positions=split_positions,
-        )  # fmt: skip
+        )
         found, known = [], dict[tuple[int, Edge], float]()
-        for threshold in tqdm(list(thresholds), desc="thresholds", delay=1, disable=quiet(progress)):
+        for threshold in tqdm(
+            list(thresholds), desc="thresholds", delay=1, disable=quiet(progress)
+        ):
             rules = Rules(threshold, parse_order(order), abs_value, remove_redundant)
             here = Path(folder) / f"threshold-{threshold:g}" if folder else None
-            found.append(search(contrast, rules, known=known, folder=here, progress=False))
+            found.append(
+                search(contrast, rules, known=known, folder=here, progress=False)
+            )
     return found

@@ -19,7 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..viz import plots
-from ..prompts.subject_noise import Corruption, Noise, Span, corrupt, embedding_std, find_subject
+from mechtut.prompts.subject_noise import (
+    Corruption,
+    Noise,
+    Span,
+    corrupt,
+    embedding_std,
+    find_subject,
+)
 from ..models.loading import Model, weight_fingerprint
 from ..patching.replay import Replay
 from ..patching.results import Result, provenance
@@ -29,7 +36,10 @@ from ..patching.checkpoints import Store, fingerprint, quiet
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c017
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CausalTrace(Result):
-    """One prompt's causal trace. Scores are raw probabilities of `answer`, as in the authors' code."""
+    """One prompt's causal trace.
+
+    Scores are raw probabilities of `answer`, as in the authors' code.
+    """
 
     sample_scores: Float[Tensor, "pos layer sample"]
     clean_prob: float
@@ -45,15 +55,22 @@ class CausalTrace(Result):
 
     @property
     def scores(self) -> Float[Tensor, "pos layer"]:
-        """Probability of the answer with each state restored, averaged over noise samples."""
+        """Probability of the answer with each state restored, averaged over noise
+        samples.
+        """
         return self.sample_scores.mean(-1)
 
     @property
     def indirect_effect(self) -> Float[Tensor, "pos layer"]:
-        """How much of the answer each state brings back: restored minus corrupted probability (section 2.1)."""
+        """How much of the answer each state brings back: restored minus corrupted
+        probability (section 2.1).
+        """
         return self.scores - self.corrupted_prob
 
-    total_effect = property(lambda self: self.clean_prob - self.corrupted_prob, doc="How much the noise destroyed.")
+    total_effect = property(
+        lambda self: self.clean_prob - self.corrupted_prob,
+        doc="How much the noise destroyed.",
+    )
 
     @property
     def standard_error(self) -> Float[Tensor, "pos layer"]:
@@ -61,51 +78,80 @@ class CausalTrace(Result):
         return self.sample_scores.std(-1) / self.sample_scores.shape[-1] ** 0.5
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per restored state: position, token, layer, score, indirect effect, standard error."""
+        """One row per restored state: position, token, layer, score, indirect effect,
+        standard error.
+        """
         n_layers = self.scores.shape[1]
-        where = [(p, self.tokens[p], layer) for p in self.positions for layer in range(n_layers)]
+        where = [
+            (p, self.tokens[p], layer)
+            for p in self.positions
+            for layer in range(n_layers)
+        ]
         return _table(where, ["position", "token", "layer"], self, "standard_error")
 
     def plot(self, ax: Any = None) -> Any:
         """The paper's heat map; see `mechtut.viz.plots.causal_trace`."""
         return plots.causal_trace(self, ax)
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c018
-def _table(where: list[tuple], names: list[str], result: Any, error: str) -> pd.DataFrame:
+
+def _table(
+    where: list[tuple], names: list[str], result: Any, error: str
+) -> pd.DataFrame:
     """Scores, indirect effects and their error, one row per entry of `where`."""
-    numbers = {"score": result.scores, "indirect_effect": result.indirect_effect, error: getattr(result, error)}
-    return pd.DataFrame(where, columns=names).assign(**{k: v.flatten().tolist() for k, v in numbers.items()})
+    numbers = {
+        "score": result.scores,
+        "indirect_effect": result.indirect_effect,
+        error: getattr(result, error),
+    }
+    return pd.DataFrame(where, columns=names).assign(
+        **{k: v.flatten().tolist() for k, v in numbers.items()}
+    )
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c020
 def window_layers(layer: int, window: int, n_layers: int) -> range:
     """The layers restored together around `layer`; narrower at the ends of the model."""
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c021
+
 def _restorations(
     component: str, clean: Float[Tensor, "layer pos d_model"], pos: int, window: int
 ) -> list[list[Edit]]:
     """For each layer, the edits that restore the component at `pos` to its clean value."""
     n_layers = clean.shape[0]
-    edits = [Edit(component, layer, clean[layer, pos], pos=pos) for layer in range(n_layers)]
+    edits = [
+        Edit(component, layer, clean[layer, pos], pos=pos) for layer in range(n_layers)
+    ]
     if component == "resid_post":
         return [[e] for e in edits]
-    return [[edits[i] for i in window_layers(layer, window, n_layers)] for layer in range(n_layers)]
+    return [
+        [edits[i] for i in window_layers(layer, window, n_layers)]
+        for layer in range(n_layers)
+    ]
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c024
-def _severing(name: str, values: Float[Tensor, "layer sample pos d_model"], pos: int) -> list[Edit]:
+def _severing(
+    name: str, values: Float[Tensor, "layer sample pos d_model"], pos: int
+) -> list[Edit]:
     """Edits that hold a sub-layer at `pos` to given values, in every layer."""
-    return [Edit(name, layer, v[:, pos : pos + 1], pos=pos) for layer, v in enumerate(values)]
+    return [
+        Edit(name, layer, v[:, pos : pos + 1], pos=pos)
+        for layer, v in enumerate(values)
+    ]
 
 
-def _with_severing(restored: list[list[Edit]], severed: list[Edit], everywhere: bool) -> list[list[Edit]]:
+def _with_severing(
+    restored: list[list[Edit]], severed: list[Edit], everywhere: bool
+) -> list[list[Edit]]:
     # Below the restored state the values are what they were anyway, unless they come from other noise.
-    return [[*severed[0 if everywhere else layer + 1 :], *edits] for layer, edits in enumerate(restored)]
+    return [
+        [*severed[0 if everywhere else layer + 1 :], *edits]
+        for layer, edits in enumerate(restored)
+    ]
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c026
 QUIRKS = ("severed_noise", "additive_low")
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c027
+
 @dataclass(frozen=True)
 class _Settings:
     component: str
@@ -117,53 +163,82 @@ class _Settings:
 
     def __post_init__(self) -> None:
         if self.component not in plots.COMPONENTS:
-            raise ValueError(f"unknown component {self.component!r}; one of {', '.join(plots.COMPONENTS)}")
+            raise ValueError(
+                f"unknown component {self.component!r}; one of"
+                f" {', '.join(plots.COMPONENTS)}"
+            )
         if self.sever not in (None, "mlp_out", "attn_out"):
-            raise ValueError(f"sever must be None, 'mlp_out' or 'attn_out', not {self.sever!r}")
+            raise ValueError(
+                f"sever must be None, 'mlp_out' or 'attn_out', not {self.sever!r}"
+            )
         if self.window < 1 or self.n_samples < 1:
-            raise ValueError(f"window and n_samples must be at least 1, not {self.window} and {self.n_samples}")
+            raise ValueError(
+                f"window and n_samples must be at least 1, not {self.window} and"
+                f" {self.n_samples}"
+            )
         if unknown := set(self.quirks) - set(QUIRKS):
-            raise ValueError(f"unknown quirk {sorted(unknown)[0]!r}; known: {', '.join(QUIRKS)}")
+            raise ValueError(
+                f"unknown quirk {sorted(unknown)[0]!r}; known: {', '.join(QUIRKS)}"
+            )
 
     @property
     def second_draw(self) -> bool:
         """Whether the run's noise is not the noise of the frozen values."""
         return self.sever is not None and "severed_noise" in self.quirks
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c028
+
 def _positions(tokens: Any, span: Span, n_pos: int) -> tuple[int, ...]:
     if isinstance(tokens, str):
         named = {"subject": range(*span), "subject_last": range(span[1] - 1, span[1])}
         if tokens not in named:
-            raise ValueError(f"tokens must be positions, 'subject' or 'subject_last', not {tokens!r}")
+            raise ValueError(
+                f"tokens must be positions, 'subject' or 'subject_last', not {tokens!r}"
+            )
         return tuple(named[tokens])
     where = None if tokens is None else list(tokens)
     return tuple(Edit("embed", None, 0.0, pos=where).positions(n_pos))
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c030
-def _clean(model: Model, ids: Tensor, component: str) -> tuple[Float[Tensor, "layer pos d_model"], int, float]:
+def _clean(
+    model: Model, ids: Tensor, component: str
+) -> tuple[Float[Tensor, "layer pos d_model"], int, float]:
     """Clean states, the answer's token id and its probability."""
     acts = capture(model, ids[None], component)
     probabilities = acts.logits[0, -1].softmax(-1)
     if not torch.isfinite(probabilities).all():
-        raise ValueError(f"{model.name} gives NaN or infinite logits on this prompt; are its weights damaged?")
+        raise ValueError(
+            f"{model.name} gives NaN or infinite logits on this prompt; are its weights"
+            " damaged?"
+        )
     answer = int(probabilities.argmax())
     return acts[component][:, 0], answer, float(probabilities[answer])
 
 
-def _cells(settings: _Settings, clean: Tensor, frozen: Tensor | None, pos: int) -> list[list[Edit]]:
+def _cells(
+    settings: _Settings, clean: Tensor, frozen: Tensor | None, pos: int
+) -> list[list[Edit]]:
     """The interventions of one row of the heat map, one per layer."""
     restored = _restorations(settings.component, clean, pos, settings.window)
     if frozen is None or settings.sever is None:
         return restored
-    return _with_severing(restored, _severing(settings.sever, frozen, pos), settings.second_draw)
+    return _with_severing(
+        restored, _severing(settings.sever, frozen, pos), settings.second_draw
+    )
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c032
 def _scores(
-    model: Model, batch: Tensor, positions: Sequence[int], settings: _Settings, drawn: Corruption, run: Corruption,
-    batch_size: int | None, **sweep: Any,
-) -> tuple[Tensor, int, float, float]:  # fmt: skip
-    """Scores per noise sample `[pos, layer, sample]`, the answer's id, its clean and its corrupted probability."""
+    model: Model,
+    batch: Tensor,
+    positions: Sequence[int],
+    settings: _Settings,
+    drawn: Corruption,
+    run: Corruption,
+    batch_size: int | None,
+    **sweep: Any,
+) -> tuple[Tensor, int, float, float]:
+    """Scores per noise sample `[pos, layer, sample]`, the answer's id, its clean and
+    its corrupted probability.
+    """
     clean, answer, high = _clean(model, batch[0], settings.component)
 
     def p_answer(logits: Tensor) -> Tensor:
@@ -173,59 +248,109 @@ def _scores(
     base = low = p_answer(replay.base_logits())
     additive = "additive_low" in settings.quirks
     if additive or settings.second_draw:
-        low = p_answer(capture(model, batch, [], edits=[drawn.edit(additive=additive)]).logits)
+        low = p_answer(
+            capture(model, batch, [], edits=[drawn.edit(additive=additive)]).logits
+        )
     name = settings.sever
     frozen = capture(model, batch, name, edits=[drawn.edit()])[name] if name else None
-    reached = [i for i, p in enumerate(positions) if p >= drawn.span[0]]  # earlier tokens never saw the noise
-    cells = [cell for i in reached for cell in _cells(settings, clean, frozen, positions[i])]
+    reached = [
+        i for i, p in enumerate(positions) if p >= drawn.span[0]
+    ]  # earlier tokens never saw the noise
+    cells = [
+        cell for i in reached for cell in _cells(settings, clean, frozen, positions[i])
+    ]
     scores = base.repeat(len(positions), model.n_layers, 1)
-    scores[reached] = replay.run(cells, p_answer, **sweep).unflatten(0, (len(reached), model.n_layers))
+    scores[reached] = replay.run(cells, p_answer, **sweep).unflatten(
+        0, (len(reached), model.n_layers)
+    )
     return scores.cpu(), answer, high, float(low.mean())
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c033
-def trace(
-    model: Model, prompt: str | Sequence[int] | Tensor, subject: str | Sequence[int], *, component: str = "resid_post",
-    window: int = 10, noise: float | Noise | Tensor = 3.0, n_samples: int = 10, seed: int = 1,
-    tokens: Sequence[int] | str | None = None, sever: str | None = None, batch_size: int | None = None,
-    quirks: Sequence[str] = (), folder: str | Path | None = None, progress: bool | None = None,
-) -> CausalTrace:  # fmt: skip
-    """Causal trace of one prompt (section 2.1): restore each state of a corrupted run and read p(answer).
 
-    `component` is `"resid_post"`, `"mlp_out"` or `"attn_out"`; the last two restore `window` layers at once.
-    `subject` is text or a (start, stop) token range. `noise` is a number of embedding standard deviations (of the
-    whole vocabulary; the authors' unit is `Noise(3, std=embedding_std(model, subjects))`), a `Noise`, or the tensor
-    `[n_samples, n_subject_tokens, d_model]` to add. `tokens` limits the restored positions: a list, `"subject"` or
-    `"subject_last"`. `sever` (`"mlp_out"`, `"attn_out"`) holds that sub-layer to its corrupted values (section
-    2.3). `batch_size` bounds the rows of one pass; `folder` makes the sweep resumable. `quirks` of the authors'
-    code: `"severed_noise"` (frozen values and corrupted score come from other noise than the run) and
-    `"additive_low"` (corrupted score with added noise although `replace` is on).
-    Bad arguments: `ValueError`.
+def trace(
+    model: Model,
+    prompt: str | Sequence[int] | Tensor,
+    subject: str | Sequence[int],
+    *,
+    component: str = "resid_post",
+    window: int = 10,
+    noise: float | Noise | Tensor = 3.0,
+    n_samples: int = 10,
+    seed: int = 1,
+    tokens: Sequence[int] | str | None = None,
+    sever: str | None = None,
+    batch_size: int | None = None,
+    quirks: Sequence[str] = (),
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> CausalTrace:
+    """Causal trace of one prompt (section 2.1): restore each state of a corrupted run
+    and read p(answer).
+
+    `component` is `"resid_post"`, `"mlp_out"` or `"attn_out"`; the last two restore
+    `window` layers at once. `subject` is text or a (start, stop) token range. `noise`
+    is a number of embedding standard deviations (of the whole vocabulary; the authors'
+    unit is `Noise(3, std=embedding_std(model, subjects))`), a `Noise`, or the tensor
+    `[n_samples, n_subject_tokens, d_model]` to add. `tokens` limits the restored
+    positions: a list, `"subject"` or `"subject_last"`. `sever` (`"mlp_out"`,
+    `"attn_out"`) holds that sub-layer to its corrupted values (section 2.3).
+    `batch_size` bounds the rows of one pass; `folder` makes the sweep resumable.
+    `quirks` of the authors' code: `"severed_noise"` (frozen values and corrupted score
+    come from other noise than the run) and `"additive_low"` (corrupted score with added
+    noise although `replace` is on). Bad arguments: `ValueError`.
     """
     ids = model.to_tokens(prompt)
     span = find_subject(model, ids, subject)
     settings = _Settings(component, window, sever, tuple(quirks), n_samples, seed)
     positions = _positions(tokens, span, len(ids))
     drawn = corrupt(model, noise, n_samples, span, seed)
-    run = corrupt(model, noise, n_samples, span, seed, skip=1) if settings.second_draw else drawn
+    run = (
+        corrupt(model, noise, n_samples, span, seed, skip=1)
+        if settings.second_draw
+        else drawn
+    )
     batch = ids.repeat(len(drawn.values), 1)
     sweep: dict[str, Any] = {"folder": folder, "progress": progress}
-    measured = _scores(model, batch, positions, settings, drawn, run, batch_size, **sweep)
+    measured = _scores(
+        model, batch, positions, settings, drawn, run, batch_size, **sweep
+    )
     return _result(model, ids, positions, settings, drawn, noise, measured)
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c034
+
 def _result(
-    model: Model, ids: Tensor, positions: tuple[int, ...], settings: _Settings, drawn: Corruption, noise: Any,
+    model: Model,
+    ids: Tensor,
+    positions: tuple[int, ...],
+    settings: _Settings,
+    drawn: Corruption,
+    noise: Any,
     measured: tuple[Tensor, int, float, float],
-) -> CausalTrace:  # fmt: skip
-    words = tuple(model.to_str_tokens(ids)) if model.tokenizer else tuple(str(int(i)) for i in ids)
-    arguments = {"prompt": "".join(words), "noise": noise, **vars(settings), "n_samples": len(drawn.values)}
+) -> CausalTrace:
+    words = (
+        tuple(model.to_str_tokens(ids))
+        if model.tokenizer
+        else tuple(str(int(i)) for i in ids)
+    )
+    arguments = {
+        "prompt": "".join(words),
+        "noise": noise,
+        **vars(settings),
+        "n_samples": len(drawn.values),
+    }
     scores, answer, high, low = measured
     return CausalTrace(
-        sample_scores=scores, clean_prob=high, corrupted_prob=low, tokens=words, positions=positions,
-        answer=model.decode([answer]) if model.tokenizer else str(answer), subject_range=drawn.span,
-        component=settings.component, window=settings.window, noise_std=drawn.std,
-        sever=settings.sever, provenance=provenance(model, **arguments),
-    )  # fmt: skip
+        sample_scores=scores,
+        clean_prob=high,
+        corrupted_prob=low,
+        tokens=words,
+        positions=positions,
+        answer=model.decode([answer]) if model.tokenizer else str(answer),
+        subject_range=drawn.span,
+        component=settings.component,
+        window=settings.window,
+        noise_std=drawn.std,
+        sever=settings.sever,
+        provenance=provenance(model, **arguments),
+    )
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c044
 ROLES = (
@@ -233,12 +358,16 @@ ROLES = (
     "first token after", "further tokens", "last token",
 )  # fmt: skip
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c045
+
 def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     """The positions that play each role of `ROLES` in a prompt of `n_pos` tokens."""
     first, after = subject_range
     inner, last = list(range(first + 1, after - 1)), n_pos - 1
-    following = [[after], list(range(after + 1, last)), [last]] if after <= last else [[], [], [last]]
+    following = (
+        [[after], list(range(after + 1, last)), [last]]
+        if after <= last
+        else [[], [], [last]]
+    )
     return [[first], inner, [after - 1], *following]
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c047
@@ -247,11 +376,15 @@ class AverageTrace(Result):
     """Causal traces averaged over facts by token role (figures 2 and 3 of the paper)."""
 
     scores: Float[Tensor, "role layer"]  # mean probability of the answer
-    std: Float[Tensor, "role layer"]  # population standard deviation over the pooled tokens
+    std: Float[
+        Tensor, "role layer"
+    ]  # population standard deviation over the pooled tokens
     counts: tuple[int, ...]  # pooled tokens behind each role
     clean_probs: Float[Tensor, "fact"]
     corrupted_probs: Float[Tensor, "fact"]
-    best: Float[Tensor, "fact 3"]  # each fact's highest score: anywhere, at the last subject token, at the last token
+    best: Float[
+        Tensor, "fact 3"
+    ]  # each fact's highest score: anywhere, at the last subject token, at the last token
     skipped: tuple[str, ...]  # prompts that the model does not answer as the fact says
     component: str
     window: int
@@ -259,7 +392,9 @@ class AverageTrace(Result):
     sever: str | None = None
     roles: tuple[str, ...] = ROLES
 
-    n_facts = property(lambda self: len(self.clean_probs), doc="How many facts went into the average.")
+    n_facts = property(
+        lambda self: len(self.clean_probs), doc="How many facts went into the average."
+    )
 
     @property
     def indirect_effect(self) -> Float[Tensor, "role layer"]:
@@ -277,9 +412,15 @@ class AverageTrace(Result):
         return 1.96 * self.std / torch.tensor(self.counts).clamp(min=1)[:, None] ** 0.5
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per role and layer: n, score, indirect effect, half width of the 95 % interval."""
+        """One row per role and layer: n, score, indirect effect, half width of the 95 %
+        interval.
+        """
         n_layers = self.scores.shape[1]
-        where = [(r, n, layer) for r, n in zip(self.roles, self.counts, strict=True) for layer in range(n_layers)]
+        where = [
+            (r, n, layer)
+            for r, n in zip(self.roles, self.counts, strict=True)
+            for layer in range(n_layers)
+        ]
         return _table(where, ["role", "n", "layer"], self, "half_width")
 
     def plot(self, ax: Any = None) -> Any:
@@ -288,45 +429,84 @@ class AverageTrace(Result):
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c049
 def _fields(fact: Any) -> tuple[str, str, str]:
-    get = fact.get if isinstance(fact, Mapping) else lambda name: getattr(fact, name, None)
-    prompt, subject, answer = get("prompt"), get("subject"), get("attribute") or get("object")
-    if not (isinstance(prompt, str) and isinstance(subject, str) and isinstance(answer, str)):
-        raise ValueError(f"a fact needs text in prompt, subject and attribute (or object), not {fact!r}")
+    get = (
+        fact.get
+        if isinstance(fact, Mapping)
+        else lambda name: getattr(fact, name, None)
+    )
+    prompt, subject, answer = (
+        get("prompt"),
+        get("subject"),
+        get("attribute") or get("object"),
+    )
+    if not (
+        isinstance(prompt, str) and isinstance(subject, str) and isinstance(answer, str)
+    ):
+        raise ValueError(
+            "a fact needs text in prompt, subject and attribute (or object), not"
+            f" {fact!r}"
+        )
     return prompt, subject, answer.strip()
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c050
+
 def trace_facts(
-    model: Model, facts: Iterable[Any], *, noise: float | Noise = 3.0, folder: str | Path | None = None,
-    progress: bool | None = None, **options: Any,
-) -> AverageTrace:  # fmt: skip
+    model: Model,
+    facts: Iterable[Any],
+    *,
+    noise: float | Noise = 3.0,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> AverageTrace:
     """Trace every fact the model knows and average by token role (section 2.2).
 
-    A number for `noise` counts standard deviations of the facts' own subject embeddings, as in the authors' code. `options`
-    are those of `trace` (`component`, `window`, `n_samples`, `seed`, `sever`, ...). With a `folder` every finished trace is
-    saved there and not run again. Raises `ValueError` if there are no facts, or none that the model answers.
+    A number for `noise` counts standard deviations of the facts' own subject
+    embeddings, as in the authors' code. `options` are those of `trace` (`component`,
+    `window`, `n_samples`, `seed`, `sever`, ...). With a `folder` every finished trace
+    is saved there and not run again. Raises `ValueError` if there are no facts, or none
+    that the model answers.
     """
     known = [_fields(fact) for fact in facts]
     if not known:
         raise ValueError("there are no facts to trace")
     if not isinstance(noise, Noise):
-        noise = Noise(float(noise), std=embedding_std(model, [subject for _, subject, _ in known]))
+        noise = Noise(
+            float(noise), std=embedding_std(model, [subject for _, subject, _ in known])
+        )
     shape = (str(noise), noise.mean, noise.root)
-    sweep = fingerprint(weight_fingerprint(model), *shape, sorted(options.items())) if folder else ""
+    sweep = (
+        fingerprint(weight_fingerprint(model), *shape, sorted(options.items()))
+        if folder
+        else ""
+    )
     traces, skipped = [], []
-    for i, (prompt, subject, answer) in enumerate(tqdm(known, desc="facts", delay=1, disable=quiet(progress))):
+    for i, (prompt, subject, answer) in enumerate(
+        tqdm(known, desc="facts", delay=1, disable=quiet(progress))
+    ):
         if _prediction(model, prompt) != answer:
             skipped.append(prompt)
             continue
-        run = partial(trace, model, prompt, subject, noise=noise, progress=False, **options)
-        saved = Store(Path(folder) / f"fact-{i:04d}", fingerprint(prompt, subject, sweep)) if folder else None
+        run = partial(
+            trace, model, prompt, subject, noise=noise, progress=False, **options
+        )
+        saved = (
+            Store(Path(folder) / f"fact-{i:04d}", fingerprint(prompt, subject, sweep))
+            if folder
+            else None
+        )
         traces.append(_saved_or(saved.folder if saved else None, run))
     if not traces:
-        raise ValueError(f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r}; nothing to trace")
+        raise ValueError(
+            f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r};"
+            " nothing to trace"
+        )
     return average(traces, tuple(skipped))
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c051
+
 def _prediction(model: Model, prompt: str) -> str:
-    return model.decode([int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]).strip()
+    return model.decode(
+        [int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax())]
+    ).strip()
 
 
 def _saved_or(folder: Path | None, run: Callable[[], CausalTrace]) -> CausalTrace:
@@ -336,22 +516,35 @@ def _saved_or(folder: Path | None, run: Callable[[], CausalTrace]) -> CausalTrac
         run().save(folder)
     return CausalTrace.load(folder)
 
-# %% ../../nbs/papers/10_causal_tracing.ipynb #c052
-def average(traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()) -> AverageTrace:
+
+def average(
+    traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()
+) -> AverageTrace:
     """Average traces of whole prompts by token role."""
     pooled: list[list[Tensor]] = [[] for _ in ROLES]
     for t in traces:
         for role, positions in enumerate(token_roles(t.subject_range, len(t.tokens))):
             pooled[role] += [t.scores[p] for p in positions]
-    nothing = torch.full((1, traces[0].scores.shape[1]), float("nan"), dtype=traces[0].scores.dtype)
+    nothing = torch.full(
+        (1, traces[0].scores.shape[1]), float("nan"), dtype=traces[0].scores.dtype
+    )
     rows = [torch.stack(r) if r else nothing for r in pooled]
-    best = [[t.scores.max(), t.scores[t.subject_range[1] - 1].max(), t.scores[-1].max()] for t in traces]
+    best = [
+        [t.scores.max(), t.scores[t.subject_range[1] - 1].max(), t.scores[-1].max()]
+        for t in traces
+    ]
     first = traces[0]
     return AverageTrace(
-        scores=torch.stack([r.mean(0) for r in rows]), std=torch.stack([r.std(0, correction=0) for r in rows]),
-        counts=tuple(len(r) for r in pooled), best=torch.tensor(best), skipped=skipped,
+        scores=torch.stack([r.mean(0) for r in rows]),
+        std=torch.stack([r.std(0, correction=0) for r in rows]),
+        counts=tuple(len(r) for r in pooled),
+        best=torch.tensor(best),
+        skipped=skipped,
         clean_probs=torch.tensor([t.clean_prob for t in traces]),
         corrupted_probs=torch.tensor([t.corrupted_prob for t in traces]),
-        component=first.component, window=first.window, noise_std=first.noise_std, sever=first.sever,
+        component=first.component,
+        window=first.window,
+        noise_std=first.noise_std,
+        sever=first.sever,
         provenance={**first.provenance, "n_facts": len(traces)},
-    )  # fmt: skip
+    )

@@ -22,8 +22,20 @@ from tqdm import tqdm
 
 from ..viz import plots
 from mechtut.prompts.few_shot import (
-    Batch, Encoded, ICLPrompt, Layout, Prompt, Role, Task, Template, batches, encode, every_query, layout, sample_prompts,
-)  # fmt: skip
+    Batch,
+    Encoded,
+    ICLPrompt,
+    Layout,
+    Prompt,
+    Role,
+    Task,
+    Template,
+    batches,
+    encode,
+    every_query,
+    layout,
+    sample_prompts,
+)
 from ..patching.matmul import fast_matmul
 from ..models.loading import Model, weight_fingerprint
 from ..patching.replay import Replay, naive_replay, record_blocks
@@ -34,32 +46,58 @@ from ..patching.last_token import Change, run_changes
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c011
 def mean_head_activations(
-    model: Model, prompts: Sequence[Prompt], slots: Literal["last", "all"] = "last", *, batch_size: int | None = None
+    model: Model,
+    prompts: Sequence[Prompt],
+    slots: Literal["last", "all"] = "last",
+    *,
+    batch_size: int | None = None,
 ) -> Float[Tensor, "layer head *slot d_head"]:
-    """Mean over prompts of every head's output z (section 2.3): at the last token, or in every slot.
+    """Mean over prompts of every head's output z (section 2.3): at the last token, or
+    in every slot.
 
-    `slots="all"` needs `ICLPrompt`s with the same number of demonstrations and averages the tokens of a word; it raises
-    `ValueError` if their templates fall into different numbers of tokens.
+    `slots="all"` needs `ICLPrompt`s with the same number of demonstrations and averages
+    the tokens of a word; it raises `ValueError` if their templates fall into different
+    numbers of tokens.
     """
     if slots not in ("last", "all"):
         raise ValueError(f"slots must be 'last' or 'all', not {slots!r}")
     encoded = _encoded(model, prompts)
     layouts = _layouts(model, prompts) if slots == "all" else []
-    shape = (model.n_layers, model.n_heads, *([1 + layouts[0].slots[-1]] if layouts else []), model.d_head)
+    shape = (
+        model.n_layers,
+        model.n_heads,
+        *([1 + layouts[0].slots[-1]] if layouts else []),
+        model.d_head,
+    )
     total = torch.zeros(shape, dtype=torch.float64, device=model.device)
     for batch in batches(model, encoded, batch_size):
-        shares = _shares([layouts[i] for i in batch.rows], batch.tokens.shape[1]).to(total) if layouts else None
-        _visit(model, batch, {Site("z", layer): _adder(total[layer], batch, shares) for layer in range(model.n_layers)})
+        shares = (
+            _shares([layouts[i] for i in batch.rows], batch.tokens.shape[1]).to(total)
+            if layouts
+            else None
+        )
+        _visit(
+            model,
+            batch,
+            {
+                Site("z", layer): _adder(total[layer], batch, shares)
+                for layer in range(model.n_layers)
+            },
+        )
     return (total / len(encoded)).to(model.dtype)
 
 
 def _encoded(model: Model, prompts: Sequence[Prompt]) -> list[Encoded]:
     if isinstance(prompts, ICLPrompt | str):
-        raise TypeError(f"prompts must be a list of prompts, not one {type(prompts).__name__}")
+        raise TypeError(
+            f"prompts must be a list of prompts, not one {type(prompts).__name__}"
+        )
     return [encode(model, p) for p in prompts]
 
-# %% ../../nbs/papers/20_function_vectors.ipynb #c012
-def _adder(total: Tensor, batch: Batch, shares: Float[Tensor, "prompt slot pos"] | None) -> Visitor:
+
+def _adder(
+    total: Tensor, batch: Batch, shares: Float[Tensor, "prompt slot pos"] | None
+) -> Visitor:
     """A visitor that adds a batch's z, at the last token or by slot, to `total`."""
     rows = torch.arange(len(batch.rows), device=total.device)
 
@@ -73,8 +111,12 @@ def _adder(total: Tensor, batch: Batch, shares: Float[Tensor, "prompt slot pos"]
 
 
 def _shares(layouts: Sequence[Layout], n_pos: int) -> Float[Tensor, "prompt slot pos"]:
-    """How much each token counts in its slot: 1, or 1/n for each of the n tokens of a word."""
-    shares = torch.zeros(len(layouts), layouts[0].slots[-1] + 1, n_pos, dtype=torch.float64)
+    """How much each token counts in its slot: 1, or 1/n for each of the n tokens of a
+    word.
+    """
+    shares = torch.zeros(
+        len(layouts), layouts[0].slots[-1] + 1, n_pos, dtype=torch.float64
+    )
     for i, where in enumerate(layouts):
         shares[i, where.slots, range(len(where.slots))] = 1.0
     return shares / shares.sum(-1, keepdim=True)
@@ -90,13 +132,17 @@ def _layouts(model: Model, prompts: Sequence[Prompt]) -> list[Layout]:
     found = []
     for prompt in prompts:
         if not isinstance(prompt, ICLPrompt):
-            raise ValueError(f"slots need ICLPrompt objects, which know their words, not {type(prompt).__name__}")
+            raise ValueError(
+                "slots need ICLPrompt objects, which know their words, not"
+                f" {type(prompt).__name__}"
+            )
         found.append(layout(model, prompt))
         first, this = found[0].slots[-1] + 1, found[-1].slots[-1] + 1
         if this != first:
             raise ValueError(
-                f"the prompt about {prompt.query!r} has {this} slots and the first one {first}: give all prompts the same "
-                "number of demonstrations, or use slots='last' if this tokenizer merges the template with the words"
+                f"the prompt about {prompt.query!r} has {this} slots and the first one"
+                f" {first}: give all prompts the same number of demonstrations, or use"
+                " slots='last' if this tokenizer merges the template with the words"
             )
     return found
 
@@ -106,12 +152,16 @@ def layer_average(
 ) -> Float[Tensor, "layer d_model"]:
     """The simple baseline h̄: each block's mean output at the last token (section 2.2)."""
     encoded = _encoded(model, prompts)
-    total = torch.zeros(model.n_layers, model.d_model, dtype=torch.float64, device=model.device)
+    total = torch.zeros(
+        model.n_layers, model.d_model, dtype=torch.float64, device=model.device
+    )
     for batch in batches(model, encoded, batch_size):
         rows = torch.arange(len(batch.rows), device=model.device)
         with fast_matmul(model):
             recorded = record_blocks(model, batch.tokens, torch.ones_like(batch.tokens))
-        total += torch.stack([x[rows, batch.last].double().sum(0) for x in recorded.resid[1:]])
+        total += torch.stack(
+            [x[rows, batch.last].double().sum(0) for x in recorded.resid[1:]]
+        )
     return (total / len(encoded)).to(model.dtype)
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c017
@@ -119,39 +169,71 @@ Score = Literal["probability", "log_probability"]
 
 
 def indirect_effect(
-    model: Model, prompts: Sequence[Prompt], mean_activations: Float[Tensor, "layer head *slot d_head"], *,
-    score: Score = "probability", batch_size: int | None = None, folder: str | Path | None = None,
+    model: Model,
+    prompts: Sequence[Prompt],
+    mean_activations: Float[Tensor, "layer head *slot d_head"],
+    *,
+    score: Score = "probability",
+    batch_size: int | None = None,
+    folder: str | Path | None = None,
     progress: bool | None = None,
-) -> Float[Tensor, "trial layer head"]:  # fmt: skip
-    """How much each head's mean output, put at the last token, raises the right answer (section 2.3).
+) -> Float[Tensor, "trial layer head"]:
+    """How much each head's mean output, put at the last token, raises the right answer
+    (section 2.3).
 
-    Effects are differences of probability, or of log-probability. A prompt may also be a pair (token ids, target id).
-    `mean_activations` with slots are read at the last slot. With a `folder`, finished batches are kept there and a second
-    call goes on where the first stopped.
+    Effects are differences of probability, or of log-probability. A prompt may also be
+    a pair (token ids, target id). `mean_activations` with slots are read at the last
+    slot. With a `folder`, finished batches are kept there and a second call goes on
+    where the first stopped.
     """
     encoded, means = _encoded(model, prompts), _last_slot(model, mean_activations)
     _check_targets(encoded)
-    changes = [Change(layer, z, head=head) for layer, heads in enumerate(means) for head, z in enumerate(heads)]
-    changes.append(Change(model.n_layers - 1, torch.zeros(model.d_model)))  # nothing added: the clean run
-    key = fingerprint(weight_fingerprint(model), means, encoded, score, batch_size) if folder else ""
-    store, out = Store(Path(folder), key) if folder else None, torch.empty(len(encoded), *means.shape[:2])
+    changes = [
+        Change(layer, z, head=head)
+        for layer, heads in enumerate(means)
+        for head, z in enumerate(heads)
+    ]
+    changes.append(
+        Change(model.n_layers - 1, torch.zeros(model.d_model))
+    )  # nothing added: the clean run
+    key = (
+        fingerprint(weight_fingerprint(model), means, encoded, score, batch_size)
+        if folder
+        else ""
+    )
+    store, out = (
+        Store(Path(folder), key) if folder else None,
+        torch.empty(len(encoded), *means.shape[:2]),
+    )
     todo = list(batches(model, encoded, batch_size))
-    for number, batch in enumerate(tqdm(todo, desc="effects", unit="batch", delay=1, disable=quiet(progress))):
+    for number, batch in enumerate(
+        tqdm(todo, desc="effects", unit="batch", delay=1, disable=quiet(progress))
+    ):
 
         def run(batch: Batch = batch) -> Tensor:
-            return run_changes(model, batch.tokens, batch.last, changes, _scorer(batch.targets, score))
+            return run_changes(
+                model, batch.tokens, batch.last, changes, _scorer(batch.targets, score)
+            )
 
         values = store.once(f"batch-{number:05d}", run) if store else run()
-        out[batch.rows] = (values[:, :-1] - values[:, -1:]).unflatten(1, means.shape[:2]).to(out)
+        out[batch.rows] = (
+            (values[:, :-1] - values[:, -1:]).unflatten(1, means.shape[:2]).to(out)
+        )
     return out
 
-# %% ../../nbs/papers/20_function_vectors.ipynb #c018
-def _scorer(targets: Int[Tensor, "prompt"], score: str) -> Callable[[Tensor, int], Tensor]:
+
+def _scorer(
+    targets: Int[Tensor, "prompt"], score: str
+) -> Callable[[Tensor, int], Tensor]:
     if score not in ("probability", "log_probability"):
-        raise ValueError(f"score must be 'probability' or 'log_probability', not {score!r}")
+        raise ValueError(
+            f"score must be 'probability' or 'log_probability', not {score!r}"
+        )
 
     def read(logits: Tensor, i: int) -> Tensor:
-        return (logits.softmax(-1) if score == "probability" else logits.log_softmax(-1))[:, targets[i]]
+        return (
+            logits.softmax(-1) if score == "probability" else logits.log_softmax(-1)
+        )[:, targets[i]]
 
     return read
 
@@ -161,20 +243,27 @@ def _last_slot(model: Model, means: Tensor) -> Float[Tensor, "layer head d_head"
     wanted = (model.n_layers, model.n_heads, model.d_head)
     if tuple(means.shape) != wanted:
         kind = f"[layer, head, (slot), d_head] = {wanted}"
-        raise ValueError(f"mean activations of {model.name} are {kind}, not {tuple(means.shape)}")
+        raise ValueError(
+            f"mean activations of {model.name} are {kind}, not {tuple(means.shape)}"
+        )
     return means.to(model.device)
 
 
 def _check_targets(prompts: Sequence[Encoded]) -> None:
     if any(p.target < 0 for p in prompts):
-        raise ValueError("plain text has no right answer; give an ICLPrompt or a pair (token ids, target id)")
+        raise ValueError(
+            "plain text has no right answer; give an ICLPrompt or a pair (token ids,"
+            " target id)"
+        )
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c020
 Head = tuple[int, int]  # layer, head
 
 
 def top_heads(effects: Float[Tensor, "trial layer head"], k: int = 10) -> list[Head]:
-    """The `k` heads with the largest effect, averaged over trials; ties go to the lower layer and head."""
+    """The `k` heads with the largest effect, averaged over trials; ties go to the lower
+    layer and head.
+    """
     average = effects.double().mean(0)
     if not 1 <= k <= average.numel():
         raise ValueError(f"there are {average.numel()} heads, so k cannot be {k}")
@@ -183,44 +272,78 @@ def top_heads(effects: Float[Tensor, "trial layer head"], k: int = 10) -> list[H
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c025
 CLASSES: tuple[Role, ...] = (
-    "demonstration", "label", "separator", "predictive", "structural", "end_of_example",
-    "query_demonstration", "query_structural", "query_separator", "query_predictive",
-)  # fmt: skip
+    "demonstration",
+    "label",
+    "separator",
+    "predictive",
+    "structural",
+    "end_of_example",
+    "query_demonstration",
+    "query_structural",
+    "query_separator",
+    "query_predictive",
+)
 
 
 def indirect_effect_by_class(
-    model: Model, prompts: Sequence[ICLPrompt], mean_activations: Float[Tensor, "layer head slot d_head"], *,
+    model: Model,
+    prompts: Sequence[ICLPrompt],
+    mean_activations: Float[Tensor, "layer head slot d_head"],
+    *,
     progress: bool | None = None,
-) -> Float[Tensor, "trial layer head token_class"]:  # fmt: skip
-    """Effect on p(answer) of each head's means at all tokens of one class of `CLASSES` at once (appendix).
+) -> Float[Tensor, "trial layer head token_class"]:
+    """Effect on p(answer) of each head's means at all tokens of one class of `CLASSES`
+    at once (appendix).
 
-    Needs `mean_head_activations(..., slots="all")` of prompts with as many demonstrations.
+    Needs `mean_head_activations(..., slots="all")` of prompts with as many
+    demonstrations.
     """
     trials = []
-    for prompt in tqdm(prompts, desc="classes", unit="prompt", delay=1, disable=quiet(progress)):
+    for prompt in tqdm(
+        prompts, desc="classes", unit="prompt", delay=1, disable=quiet(progress)
+    ):
         where, target = layout(model, prompt), encode(model, prompt).target
         _same_slots(where, mean_activations)
         cells = [
             _class_edit(where, mean_activations[layer, head], layer, head, role)
-            for layer in range(model.n_layers) for head in range(model.n_heads) for role in CLASSES
-        ]  # fmt: skip
+            for layer in range(model.n_layers)
+            for head in range(model.n_heads)
+            for role in CLASSES
+        ]
         effects = _effects_of(model, where.ids, target, cells)
-        trials.append(effects.unflatten(0, (model.n_layers, model.n_heads, len(CLASSES))))
+        trials.append(
+            effects.unflatten(0, (model.n_layers, model.n_heads, len(CLASSES)))
+        )
     return torch.stack(trials)
 
 
 def _same_slots(where: Layout, means: Tensor) -> None:
     n_slots = where.slots[-1] + 1
     if means.ndim != 4 or means.shape[2] != n_slots:
-        raise ValueError(f"this prompt has {n_slots} slots, the means have shape {tuple(means.shape)}; use slots='all'")
+        raise ValueError(
+            f"this prompt has {n_slots} slots, the means have shape"
+            f" {tuple(means.shape)}; use slots='all'"
+        )
 
-# %% ../../nbs/papers/20_function_vectors.ipynb #c026
-def _class_edit(where: Layout, means: Float[Tensor, "slot d_head"], layer: int, head: int, role: Role) -> list[Edit]:
+
+def _class_edit(
+    where: Layout,
+    means: Float[Tensor, "slot d_head"],
+    layer: int,
+    head: int,
+    role: Role,
+) -> list[Edit]:
     at = [i for i, r in enumerate(where.roles) if r == role]
-    return [Edit("z", layer, means[[where.slots[i] for i in at]], pos=at, head=head)] if at else []
+    return (
+        [Edit("z", layer, means[[where.slots[i] for i in at]], pos=at, head=head)]
+        if at
+        else []
+    )
 
 
-def _effects_of(model: Model, ids: list[int], target: int, cells: list[list[Edit]]) -> Float[Tensor, "cell"]:
+def _effects_of(
+    model: Model, ids: list[int], target: int, cells: list[list[Edit]]
+) -> Float[Tensor, "cell"]:
     tokens = torch.tensor([ids], device=model.device)
     if not model.family.attention_interface:
         logits = naive_replay(model, tokens, [[], *cells])[:, 0]
@@ -231,25 +354,37 @@ def _effects_of(model: Model, ids: list[int], target: int, cells: list[list[Edit
     def p_target(logits: Tensor) -> Tensor:
         return logits[:, 0, 0].softmax(-1)[:, target]
 
-    return replay.run(cells, p_target, progress=False) - p_target(replay.base_logits()[None])
+    return replay.run(cells, p_target, progress=False) - p_target(
+        replay.base_logits()[None]
+    )
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c029
 @torch.no_grad()
 def function_vector(
-    model: Model, mean_activations: Float[Tensor, "layer head *slot d_head"], heads: Sequence[Head],
+    model: Model,
+    mean_activations: Float[Tensor, "layer head *slot d_head"],
+    heads: Sequence[Head],
     bias_per_head: bool = False,
-) -> Float[Tensor, "d_model"]:  # fmt: skip
-    """Sum of what the given heads' mean outputs write into the residual stream (section 2.3).
+) -> Float[Tensor, "d_model"]:
+    """Sum of what the given heads' mean outputs write into the residual stream (section
+    2.3).
 
-    `bias_per_head=True` adds the output projection's bias once per head, as the authors' code does for models that have one.
-    Where a norm follows the projection (Gemma, OLMo 2) it is applied with the scale it has at the mean activations of the
+    `bias_per_head=True` adds the output projection's bias once per head, as the
+    authors' code does for models that have one. Where a norm follows the projection
+    (Gemma, OLMo 2) it is applied with the scale it has at the mean activations of the
     whole layer. Raises `IndexError` for a head that does not exist.
     """
-    means, total = _last_slot(model, mean_activations).to(model.dtype), torch.zeros(model.d_model, device=model.device)
+    means, total = (
+        _last_slot(model, mean_activations).to(model.dtype),
+        torch.zeros(model.d_model, device=model.device),
+    )
     for layer, head in heads:
         check_layer(model, layer, "z")
         if not 0 <= head < model.n_heads:
-            raise IndexError(f"head {head} does not exist: {model.name} has heads 0..{model.n_heads - 1}")
+            raise IndexError(
+                f"head {head} does not exist: {model.name} has heads"
+                f" 0..{model.n_heads - 1}"
+            )
         total = total + _contribution(model, means[layer], layer, head, bias_per_head)
     return total
 
@@ -265,48 +400,86 @@ def _contribution(
     out = out if bias else out - nothing
     if model.family.attn_out == model.family.attn:
         return out
-    together = project(means.flatten())  # a norm stands between the heads and the stream
+    together = project(
+        means.flatten()
+    )  # a norm stands between the heads and the stream
     scale = model.part(layer, model.family.attn_out)(together) / together
     return out * torch.where(together == 0, 0, scale)
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c031
 def inject(
-    model: Model, vector: Float[Tensor, "d_model"], layer: int, *, mode: Literal["add", "set"] = "add", pos: int = -1
+    model: Model,
+    vector: Float[Tensor, "d_model"],
+    layer: int,
+    *,
+    mode: Literal["add", "set"] = "add",
+    pos: int = -1,
 ) -> AbstractContextManager[None]:
-    """Inside the `with` block, every forward pass adds `vector` to block `layer`'s output at the last token (section 2.2).
+    """Inside the `with` block, every forward pass adds `vector` to block `layer`'s
+    output at the last token (section 2.2).
 
-    In a generation that is the last token of every step. `mode="set"` replaces the output, as task vectors do. Batches of
-    unequal length must be padded on the left, or `pos` must say where to write.
+    In a generation that is the last token of every step. `mode="set"` replaces the
+    output, as task vectors do. Batches of unequal length must be padded on the left, or
+    `pos` must say where to write.
     """
     if tuple(vector.shape) != (model.d_model,):
-        raise ValueError(f"the vector must have shape ({model.d_model},) for {model.name}, not {tuple(vector.shape)}")
-    return intervene(model, [Edit("resid_post", check_layer(model, layer, "resid_post"), vector, pos=pos, mode=mode)])
+        raise ValueError(
+            f"the vector must have shape ({model.d_model},) for {model.name}, not"
+            f" {tuple(vector.shape)}"
+        )
+    return intervene(
+        model,
+        [
+            Edit(
+                "resid_post",
+                check_layer(model, layer, "resid_post"),
+                vector,
+                pos=pos,
+                mode=mode,
+            )
+        ],
+    )
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c034
 def target_ranks(
-    model: Model, prompts: Sequence[Prompt], vector: Float[Tensor, "*layer d_model"], layers: Sequence[int] | None = None, *,
-    mode: Literal["add", "set"] = "add", batch_size: int | None = None,
-) -> Int[Tensor, "prompt run"]:  # fmt: skip
-    """Rank of the right token (0 is best): without the vector in column 0, then with it in each of `layers` (default all).
+    model: Model,
+    prompts: Sequence[Prompt],
+    vector: Float[Tensor, "*layer d_model"],
+    layers: Sequence[int] | None = None,
+    *,
+    mode: Literal["add", "set"] = "add",
+    batch_size: int | None = None,
+) -> Int[Tensor, "prompt run"]:
+    """Rank of the right token (0 is best): without the vector in column 0, then with it
+    in each of `layers` (default all).
 
     A vector with a layer axis (such as `layer_average`) is used layer by layer.
     """
     encoded = _encoded(model, prompts)
     _check_targets(encoded)
-    changes = _injections(model, vector, range(model.n_layers) if layers is None else layers, mode)
+    changes = _injections(
+        model, vector, range(model.n_layers) if layers is None else layers, mode
+    )
     out = torch.empty(len(encoded), len(changes), dtype=torch.long)
     for batch in batches(model, encoded, batch_size):
 
         def rank(logits: Tensor, i: int, targets: Tensor = batch.targets) -> Tensor:
             return (logits > logits[:, targets[i], None]).sum(-1)
 
-        out[batch.rows] = run_changes(model, batch.tokens, batch.last, changes, rank).cpu()
+        out[batch.rows] = run_changes(
+            model, batch.tokens, batch.last, changes, rank
+        ).cpu()
     return out
 
 
-def _injections(model: Model, vector: Tensor, layers: Sequence[int], mode: str) -> list[Change]:
+def _injections(
+    model: Model, vector: Tensor, layers: Sequence[int], mode: str
+) -> list[Change]:
     if vector.shape not in ((model.d_model,), (model.n_layers, model.d_model)):
-        raise ValueError(f"the vector must be [d_model] or [layer, d_model] for {model.name}, not {tuple(vector.shape)}")
+        raise ValueError(
+            f"the vector must be [d_model] or [layer, d_model] for {model.name}, not"
+            f" {tuple(vector.shape)}"
+        )
     layers = [check_layer(model, layer, "resid_post") for layer in layers]
     vectors = vector.expand(model.n_layers, -1)
     clean = Change(model.n_layers - 1, torch.zeros(model.d_model))
@@ -314,47 +487,86 @@ def _injections(model: Model, vector: Tensor, layers: Sequence[int], mode: str) 
 
 
 def known_queries(
-    model: Model, task: Task, part: Literal["valid", "test"], *, n_shots: int = 10, seed: int = 42,
+    model: Model,
+    task: Task,
+    part: Literal["valid", "test"],
+    *,
+    n_shots: int = 10,
+    seed: int = 42,
     split_seed: int | None = None,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Indices of the queries that the model answers from `n_shots` true demonstrations."""
     prompts = every_query(task, n_shots, seed, part=part, split_seed=split_seed)
     ranks = target_ranks(model, prompts, torch.zeros(model.d_model), layers=[])
     return [i for i, rank in enumerate(ranks[:, 0].tolist()) if rank == 0]
 
-# %% ../../nbs/papers/20_function_vectors.ipynb #c035
+
 Setting = Literal["zero_shot", "few_shot", "shuffled", "random"]
 _SETTINGS: dict[str, tuple[bool, Any]] = {  # has demonstrations, their corruption
-    "zero_shot": (False, None), "few_shot": (True, None), "shuffled": (True, "shuffle"), "random": (True, "random"),
-}  # fmt: skip
+    "zero_shot": (False, None),
+    "few_shot": (True, None),
+    "shuffled": (True, "shuffle"),
+    "random": (True, "random"),
+}
 
 
 def evaluate(
-    model: Model, vector: Float[Tensor, "*layer d_model"], task: Task, layers: Sequence[int] | None = None, *,
-    settings: Sequence[Setting] = ("zero_shot", "shuffled"), n_shots: int = 10, seed: int = 42, only_known: bool = True,
-    mode: Literal["add", "set"] = "add", template: Template | None = None, batch_size: int | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    model: Model,
+    vector: Float[Tensor, "*layer d_model"],
+    task: Task,
+    layers: Sequence[int] | None = None,
+    *,
+    settings: Sequence[Setting] = ("zero_shot", "shuffled"),
+    n_shots: int = 10,
+    seed: int = 42,
+    only_known: bool = True,
+    mode: Literal["add", "set"] = "add",
+    template: Template | None = None,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
     """Accuracy on the task's test queries by layer of injection (section 3.2).
 
-    One row per setting and layer: n, `clean` (top-1 without the vector), `top1`, `top2`, `top3` with it, and a 95 % Wilson
-    interval of `top1` (`low`, `high`). `settings` are prompts without demonstrations, with true, shuffled or random labels.
-    `only_known` keeps the queries that true demonstrations get right; it raises `NoFunction` if there are none.
+    One row per setting and layer: n, `clean` (top-1 without the vector), `top1`,
+    `top2`, `top3` with it, and a 95 % Wilson interval of `top1` (`low`, `high`).
+    `settings` are prompts without demonstrations, with true, shuffled or random labels.
+    `only_known` keeps the queries that true demonstrations get right; it raises
+    `NoFunction` if there are none.
     """
-    keep = known_queries(model, task, "test", n_shots=n_shots, seed=seed) if only_known else None
+    keep = (
+        known_queries(model, task, "test", n_shots=n_shots, seed=seed)
+        if only_known
+        else None
+    )
     if keep is not None and not keep:
-        raise NoFunction(f"{model.name} answers no test query of {task.name!r} from {n_shots} examples; only_known=False")
+        raise NoFunction(
+            f"{model.name} answers no test query of {task.name!r} from"
+            f" {n_shots} examples; only_known=False"
+        )
     layers, tables = list(range(model.n_layers) if layers is None else layers), []
     for setting in settings:
         if setting not in _SETTINGS:
-            raise ValueError(f"unknown setting {setting!r}; one of {', '.join(_SETTINGS)}")
+            raise ValueError(
+                f"unknown setting {setting!r}; one of {', '.join(_SETTINGS)}"
+            )
         shown, corrupt = _SETTINGS[setting]
-        prompts = every_query(task, n_shots if shown else 0, seed, corrupt, keep=keep, template=template or Template())
-        ranks = target_ranks(model, prompts, vector, layers, mode=mode, batch_size=batch_size)
+        prompts = every_query(
+            task,
+            n_shots if shown else 0,
+            seed,
+            corrupt,
+            keep=keep,
+            template=template or Template(),
+        )
+        ranks = target_ranks(
+            model, prompts, vector, layers, mode=mode, batch_size=batch_size
+        )
         tables.append(_accuracies(ranks, layers).assign(setting=setting))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c036
-def _accuracies(ranks: Int[Tensor, "prompt run"], layers: Sequence[int]) -> pd.DataFrame:
+def _accuracies(
+    ranks: Int[Tensor, "prompt run"], layers: Sequence[int]
+) -> pd.DataFrame:
     n, clean = len(ranks), float((ranks[:, 0] == 0).double().mean())
     top = {f"top{k}": (ranks[:, 1:] < k).double().mean(0).tolist() for k in (1, 2, 3)}
     table = pd.DataFrame({"layer": list(layers), "n": n, "clean": clean, **top})
@@ -370,12 +582,23 @@ def _with_interval(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pooled(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Several tasks' tables of `evaluate` as one: accuracies over all prompts, with their interval."""
-    rows, parts = pd.concat(tables, ignore_index=True), ["clean", "top1", "top2", "top3"]
-    sums = rows.assign(**{c: rows[c] * rows.n for c in parts}).groupby(["setting", "layer"], sort=False)[["n", *parts]].sum()
-    return _with_interval(sums.assign(**{c: sums[c] / sums.n for c in parts}).reset_index())
+    """Several tasks' tables of `evaluate` as one: accuracies over all prompts, with
+    their interval.
+    """
+    rows, parts = (
+        pd.concat(tables, ignore_index=True),
+        ["clean", "top1", "top2", "top3"],
+    )
+    sums = (
+        rows.assign(**{c: rows[c] * rows.n for c in parts})
+        .groupby(["setting", "layer"], sort=False)[["n", *parts]]
+        .sum()
+    )
+    return _with_interval(
+        sums.assign(**{c: sums[c] / sums.n for c in parts}).reset_index()
+    )
 
-# %% ../../nbs/papers/20_function_vectors.ipynb #c037
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FunctionVector(Result):
     """A task's function vector, with the means and effects that it was made from."""
@@ -393,44 +616,95 @@ class FunctionVector(Result):
         return self.effects.mean(0)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per head: AIE, its standard error over trials, and whether the head is part of the vector."""
+        """One row per head: AIE, its standard error over trials, and whether the head
+        is part of the vector.
+        """
         n_trials, n_layers, n_heads = self.effects.shape
-        table = pd.DataFrame([(i, j) for i in range(n_layers) for j in range(n_heads)], columns=["layer", "head"])
-        error, chosen = self.effects.std(0) / n_trials**0.5, {tuple(h) for h in self.heads}
+        table = pd.DataFrame(
+            [(i, j) for i in range(n_layers) for j in range(n_heads)],
+            columns=["layer", "head"],
+        )
+        error, chosen = (
+            self.effects.std(0) / n_trials**0.5,
+            {tuple(h) for h in self.heads},
+        )
         return table.assign(
-            effect=self.average_effect.flatten().tolist(), standard_error=error.flatten().tolist(),
-            selected=[(i, j) in chosen for i, j in zip(table.layer, table["head"], strict=True)],
-        )  # fmt: skip
+            effect=self.average_effect.flatten().tolist(),
+            standard_error=error.flatten().tolist(),
+            selected=[
+                (i, j) in chosen
+                for i, j in zip(table.layer, table["head"], strict=True)
+            ],
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """The paper's heat map of heads; see `mechtut.viz.plots.head_effects`."""
-        return plots.head_effects(self.average_effect.float().numpy(), self.heads, ax=ax)
+        return plots.head_effects(
+            self.average_effect.float().numpy(), self.heads, ax=ax
+        )
 
-# %% ../../nbs/papers/20_function_vectors.ipynb #c038
+
 class NoFunction(ValueError):
-    """The model does not play this game: it answers none of its queries from examples, so there is nothing to extract."""
-
-# %% ../../nbs/papers/20_function_vectors.ipynb #c039
-def extract(
-    model: Model, task: Task, *, n_prompts: int = 100, n_trials: int = 25, n_shots: int = 10, k: int = 10, seed: int = 42,
-    corrupt: Literal["shuffle", "random"] = "shuffle", only_known: bool = True, bias_per_head: bool = False,
-    batch_size: int | None = None, folder: str | Path | None = None, progress: bool | None = None,
-) -> FunctionVector:  # fmt: skip
-    """The whole recipe for one task: means over true prompts, effects on corrupted ones, the sum of the `k` best heads.
-
-    As in the authors' script, queries are those of the valid part that the model answers (checked with demonstrations of
-    another seed), and every step draws anew from `seed`. Raises `NoFunction`, a `ValueError`, if it answers none of them.
+    """The model does not play this game: it answers none of its queries from examples,
+    so there is nothing to extract.
     """
-    known = known_queries(model, task, "valid", n_shots=n_shots, seed=seed + 42, split_seed=seed) if only_known else None
+
+
+def extract(
+    model: Model,
+    task: Task,
+    *,
+    n_prompts: int = 100,
+    n_trials: int = 25,
+    n_shots: int = 10,
+    k: int = 10,
+    seed: int = 42,
+    corrupt: Literal["shuffle", "random"] = "shuffle",
+    only_known: bool = True,
+    bias_per_head: bool = False,
+    batch_size: int | None = None,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> FunctionVector:
+    """The whole recipe for one task: means over true prompts, effects on corrupted
+    ones, the sum of the `k` best heads.
+
+    As in the authors' script, queries are those of the valid part that the model
+    answers (checked with demonstrations of another seed), and every step draws anew
+    from `seed`. Raises `NoFunction`, a `ValueError`, if it answers none of them.
+    """
+    known = (
+        known_queries(
+            model, task, "valid", n_shots=n_shots, seed=seed + 42, split_seed=seed
+        )
+        if only_known
+        else None
+    )
     if known is not None and not known:
-        raise NoFunction(f"{model.name} answers no query of {task.name!r} from {n_shots} examples: it has no such function")
+        raise NoFunction(
+            f"{model.name} answers no query of {task.name!r} from {n_shots} examples:"
+            " it has no such function"
+        )
     intact = sample_prompts(task, n_prompts, n_shots, seed, queries=known)
     means = mean_head_activations(model, intact, batch_size=batch_size)
     broken = sample_prompts(task, n_trials, n_shots, seed, corrupt, queries=known)
-    effects = indirect_effect(model, broken, means, batch_size=batch_size, folder=folder, progress=progress)
+    effects = indirect_effect(
+        model, broken, means, batch_size=batch_size, folder=folder, progress=progress
+    )
     heads = top_heads(effects, k)
-    arguments = {"task": task.name, "n_prompts": n_prompts, "n_trials": n_trials, "n_shots": n_shots, "seed": seed}
+    arguments = {
+        "task": task.name,
+        "n_prompts": n_prompts,
+        "n_trials": n_trials,
+        "n_shots": n_shots,
+        "seed": seed,
+    }
     return FunctionVector(
-        vector=function_vector(model, means, heads, bias_per_head).cpu(), effects=effects, mean_activations=means.cpu(),
-        heads=tuple(heads), task=task.name, corrupt=corrupt, provenance=provenance(model, **arguments, corrupt=corrupt),
-    )  # fmt: skip
+        vector=function_vector(model, means, heads, bias_per_head).cpu(),
+        effects=effects,
+        mean_activations=means.cpu(),
+        heads=tuple(heads),
+        task=task.name,
+        corrupt=corrupt,
+        provenance=provenance(model, **arguments, corrupt=corrupt),
+    )

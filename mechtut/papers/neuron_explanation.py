@@ -29,51 +29,102 @@ from ..neurons.collect import collect
 from ..neurons.records import ActivationRecord, NeuronRecord, NeuronRecords
 from ..patching.results import Result
 from mechtut.neurons.rules import (
-    Explainer, Explanation, RuleExplainer, RuleSimulator, Simulator, TableExplainer, TableSimulator, read_rule,
-)  # fmt: skip
+    Explainer,
+    Explanation,
+    RuleExplainer,
+    RuleSimulator,
+    Simulator,
+    TableExplainer,
+    TableSimulator,
+    read_rule,
+)
 from mechtut.neurons.scoring import (
-    Calibration, Method, Scores, balanced_accuracy, calibrate, discretize, expected_value, max_activation, records_of, score,
+    Calibration,
+    Method,
+    Scores,
+    balanced_accuracy,
+    calibrate,
+    discretize,
+    expected_value,
+    max_activation,
+    records_of,
+    score,
     split_records,
-)  # fmt: skip
+)
 from ..neurons.client import Server
 from ..models.hooks import Site, capture, check_layer, visiting
 
-_all_ = ["ActivationRecord", "NeuronRecord", "NeuronRecords", "collect", "discretize", "split_records", "expected_value",
-         "Calibration", "calibrate", "Scores", "score", "Explanation", "RuleExplainer", "RuleSimulator", "TableExplainer",
-         "TableSimulator", "read_rule", "Server", "ServerExplainer", "ServerSimulator", "ServerJudge"]  # fmt: skip
+_all_ = [
+    "ActivationRecord",
+    "NeuronRecord",
+    "NeuronRecords",
+    "collect",
+    "discretize",
+    "split_records",
+    "expected_value",
+    "Calibration",
+    "calibrate",
+    "Scores",
+    "score",
+    "Explanation",
+    "RuleExplainer",
+    "RuleSimulator",
+    "TableExplainer",
+    "TableSimulator",
+    "read_rule",
+    "Server",
+    "ServerExplainer",
+    "ServerSimulator",
+    "ServerJudge",
+]
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c011
 def explain(record: NeuronRecord, explainer: Explainer | None = None) -> Explanation:
-    """Explain a neuron from the train split of its record; by rules over tokens if no explainer is given (section 2).
+    """Explain a neuron from the train split of its record; by rules over tokens if no
+    explainer is given (section 2).
 
-    Raises `ValueError` if there are too few records, or if the neuron is silent in all that the explainer may see.
+    Raises `ValueError` if there are too few records, or if the neuron is silent in all
+    that the explainer may see.
     """
     return (explainer or RuleExplainer()).explain(record)
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c012
-def simulate(
-    explanation: Explanation | str, record: ActivationRecord | Sequence[ActivationRecord], simulator: Simulator | None = None
-) -> Any:
-    """What somebody who knows only the explanation expects: a value per token of a record, or of each of several.
 
-    Without a simulator, tables are looked up and sentences read as rules. Raises `ValueError` if the simulator returns
-    anything but one finite number per token.
+def simulate(
+    explanation: Explanation | str,
+    record: ActivationRecord | Sequence[ActivationRecord],
+    simulator: Simulator | None = None,
+) -> Any:
+    """What somebody who knows only the explanation expects: a value per token of a
+    record, or of each of several.
+
+    Without a simulator, tables are looked up and sentences read as rules. Raises
+    `ValueError` if the simulator returns anything but one finite number per token.
     """
     said = Explanation(explanation) if isinstance(explanation, str) else explanation
     records = [record] if isinstance(record, ActivationRecord) else list(record)
-    simulator = simulator or (TableSimulator() if said.table is not None else RuleSimulator())
+    simulator = simulator or (
+        TableSimulator() if said.table is not None else RuleSimulator()
+    )
     values = simulator.simulate(said, [r.tokens for r in records])
     if len(values) != len(records):
-        raise ValueError(f"{type(simulator).__name__} simulated {len(values)} of {len(records)} excerpts")
+        raise ValueError(
+            f"{type(simulator).__name__} simulated {len(values)} of"
+            f" {len(records)} excerpts"
+        )
     for r, row in zip(records, values, strict=True):
         if len(row) != len(r) or not all(math.isfinite(v) for v in row):
-            raise ValueError(f"{type(simulator).__name__} gave {len(row)} values for {len(r)} tokens, or one is not finite")
+            raise ValueError(
+                f"{type(simulator).__name__} gave {len(row)} values for"
+                f" {len(r)} tokens, or one is not finite"
+            )
     return values[0] if isinstance(record, ActivationRecord) else values
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c015
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoredExplanation(Result):
-    """An explanation and how well it predicts: real and simulated activations over the top, then the random excerpts."""
+    """An explanation and how well it predicts: real and simulated activations over the
+    top, then the random excerpts.
+    """
 
     explanation: str
     author: str
@@ -94,7 +145,10 @@ class ScoredExplanation(Result):
 
     @property
     def score(self) -> float:
-        """The headline figure: correlation over top and random excerpts together. NaN where it is not defined."""
+        """The headline figure: correlation over top and random excerpts together.
+
+        NaN where it is not defined.
+        """
         return self.both.correlation
 
     @property
@@ -104,7 +158,10 @@ class ScoredExplanation(Result):
 
     @property
     def random(self) -> Scores:
-        """Scores over the random excerpts alone. Raises `ValueError` if there are none."""
+        """Scores over the random excerpts alone.
+
+        Raises `ValueError` if there are none.
+        """
         return _score_part(self, slice(sum(self.lengths[: self.n_top]), None))
 
     @property
@@ -116,31 +173,45 @@ class ScoredExplanation(Result):
         """One row per token: excerpt, kind, token, real and simulated activation."""
         return _table(self)
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c016
+
 def _score_part(scored: ScoredExplanation, part: slice) -> Scores:
     return score(scored.true[part].tolist(), scored.simulated[part].tolist())
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c017
+
 def _table(scored: ScoredExplanation) -> pd.DataFrame:
-    rows = [(i, *row) for i, part in enumerate(scored.excerpts) for row in zip(*part, strict=True)]
+    rows = [
+        (i, *row)
+        for i, part in enumerate(scored.excerpts)
+        for row in zip(*part, strict=True)
+    ]
     table = pd.DataFrame(rows, columns=["excerpt", "token", "true", "simulated"])
-    return table.assign(kind=["top" if i < scored.n_top else "random" for i in table.excerpt])
+    return table.assign(
+        kind=["top" if i < scored.n_top else "random" for i in table.excerpt]
+    )
 
 
 def _cut(scored: ScoredExplanation) -> list[tuple[list[str], list[float], list[float]]]:
     starts = [sum(scored.lengths[:i]) for i in range(len(scored.lengths) + 1)]
     spans = [slice(a, b) for a, b in pairwise(starts)]
-    return [(list(scored.tokens[s]), scored.true[s].tolist(), scored.simulated[s].tolist()) for s in spans]
+    return [
+        (list(scored.tokens[s]), scored.true[s].tolist(), scored.simulated[s].tolist())
+        for s in spans
+    ]
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c018
+
 def score_explanation(
-    record: NeuronRecord, explanation: Explanation | str, simulator: Simulator | None = None, *, split: str = "valid",
-    calibration: Method = "none", n_per_split: int | None = None,
-) -> ScoredExplanation:  # fmt: skip
+    record: NeuronRecord,
+    explanation: Explanation | str,
+    simulator: Simulator | None = None,
+    *,
+    split: str = "valid",
+    calibration: Method = "none",
+    n_per_split: int | None = None,
+) -> ScoredExplanation:
     """Simulate the excerpts of a split from the explanation, and compare (section 3).
 
-    A calibration, if wanted, is fitted on the calibration split. Raises `ValueError` for too few records and for a
-    simulation that is not one finite number per token.
+    A calibration, if wanted, is fitted on the calibration split. Raises `ValueError`
+    for too few records and for a simulation that is not one finite number per token.
     """
     said = Explanation(explanation) if isinstance(explanation, str) else explanation
     top, others = records_of(record, split, n_per_split)
@@ -148,17 +219,27 @@ def score_explanation(
     values = [fitted(row) for row in simulate(said, [*top, *others], simulator)]
     true = [a for r in [*top, *others] for a in r.activations]
     return ScoredExplanation(
-        explanation=said.text, author=said.author, layer=record.layer, neuron=record.neuron, split=split,
-        calibration=calibration, true=torch.tensor(true, dtype=torch.float64), n_top=len(top),
+        explanation=said.text,
+        author=said.author,
+        layer=record.layer,
+        neuron=record.neuron,
+        split=split,
+        calibration=calibration,
+        true=torch.tensor(true, dtype=torch.float64),
+        n_top=len(top),
         simulated=torch.tensor([v for row in values for v in row], dtype=torch.float64),
-        tokens=tuple(t for r in [*top, *others] for t in r.tokens), lengths=tuple(len(r) for r in [*top, *others]),
-    )  # fmt: skip
+        tokens=tuple(t for r in [*top, *others] for t in r.tokens),
+        lengths=tuple(len(r) for r in [*top, *others]),
+    )
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c019
 def fit_calibration(
-    record: NeuronRecord, explanation: Explanation, simulator: Simulator | None, method: Method = "linear",
+    record: NeuronRecord,
+    explanation: Explanation,
+    simulator: Simulator | None,
+    method: Method = "linear",
     n_per_split: int | None = None,
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """A map from simulated values to activations, fitted on the calibration split."""
     if method == "none":
         return Calibration(method)
@@ -168,15 +249,22 @@ def fit_calibration(
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c030
 def token_ids(model: Model, record: ActivationRecord) -> list[int]:
-    """The record's token ids. Raises `ValueError` if it has none and its text falls into other tokens than its own."""
+    """The record's token ids.
+
+    Raises `ValueError` if it has none and its text falls into other tokens than its
+    own.
+    """
     if record.ids:
         return record.ids
     ids = model.tokenizer(record.text, add_special_tokens=False)["input_ids"]
     if [model.decode([i]) for i in ids] != record.tokens:
-        raise ValueError(f"{record.text[:40]!r} falls into other tokens than the record's: use records from `collect`")
+        raise ValueError(
+            f"{record.text[:40]!r} falls into other tokens than the record's: use"
+            " records from `collect`"
+        )
     return list(ids)
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c031
+
 def _writer(neuron: int, values: Sequence[float]) -> Callable[[Tensor], Tensor]:
     """A visitor that replaces one neuron's activations."""
 
@@ -187,88 +275,144 @@ def _writer(neuron: int, values: Sequence[float]) -> Callable[[Tensor], Tensor]:
 
     return write
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c032
-def divergence(a: Float[Tensor, "*n d_vocab"], b: Float[Tensor, "*n d_vocab"]) -> Float[Tensor, "*n"]:
+
+def divergence(
+    a: Float[Tensor, "*n d_vocab"], b: Float[Tensor, "*n d_vocab"]
+) -> Float[Tensor, "*n"]:
     """Jensen-Shannon divergence of two outputs, in nats."""
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     middle = torch.logaddexp(p, q) - math.log(2)
     return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c033
-def ablation_score(
-    model: Model, record: NeuronRecord, explanation: Explanation | str, simulator: Simulator | None = None, *,
-    split: str = "valid",
-) -> float:  # fmt: skip
-    """How much of the neuron's effect on the model's output its simulation restores (section 3.4).
 
-    The neuron is replaced by its (linearly calibrated) simulation, and by its mean. 1 - JSD with the simulation / JSD with
-    the mean, both against the untouched output: 1 is a perfect stand-in, 0 no better than the mean; NaN for a neuron
-    without effect.
+def ablation_score(
+    model: Model,
+    record: NeuronRecord,
+    explanation: Explanation | str,
+    simulator: Simulator | None = None,
+    *,
+    split: str = "valid",
+) -> float:
+    """How much of the neuron's effect on the model's output its simulation restores
+    (section 3.4).
+
+    The neuron is replaced by its (linearly calibrated) simulation, and by its mean. 1 -
+    JSD with the simulation / JSD with the mean, both against the untouched output: 1 is
+    a perfect stand-in, 0 no better than the mean; NaN for a neuron without effect.
     """
     said = Explanation(explanation) if isinstance(explanation, str) else explanation
     top, others = records_of(record, split)
     fitted = fit_calibration(record, said, simulator)
     far = torch.zeros(2, dtype=torch.float64)
-    for r, row in zip([*top, *others], simulate(said, [*top, *others], simulator), strict=True):
+    for r, row in zip(
+        [*top, *others], simulate(said, [*top, *others], simulator), strict=True
+    ):
         ids = torch.tensor([token_ids(model, r)], device=model.device)
         plain = model.logits(ids)
         for i, values in enumerate((fitted(row), [record.mean] * len(r))):
-            with visiting(model, {Site("mlp_act", record.layer): _writer(record.neuron, values)}):
-                far[i] += divergence(plain.double(), model.logits(ids).double()).sum().cpu()
-    return float(1 - far[0] / far[1]) if far[1] > 1e-12 else math.nan  # float64 rounding is far below, any effect above
+            with visiting(
+                model, {Site("mlp_act", record.layer): _writer(record.neuron, values)}
+            ):
+                far[i] += (
+                    divergence(plain.double(), model.logits(ids).double()).sum().cpu()
+                )
+    return (
+        float(1 - far[0] / far[1]) if far[1] > 1e-12 else math.nan
+    )  # float64 rounding is far below, any effect above
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c054
 class Judge(Protocol):
     """Whatever can answer yes or no about excerpts."""
 
-    def detect(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[bool]:
+    def detect(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[bool]:
         """Is the neuron active somewhere in each excerpt?"""
 
     def fuzz(
-        self, explanation: Explanation, excerpts: Sequence[Sequence[str]], marks: Sequence[Sequence[bool]]
-    ) -> list[bool]:  # fmt: skip
+        self,
+        explanation: Explanation,
+        excerpts: Sequence[Sequence[str]],
+        marks: Sequence[Sequence[bool]],
+    ) -> list[bool]:
         """Are the marked tokens those that the neuron reacts to?"""
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c055
+
 @dataclass(frozen=True)
 class SimulatorJudge:
-    """Judges by a simulation: yes above half of the largest value, or where the marked tokens get more than the others."""
+    """Judges by a simulation: yes above half of the largest value, or where the marked
+    tokens get more than the others.
+    """
 
     simulator: Simulator
 
-    def detect(self, explanation: Explanation, excerpts: Sequence[Sequence[str]]) -> list[bool]:
+    def detect(
+        self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
+    ) -> list[bool]:
         """Is the largest simulated value above half of the largest of all?"""
         largest = [max(row) for row in self.simulator.simulate(explanation, excerpts)]
         return [v > max(0.0, *largest) / 2 for v in largest]
 
     def fuzz(
-        self, explanation: Explanation, excerpts: Sequence[Sequence[str]], marks: Sequence[Sequence[bool]]
-    ) -> list[bool]:  # fmt: skip
+        self,
+        explanation: Explanation,
+        excerpts: Sequence[Sequence[str]],
+        marks: Sequence[Sequence[bool]],
+    ) -> list[bool]:
         """Is the mean simulated value larger on the marked tokens than elsewhere?"""
         rows = self.simulator.simulate(explanation, excerpts)
-        return [_mean(v, m, True) > _mean(v, m, False) for v, m in zip(rows, marks, strict=True)]
+        return [
+            _mean(v, m, True) > _mean(v, m, False)
+            for v, m in zip(rows, marks, strict=True)
+        ]
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c056
+
 def _mean(values: Sequence[float], marks: Sequence[bool], wanted: bool) -> float:
     kept = [v for v, m in zip(values, marks, strict=True) if m == wanted]
     return sum(kept) / max(1, len(kept))
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c057
-def detection(record: NeuronRecord, explanation: Explanation, judge: Judge, *, split: str = "valid") -> float:
-    """Balanced accuracy at telling held-out excerpts where the neuron fires from those where it is silent.
 
-    Silent are random excerpts at level 0 throughout, on the scale of the top ones. Raises `ValueError` if there is none.
+def detection(
+    record: NeuronRecord,
+    explanation: Explanation,
+    judge: Judge,
+    *,
+    split: str = "valid",
+) -> float:
+    """Balanced accuracy at telling held-out excerpts where the neuron fires from those
+    where it is silent.
+
+    Silent are random excerpts at level 0 throughout, on the scale of the top ones.
+    Raises `ValueError` if there is none.
     """
     top, others = records_of(record, split)
-    silent = [r for r in others if not any(discretize(r.activations, max_activation(record.top)))]
+    silent = [
+        r
+        for r in others
+        if not any(discretize(r.activations, max_activation(record.top)))
+    ]
     if not silent:
-        raise ValueError(f"neuron {record.layer}.{record.neuron} is active in every random excerpt: nothing to detect")
+        raise ValueError(
+            f"neuron {record.layer}.{record.neuron} is active in every random excerpt:"
+            " nothing to detect"
+        )
     truth = [True] * len(top) + [False] * len(silent)
-    return balanced_accuracy(truth, judge.detect(explanation, [r.tokens for r in [*top, *silent]]))
+    return balanced_accuracy(
+        truth, judge.detect(explanation, [r.tokens for r in [*top, *silent]])
+    )
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c058
-def fuzzing(record: NeuronRecord, explanation: Explanation, judge: Judge, *, split: str = "valid", seed: int = 0) -> float:
-    """Balanced accuracy at telling excerpts with the active tokens marked from those with as many others marked."""
+
+def fuzzing(
+    record: NeuronRecord,
+    explanation: Explanation,
+    judge: Judge,
+    *,
+    split: str = "valid",
+    seed: int = 0,
+) -> float:
+    """Balanced accuracy at telling excerpts with the active tokens marked from those
+    with as many others marked.
+    """
     rng, cases = random.Random(seed), list[tuple[list[str], list[bool], bool]]()
     for r in records_of(record, split)[0]:
         levels = discretize(r.activations, max_activation([r]))
@@ -276,38 +420,67 @@ def fuzzing(record: NeuronRecord, explanation: Explanation, judge: Judge, *, spl
         quiet = [i for i, v in enumerate(levels) if v == 0]
         if sum(active) and len(quiet) >= sum(active):
             wrong = set(rng.sample(quiet, sum(active)))
-            cases += [(r.tokens, active, True), (r.tokens, [i in wrong for i in range(len(r))], False)]
+            cases += [
+                (r.tokens, active, True),
+                (r.tokens, [i in wrong for i in range(len(r))], False),
+            ]
     if not cases:
-        raise ValueError(f"neuron {record.layer}.{record.neuron} has no excerpt with active and silent tokens to mark")
+        raise ValueError(
+            f"neuron {record.layer}.{record.neuron} has no excerpt with active and"
+            " silent tokens to mark"
+        )
     tokens, marks, truth = ([c[i] for c in cases] for i in range(3))
     return balanced_accuracy(truth, judge.fuzz(explanation, tokens, marks))  # type: ignore[arg-type]
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c061
-def activations_on(model: Model, layer: int, neuron: int, texts: Sequence[str]) -> list[ActivationRecord]:
+def activations_on(
+    model: Model, layer: int, neuron: int, texts: Sequence[str]
+) -> list[ActivationRecord]:
     """Records of one neuron on given texts, each read alone."""
     found = []
     for text in texts:
         ids = model.to_tokens(text)
-        acts = capture(model, ids[None], f"mlp_act.{check_layer(model, layer, 'mlp_act')}")[f"mlp_act.{layer}"]
-        found.append(ActivationRecord(model.to_str_tokens(ids), acts[0, :, neuron].tolist(), ids.tolist()))
+        acts = capture(
+            model, ids[None], f"mlp_act.{check_layer(model, layer, 'mlp_act')}"
+        )[f"mlp_act.{layer}"]
+        found.append(
+            ActivationRecord(
+                model.to_str_tokens(ids), acts[0, :, neuron].tolist(), ids.tolist()
+            )
+        )
     return found
 
-# %% ../../nbs/papers/40_neuron_explanation.ipynb #c062
-def revise(
-    model: Model, record: NeuronRecord, explanation: Explanation, explainer: Any, simulator: Simulator | None = None, *,
-    texts: Sequence[str] | None = None, n: int = 5,
-) -> tuple[ScoredExplanation, ScoredExplanation]:  # fmt: skip
-    """Look for counter-examples, explain again with what the neuron does there, keep the better one (section 4.1).
 
-    The texts come from `explainer.counter_examples(explanation)`, or from `texts`: those `n` in which the explanation
-    expects most. Returns the better explanation and the other, scored on the valid split; the first keeps a draw.
+def revise(
+    model: Model,
+    record: NeuronRecord,
+    explanation: Explanation,
+    explainer: Any,
+    simulator: Simulator | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    n: int = 5,
+) -> tuple[ScoredExplanation, ScoredExplanation]:
+    """Look for counter-examples, explain again with what the neuron does there, keep
+    the better one (section 4.1).
+
+    The texts come from `explainer.counter_examples(explanation)`, or from `texts`:
+    those `n` in which the explanation expects most. Returns the better explanation and
+    the other, scored on the valid split; the first keeps a draw.
     """
     if texts is None:
-        tried = activations_on(model, record.layer, record.neuron, explainer.counter_examples(explanation))
+        tried = activations_on(
+            model, record.layer, record.neuron, explainer.counter_examples(explanation)
+        )
     else:
         every = activations_on(model, record.layer, record.neuron, texts)
         expected = simulate(explanation, every, simulator)
-        tried = [every[i] for i in sorted(range(len(every)), key=lambda i: -max(expected[i]))[:n]]
-    again = explainer.explain(replace(record, counter_examples=[*record.counter_examples, *tried]))
+        tried = [
+            every[i]
+            for i in sorted(range(len(every)), key=lambda i: -max(expected[i]))[:n]
+        ]
+    again = explainer.explain(
+        replace(record, counter_examples=[*record.counter_examples, *tried])
+    )
     old, new = (score_explanation(record, e, simulator) for e in (explanation, again))
     return (new, old) if new.score > old.score or math.isnan(old.score) else (old, new)

@@ -20,8 +20,17 @@ from tqdm import tqdm
 
 from ..patching.partial import BlockInputs, record_blocks, resume
 from ..prompts.subject_noise import text_and_ends
-from ..editing.evaluation import WeightEdit, as_stored, mlp_projection, pad_right, sample, target_ids
-from ..editing.evaluation import evaluate_edit as evaluate_edit  # part of this paper, at home in core
+from mechtut.editing.evaluation import (
+    WeightEdit,
+    as_stored,
+    mlp_projection,
+    pad_right,
+    sample,
+    target_ids,
+)
+from mechtut.editing.evaluation import (
+    evaluate_edit as evaluate_edit,
+)  # part of this paper, at home in core
 from ..patching.matmul import fast_matmul
 from ..models.loading import Model, mask_arguments, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -30,8 +39,10 @@ from ..patching.checkpoints import Store, fingerprint, quiet
 class _Enough(Exception):
     """The keys have been seen; the rest of the forward pass is not needed."""
 
-# %% ../../nbs/papers/11_rome.ipynb #c010
-def _keys(model: Model, tokens: Tensor, mask: Tensor, layer: int) -> Float[Tensor, "token d_mlp"]:
+
+def _keys(
+    model: Model, tokens: Tensor, mask: Tensor, layer: int
+) -> Float[Tensor, "token d_mlp"]:
     """The MLP's keys at every real token of a batch, in float64."""
     found: list[Tensor] = []
 
@@ -49,27 +60,49 @@ def _keys(model: Model, tokens: Tensor, mask: Tensor, layer: int) -> Float[Tenso
         hook.remove()
     raise RuntimeError(f"layer {layer}'s MLP projection was never reached")
 
-# %% ../../nbs/papers/11_rome.ipynb #c011
-def key_covariance(
-    model: Model, texts: Iterable[str], layer: int, *, batch_size: int = 32, chunk: int = 2048,
-    folder: str | Path | None = None, progress: bool | None = None,
-) -> Float[Tensor, "d_mlp d_mlp"]:  # fmt: skip
-    """Uncentred second moment of the keys of a layer's MLP over all tokens of `texts` (section 3.1), in float64.
 
-    Texts are read as a stream, `chunk` at a time, and cut to the model's context; memory does not grow with their
-    number. With a `folder`, each chunk's sum is stored under a fingerprint of the weights and the texts. Raises
-    `ValueError` if there is no text.
+def key_covariance(
+    model: Model,
+    texts: Iterable[str],
+    layer: int,
+    *,
+    batch_size: int = 32,
+    chunk: int = 2048,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> Float[Tensor, "d_mlp d_mlp"]:
+    """Uncentred second moment of the keys of a layer's MLP over all tokens of `texts`
+    (section 3.1), in float64.
+
+    Texts are read as a stream, `chunk` at a time, and cut to the model's context;
+    memory does not grow with their number. With a `folder`, each chunk's sum is stored
+    under a fingerprint of the weights and the texts. Raises `ValueError` if there is no
+    text.
     """
     total: Tensor | float = 0.0
     count = 0.0
     weights = weight_fingerprint(model) if folder else ""
-    with tqdm(desc=f"keys of layer {layer}", unit="text", delay=1, disable=quiet(progress)) as bar, fast_matmul(model):
+    with (
+        tqdm(
+            desc=f"keys of layer {layer}", unit="text", delay=1, disable=quiet(progress)
+        ) as bar,
+        fast_matmul(model),
+    ):
         for number, part in enumerate(_chunks(texts, chunk)):
+
             def sums(part: list[str] = part) -> Tensor:
                 return _chunk_sum(model, part, layer, batch_size)
 
-            place = Path(folder) / f"layer-{layer}" / f"chunk-{number:05d}" if folder else None
-            both = Store(place, fingerprint(weights, layer, part)).once("sum", sums) if place else sums()
+            place = (
+                Path(folder) / f"layer-{layer}" / f"chunk-{number:05d}"
+                if folder
+                else None
+            )
+            both = (
+                Store(place, fingerprint(weights, layer, part)).once("sum", sums)
+                if place
+                else sums()
+            )
             total, count = total + both[:-1], count + float(both[-1, 0])
             bar.update(len(part))
     if not count:
@@ -77,28 +110,38 @@ def key_covariance(
     assert isinstance(total, Tensor)
     return total / count
 
-# %% ../../nbs/papers/11_rome.ipynb #c012
+
 def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     stream = iter([texts] if isinstance(texts, str) else texts)
     while part := list(islice(stream, size)):
         yield part
 
-# %% ../../nbs/papers/11_rome.ipynb #c013
-def _chunk_sum(model: Model, texts: list[str], layer: int, batch_size: int) -> Float[Tensor, "d_mlp_plus_one d_mlp"]:
-    """Sum of outer products over a chunk's tokens; the last row holds the number of tokens."""
-    rows = sorted((_cut(model, t) for t in texts if t.strip()), key=len)  # similar lengths waste little padding
+
+def _chunk_sum(
+    model: Model, texts: list[str], layer: int, batch_size: int
+) -> Float[Tensor, "d_mlp_plus_one d_mlp"]:
+    """Sum of outer products over a chunk's tokens; the last row holds the number of
+    tokens.
+    """
+    rows = sorted(
+        (_cut(model, t) for t in texts if t.strip()), key=len
+    )  # similar lengths waste little padding
     total: Tensor | None = None
     count = 0
     for i in range(0, len(rows), batch_size):
         k = _keys(model, *pad_right(rows[i : i + batch_size]), layer)
-        product = (k.T @ k).double()  # one batch in the model's own type, the long sum in float64
+        product = (
+            k.T @ k
+        ).double()  # one batch in the model's own type, the long sum in float64
         total = product if total is None else total + product
         count += len(k)
     width = total.shape[1] if total is not None else 1
-    last = torch.full((1, width), float(count), dtype=torch.float64, device=model.device)
+    last = torch.full(
+        (1, width), float(count), dtype=torch.float64, device=model.device
+    )
     return torch.cat([total if total is not None else last[:0], last]).cpu()
 
-# %% ../../nbs/papers/11_rome.ipynb #c014
+
 def _cut(model: Model, text: str) -> Int[Tensor, "pos"]:
     ids = model.tokenizer(text)["input_ids"][: model.n_ctx]
     return model.to_tokens(ids)
@@ -108,19 +151,31 @@ def _start_token(model: Model) -> int:
     for name in ("bos_token_id", "eos_token_id"):
         if (token := getattr(model.tokenizer, name, None)) is not None:
             return int(token)
-    raise ValueError("this tokenizer has neither a start nor an end token to sample from; pass your own templates")
+    raise ValueError(
+        "this tokenizer has neither a start nor an end token to sample from; pass your"
+        " own templates"
+    )
 
-# %% ../../nbs/papers/11_rome.ipynb #c019
+
 def context_templates(
-    model: Model, seed: int = 0, lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10)), top_k: int = 5
+    model: Model,
+    seed: int = 0,
+    lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10)),
+    top_k: int = 5,
 ) -> tuple[str, ...]:
-    """`"{}"` and sampled beginnings like `"The report was. {}"` (section 3.1), `(how many, how long)` in `lengths`."""
+    """`"{}"` and sampled beginnings like `"The report was.
+
+    {}"` (section 3.1), `(how many, how long)` in `lengths`.
+    """
     generator = torch.Generator().manual_seed(seed)
     out = ["{}"]
     for count, length in lengths:
         start = torch.full((count, 1), _start_token(model), device=model.device)
         tokens = sample(model, start, length - 1, generator, top_k)
-        texts = [model.decode(row[1:].tolist()).replace("{", " ").replace("}", " ").strip() for row in tokens]
+        texts = [
+            model.decode(row[1:].tolist()).replace("{", " ").replace("}", " ").strip()
+            for row in tokens
+        ]
         out += [f"{text}. {{}}" for text in texts]
     return tuple(out)
 
@@ -128,24 +183,46 @@ def context_templates(
 TOKENS = ("subject_last", "subject_first", "last")
 
 
-def locate(model: Model, template: str, subject: str, token: str = "subject_last") -> tuple[Int[Tensor, "pos"], int]:
-    """Tokens of `template` with `subject` in its hole, and the position of the token to edit at (one of `TOKENS`)."""
+def locate(
+    model: Model, template: str, subject: str, token: str = "subject_last"
+) -> tuple[Int[Tensor, "pos"], int]:
+    """Tokens of `template` with `subject` in its hole, and the position of the token to
+    edit at (one of `TOKENS`).
+    """
     if template.count("{}") != 1:
-        raise ValueError(f"the prompt needs exactly one {{}} where the subject goes, not {template!r}")
+        raise ValueError(
+            "the prompt needs exactly one {} where the subject goes, not"
+            f" {template!r}"
+        )
     if not subject.strip() or token not in TOKENS:
-        raise ValueError(f"need a subject and a token out of {', '.join(TOKENS)}, not {subject!r} and {token!r}")
+        raise ValueError(
+            f"need a subject and a token out of {', '.join(TOKENS)}, not"
+            f" {subject!r} and {token!r}"
+        )
     tokens = model.to_tokens(template.format(subject))
     text, ends = text_and_ends(model, tokens, subject)
     at = text.find(subject, template.index("{}"))
     if at < 0:
-        raise ValueError(f"subject {subject!r} is lost in the tokens of {text!r}; does the tokenizer change its letters?")
+        raise ValueError(
+            f"subject {subject!r} is lost in the tokens of {text!r}; does the tokenizer"
+            " change its letters?"
+        )
     first, last = bisect_right(ends, at), bisect_left(ends, at + len(subject))
-    return tokens, {"subject_last": last, "subject_first": first, "last": len(ends) - 1}[token]
+    return (
+        tokens,
+        {
+            "subject_last": last,
+            "subject_first": first,
+            "last": len(ends) - 1,
+        }[token],
+    )
 
 # %% ../../nbs/papers/11_rome.ipynb #c025
 @dataclass(frozen=True)
 class RomeConfig:
-    """Hyper-parameters of ROME; the defaults are the authors' for GPT-2 XL (their code, not the paper's text)."""
+    """Hyper-parameters of ROME; the defaults are the authors' for GPT-2 XL (their code,
+    not the paper's text).
+    """
 
     learning_rate: float = 0.5
     steps: int = 20  # evaluations of the loss; one optimiser step fewer
@@ -158,38 +235,63 @@ class RomeConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.learning_rate <= 0 or self.clamp <= 0:
-            raise ValueError(f"ROME needs steps >= 2 and positive learning_rate and clamp, not {self}")
+            raise ValueError(
+                "ROME needs steps >= 2 and positive learning_rate and clamp, not"
+                f" {self}"
+            )
 
-# %% ../../nbs/papers/11_rome.ipynb #c026
+
 @dataclass(frozen=True, eq=False)
 class _Problem:
     """Everything about a request that stays the same while the value is optimised."""
 
     inputs: BlockInputs
-    subject_at: Int[Tensor, "prompt"]  # position of the subject's last token; the last prompt is the KL prompt
-    read_at: Int[Tensor, "prompt token"]  # positions whose logits predict the target's tokens
+    subject_at: Int[
+        Tensor, "prompt"
+    ]  # position of the subject's last token; the last prompt is the KL prompt
+    read_at: Int[
+        Tensor, "prompt token"
+    ]  # positions whose logits predict the target's tokens
     target: Int[Tensor, "token"]
 
-# %% ../../nbs/papers/11_rome.ipynb #c027
+
 def _problem(
-    model: Model, prompt: str, subject: str, target: str, templates: Sequence[str], kl_prompt: str, token: str
-) -> _Problem:  # fmt: skip
+    model: Model,
+    prompt: str,
+    subject: str,
+    target: str,
+    templates: Sequence[str],
+    kl_prompt: str,
+    token: str,
+) -> _Problem:
     goal = target_ids(model, target)
     lead = model.decode(goal[:-1].tolist()) if len(goal) > 1 else ""
-    filled = [t.format(prompt) + lead.replace("{", "{{").replace("}", "}}") for t in templates]
+    filled = [
+        t.format(prompt) + lead.replace("{", "{{").replace("}", "}}") for t in templates
+    ]
     found = [locate(model, p, subject, token) for p in [*filled, kl_prompt]]
     tokens, mask = pad_right([t for t, _ in found])
-    ends = mask.sum(1)[:-1, None] - len(goal)  # the target's first token is predicted here
+    ends = mask.sum(1)[:-1, None] - len(
+        goal
+    )  # the target's first token is predicted here
     read_at = ends + torch.arange(len(goal), device=tokens.device)
     with torch.no_grad():
         inputs = record_blocks(model, tokens, mask)
-    return _Problem(inputs, torch.tensor([p for _, p in found], device=tokens.device), read_at, goal)
+    return _Problem(
+        inputs, torch.tensor([p for _, p in found], device=tokens.device), read_at, goal
+    )
 
 # %% ../../nbs/papers/11_rome.ipynb #c029
 def _losses(
-    model: Model, problem: _Problem, layer: int, delta: Float[Tensor, "d_model"], clean: dict[str, Tensor]
+    model: Model,
+    problem: _Problem,
+    layer: int,
+    delta: Float[Tensor, "d_model"],
+    clean: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Mean negative log-probability of the target over prompts, and the log-distribution after the KL prompt's subject."""
+    """Mean negative log-probability of the target over prompts, and the
+    log-distribution after the KL prompt's subject.
+    """
     rows = torch.arange(len(problem.subject_at), device=delta.device)
 
     def add_delta(_module: Any, _args: tuple, out: Tensor) -> Tensor:
@@ -208,19 +310,29 @@ def _losses(
     after_subject = model.unembed(resid[-1, problem.subject_at[-1]]).log_softmax(-1)
     return -of_target.mean(), after_subject
 
-# %% ../../nbs/papers/11_rome.ipynb #c030
+
 def _optimise(
-    model: Model, problem: _Problem, layer: int, config: RomeConfig, history: list[Tensor] | None = None
+    model: Model,
+    problem: _Problem,
+    layer: int,
+    config: RomeConfig,
+    history: list[Tensor] | None = None,
 ) -> tuple[Float[Tensor, "d_model"], list[float]]:
     """The value that makes the model say the target, and the loss at every evaluation."""
-    delta = torch.zeros(model.d_model, dtype=model.dtype, device=model.device, requires_grad=True)
+    delta = torch.zeros(
+        model.d_model, dtype=model.dtype, device=model.device, requires_grad=True
+    )
     adam, clean, losses = torch.optim.Adam([delta], lr=config.learning_rate), {}, []  # type: ignore[var-annotated]
     for step in range(config.steps):
         nll, now = _losses(model, problem, layer, delta, clean)
         before = clean.setdefault("distribution", now.detach())
-        kl = torch.nn.functional.kl_div(before[None], now[None], log_target=True, reduction="batchmean")
+        kl = torch.nn.functional.kl_div(
+            before[None], now[None], log_target=True, reduction="batchmean"
+        )
         length = clean["value"].norm()
-        loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / length**2
+        loss = (
+            nll + config.kl_factor * kl + config.weight_decay * delta.norm() / length**2
+        )
         losses.append(float(loss.detach()))
         if losses[-1] < config.stop_loss or step == config.steps - 1:
             break
@@ -237,55 +349,89 @@ def _optimise(
 # %% ../../nbs/papers/11_rome.ipynb #c032
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RomeEdit(WeightEdit):
-    """A rank-one edit: `delta` is `outer(u, v)` in `[in, out]` layout; `value` is the optimised $v_*$."""
+    """A rank-one edit: `delta` is `outer(u, v)` in `[in, out]` layout; `value` is the
+    optimised $v_*$.
+    """
 
     u: Float[Tensor, "d_mlp"] = field(repr=False)
     v: Float[Tensor, "d_model"] = field(repr=False)
     value: Float[Tensor, "d_model"] = field(repr=False)
 
-# %% ../../nbs/papers/11_rome.ipynb #c033
-def edit_fact(
-    model: Model, prompt: str, subject: str, target: str, *, layer: int, covariance: Float[Tensor, "d_mlp d_mlp"],
-    config: RomeConfig | None = None, templates: Sequence[str] | None = None, token: str = "subject_last",
-) -> RomeEdit:  # fmt: skip
-    """Make an edit after which `prompt.format(subject)` goes on with `target` (section 3.1). It is not applied yet.
 
-    `covariance` comes from `key_covariance` at the same `layer`; `templates` from `context_templates`, drawn with
-    `config.seed` if not given; `token` is where to edit, one of `TOKENS`. Raises `ValueError` if a part of the
-    request is missing, the covariance does not fit or cannot be inverted, or the optimisation does not lower the
-    loss; the weights stay untouched in any case.
+def edit_fact(
+    model: Model,
+    prompt: str,
+    subject: str,
+    target: str,
+    *,
+    layer: int,
+    covariance: Float[Tensor, "d_mlp d_mlp"],
+    config: RomeConfig | None = None,
+    templates: Sequence[str] | None = None,
+    token: str = "subject_last",
+) -> RomeEdit:
+    """Make an edit after which `prompt.format(subject)` goes on with `target` (section
+    3.1). It is not applied yet.
+
+    `covariance` comes from `key_covariance` at the same `layer`; `templates` from
+    `context_templates`, drawn with `config.seed` if not given; `token` is where to
+    edit, one of `TOKENS`. Raises `ValueError` if a part of the request is missing, the
+    covariance does not fit or cannot be inverted, or the optimisation does not lower
+    the loss; the weights stay untouched in any case.
     """
     config = config or RomeConfig()
     module = mlp_projection(model, layer)
     u_space = _check_covariance(model, covariance, layer)
     templates = templates or context_templates(model, config.seed)
-    problem = _problem(model, prompt, subject, target, templates, config.kl_prompt, token)
-    u = _left_vector(model, [t.format(prompt) for t in templates], subject, layer, u_space, token)
+    problem = _problem(
+        model, prompt, subject, target, templates, config.kl_prompt, token
+    )
+    u = _left_vector(
+        model, [t.format(prompt) for t in templates], subject, layer, u_space, token
+    )
     with fast_matmul(model):
         value, losses = _optimise(model, problem, layer, config)
     if len(losses) > 1 and not min(losses[1:]) < losses[0]:
-        raise ValueError(f"the loss did not fall ({losses[0]:.3f} at first, {losses[-1]:.3f} at last); try another layer")
+        raise ValueError(
+            f"the loss did not fall ({losses[0]:.3f} at first, {losses[-1]:.3f} at"
+            " last); try another layer"
+        )
     key, old = _key_and_value(model, module, prompt, subject, token)
     v = (value - old) / (key @ u)
     request = {"prompt": prompt, "subject": subject, "target": target}
     return RomeEdit(
-        model=model, layer=layer, delta=torch.outer(u, v), u=u, v=v, value=value, request=request, losses=tuple(losses)
+        model=model,
+        layer=layer,
+        delta=torch.outer(u, v),
+        u=u,
+        v=v,
+        value=value,
+        request=request,
+        losses=tuple(losses),
     )
 
-# %% ../../nbs/papers/11_rome.ipynb #c034
+
 def _check_covariance(model: Model, covariance: Tensor, layer: int) -> Tensor:
     """The covariance on the CPU in float64, checked."""
     weight: Any = mlp_projection(model, layer).weight
     d_mlp = int(as_stored(mlp_projection(model, layer), weight).shape[0])
     if tuple(covariance.shape) != (d_mlp, d_mlp):
-        raise ValueError(f"layer {layer} has keys of width {d_mlp}, but the covariance is {tuple(covariance.shape)}")
+        raise ValueError(
+            f"layer {layer} has keys of width {d_mlp}, but the covariance is"
+            f" {tuple(covariance.shape)}"
+        )
     if not torch.isfinite(covariance).all():
         raise ValueError("the covariance has NaN or infinite values")
     return covariance.double().cpu()
 
-# %% ../../nbs/papers/11_rome.ipynb #c035
+
 def _left_vector(
-    model: Model, prompts: Sequence[str], subject: str, layer: int, covariance: Tensor, token: str
+    model: Model,
+    prompts: Sequence[str],
+    subject: str,
+    layer: int,
+    covariance: Tensor,
+    token: str,
 ) -> Float[Tensor, "d_mlp"]:
     """Unit vector along $C^{-1} k_*$, with $k_*$ averaged over the prompts."""
     found = [locate(model, p, subject, token) for p in prompts]
@@ -293,21 +439,35 @@ def _left_vector(
     starts = mask.sum(1).cumsum(0) - mask.sum(1)
     rows = starts + torch.tensor([p for _, p in found], device=tokens.device)
     key = _keys(model, tokens, mask, layer)[rows].mean(0).double().cpu()
-    alive = covariance.diagonal() > 0  # a neuron that was never on in the corpus gets no part in the edit
+    alive = (
+        covariance.diagonal() > 0
+    )  # a neuron that was never on in the corpus gets no part in the edit
     u = torch.zeros_like(key)
     u[alive], info = torch.linalg.solve_ex(covariance[alive][:, alive], key[alive])
     if int(info) or not torch.isfinite(u).all() or not u.any():
-        raise ValueError("the covariance cannot be inverted: collect it from more text (at least a few tokens per neuron)")
+        raise ValueError(
+            "the covariance cannot be inverted: collect it from more text (at least a"
+            " few tokens per neuron)"
+        )
     return (u / u.norm()).to(model.device, model.dtype)
 
-# %% ../../nbs/papers/11_rome.ipynb #c036
-def _key_and_value(model: Model, module: Any, prompt: str, subject: str, token: str) -> tuple[Tensor, Tensor]:
-    """Key and output of the MLP projection at the subject's last token of the bare prompt."""
+
+def _key_and_value(
+    model: Model, module: Any, prompt: str, subject: str, token: str
+) -> tuple[Tensor, Tensor]:
+    """Key and output of the MLP projection at the subject's last token of the bare
+    prompt.
+    """
     tokens, last = locate(model, prompt, subject, token)
     seen: list[Tensor] = []
 
     def keep(_module: Any, args: tuple, out: Tensor) -> None:
-        seen.extend([args[0].reshape(-1, args[0].shape[-1])[last], out.reshape(-1, out.shape[-1])[last]])
+        seen.extend(
+            [
+                args[0].reshape(-1, args[0].shape[-1])[last],
+                out.reshape(-1, out.shape[-1])[last],
+            ]
+        )
 
     hook = module.register_forward_hook(keep)
     try:

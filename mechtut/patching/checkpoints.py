@@ -21,13 +21,18 @@ def fingerprint(*parts: Any) -> str:
     """Short hash of tensors (by value) and other things (by `repr`)."""
     digest = hashlib.sha256()
     for part in parts:
-        data = part.detach().cpu().double().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
+        data = (
+            part.detach().cpu().double().numpy().tobytes()
+            if isinstance(part, Tensor)
+            else repr(part).encode()
+        )
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/library/patching/checkpoints.ipynb #c005
+
 class Store:
-    """Finished pieces of one sweep in a folder, as safetensors files; `key` says which sweep it is.
+    """Finished pieces of one sweep in a folder, as safetensors files; `key` says which
+    sweep it is.
 
     Raises `ValueError` if the folder already holds another sweep.
     """
@@ -40,7 +45,10 @@ class Store:
             manifest.write_text(json.dumps({"key": key}))
         found = json.loads(manifest.read_text())["key"]
         if found != key:
-            raise ValueError(f"{folder} holds another sweep ({found}; this one is {key}): use an empty folder")
+            raise ValueError(
+                f"{folder} holds another sweep ({found}; this one is {key}): use an"
+                " empty folder"
+            )
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """The stored piece `name`, or what `compute()` returns, stored now."""
@@ -53,7 +61,13 @@ class Store:
         os.replace(half, path)
         return values
 
-# %% ../../nbs/library/patching/checkpoints.ipynb #c006
+
 def quiet(progress: bool | None) -> bool:
-    """Whether to hide progress bars: as asked, or where the environment has tqdm's own `TQDM_DISABLE=1`."""
-    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0") if progress is None else not progress
+    """Whether to hide progress bars: as asked, or where the environment has tqdm's own
+    `TQDM_DISABLE=1`.
+    """
+    return (
+        os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+        if progress is None
+        else not progress
+    )

@@ -17,15 +17,23 @@ from torch import Tensor
 from .matmul import fast_matmul
 from ..models.loading import Model
 from .replay import Replay
-from ..models.hooks import Edit, Site, attention_tap, check_edits, intervene, visiting
+from mechtut.models.hooks import (
+    Edit,
+    Site,
+    attention_tap,
+    check_edits,
+    intervene,
+    visiting,
+)
 
 # %% ../../nbs/library/patching/last_token.ipynb #c004
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One thing to write at the last token: `value` into head `head`'s z in block `layer`, or into the block's output.
+    """One thing to write at the last token: `value` into head `head`'s z in block
+    `layer`, or into the block's output.
 
-    With a `head`, `value` is `[d_head]` and replaces its z. Without, it is `[d_model]` and is added to the output of the
-    block, or replaces it if `mode` is `"set"`.
+    With a `head`, `value` is `[d_head]` and replaces its z. Without, it is `[d_model]`
+    and is added to the output of the block, or replaces it if `mode` is `"set"`.
     """
 
     layer: int
@@ -37,21 +45,34 @@ class Change:
         """The same change for `intervene`."""
         if self.head is not None:
             return Edit("z", self.layer, self.value, pos=-1, head=self.head)
-        return Edit("resid_post", self.layer, self.value, pos=-1, mode="set" if self.mode == "set" else "add")
+        return Edit(
+            "resid_post",
+            self.layer,
+            self.value,
+            pos=-1,
+            mode="set" if self.mode == "set" else "add",
+        )
 
 # %% ../../nbs/library/patching/last_token.ipynb #c007
-Metric = Callable[[Float[Tensor, "change d_vocab"], int], Tensor]  # of one prompt's logits, and which prompt it is
+Metric = Callable[
+    [Float[Tensor, "change d_vocab"], int], Tensor
+]  # of one prompt's logits, and which prompt it is
 
-# %% ../../nbs/library/patching/last_token.ipynb #c008
+
 def _plain(logits: Tensor, _prompt: int) -> Tensor:
     return logits
 
-# %% ../../nbs/library/patching/last_token.ipynb #c009
+
 def naive_changes(
-    model: Model, tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, "prompt"], changes: Sequence[Change],
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    last: Int[Tensor, "prompt"],
+    changes: Sequence[Change],
     metric: Metric = _plain,
-) -> Tensor:  # fmt: skip
-    """`metric(logits, prompt)` of every change, one full forward pass per prompt and change: the reference."""
+) -> Tensor:
+    """`metric(logits, prompt)` of every change, one full forward pass per prompt and
+    change: the reference.
+    """
     rows = []
     for i, end in enumerate(last.tolist()):
         ids, logits = tokens[i : i + 1, : end + 1], []
@@ -63,20 +84,34 @@ def naive_changes(
 
 # %% ../../nbs/library/patching/last_token.ipynb #c014
 def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
-    """Mask `[prompt, 1, n, pos + n]` for `n` versions of each last token, from the model's own `[_, 1, pos, pos]`."""
+    """Mask `[prompt, 1, n, pos + n]` for `n` versions of each last token, from the
+    model's own `[_, 1, pos, pos]`.
+    """
     n_pos = mask.shape[-1]
-    rows = mask.expand(len(last), -1, -1, -1)[torch.arange(len(last)), :, last]  # [prompt, 1, pos]
+    rows = mask.expand(len(last), -1, -1, -1)[
+        torch.arange(len(last)), :, last
+    ]  # [prompt, 1, pos]
     boolean = mask.dtype == torch.bool
     hidden = False if boolean else torch.finfo(mask.dtype).min
-    rows = rows.masked_fill((torch.arange(n_pos, device=mask.device) >= last[:, None])[:, None], hidden)
+    rows = rows.masked_fill(
+        (torch.arange(n_pos, device=mask.device) >= last[:, None])[:, None], hidden
+    )
     eye = torch.eye(n, dtype=torch.bool, device=mask.device)
-    own = eye if boolean else torch.zeros_like(eye, dtype=mask.dtype).masked_fill(~eye, hidden)
+    own = (
+        eye
+        if boolean
+        else torch.zeros_like(eye, dtype=mask.dtype).masked_fill(~eye, hidden)
+    )
     prefix = rows[:, :, None].expand(-1, -1, n, -1)
     return torch.cat([prefix, own.expand(len(last), 1, n, n)], dim=-1)
 
 # %% ../../nbs/library/patching/last_token.ipynb #c019
-def _at_last(arguments: Mapping[str, Any], last: Tensor, n_pos: int, n: int) -> dict[str, Any]:
-    """A block's recorded arguments, turned into those of `n` versions of the last token."""
+def _at_last(
+    arguments: Mapping[str, Any], last: Tensor, n_pos: int, n: int
+) -> dict[str, Any]:
+    """A block's recorded arguments, turned into those of `n` versions of the last
+    token.
+    """
 
     def pick(x: Any) -> Any:
         if isinstance(x, tuple):
@@ -85,7 +120,9 @@ def _at_last(arguments: Mapping[str, Any], last: Tensor, n_pos: int, n: int) -> 
             return x
         if x.ndim == 4:
             return side_by_side(x, last, n)
-        if x.ndim in (2, 3) and x.shape[1] == n_pos:  # positions [_, pos], rotary tables [_, pos, d_rotary]
+        if (
+            x.ndim in (2, 3) and x.shape[1] == n_pos
+        ):  # positions [_, pos], rotary tables [_, pos, d_rotary]
             rows = x.expand(len(last), *x.shape[1:])[torch.arange(len(last)), last]
             return rows[:, None].expand(-1, n, *x.shape[2:])
         return x
@@ -94,30 +131,53 @@ def _at_last(arguments: Mapping[str, Any], last: Tensor, n_pos: int, n: int) -> 
 
 # %% ../../nbs/library/patching/last_token.ipynb #c021
 def _through(
-    model: Model, replay: Replay, layer: int, x: Float[Tensor, "prompt n d_model"], last: Tensor, born: Sequence[Change]
+    model: Model,
+    replay: Replay,
+    layer: int,
+    x: Float[Tensor, "prompt n d_model"],
+    last: Tensor,
+    born: Sequence[Change],
 ) -> Float[Tensor, "prompt n d_model"]:
-    """Output of block `layer` for versions `x` of the last token; the last of them are `born` here."""
+    """Output of block `layer` for versions `x` of the last token; the last of them are
+    `born` here.
+    """
     base, n, first = replay.base, x.shape[1], x.shape[1] - len(born)
 
-    def extend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return q, torch.cat([base.keys[layer], k], dim=2), torch.cat([base.values[layer], v], dim=2)
+    def extend(
+        _layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            q,
+            torch.cat([base.keys[layer], k], dim=2),
+            torch.cat([base.values[layer], v], dim=2),
+        )
 
     def replace(z: Tensor) -> Tensor:
         out = z.clone()
-        out[:, range(first, n), [c.head or 0 for c in born]] = torch.stack([c.value for c in born]).to(z)
+        out[:, range(first, n), [c.head or 0 for c in born]] = torch.stack(
+            [c.value for c in born]
+        ).to(z)
         return out
 
     arguments = _at_last(base.arguments[layer], last, base.resid[0].shape[1], n)
-    with attention_tap(model, arguments=extend), visiting(model, {Site("z", layer): replace} if born else {}):
+    with (
+        attention_tap(model, arguments=extend),
+        visiting(model, {Site("z", layer): replace} if born else {}),
+    ):
         out = model.blocks[layer](x, **arguments)
     return out[0] if isinstance(out, tuple) else out
 
 # %% ../../nbs/library/patching/last_token.ipynb #c023
 GROUP = 256  # versions of one prompt that go through a block together
 
-# %% ../../nbs/library/patching/last_token.ipynb #c024
+
 def _block(
-    model: Model, replay: Replay, layer: int, x: Tensor, last: Tensor, born: Sequence[Change]
+    model: Model,
+    replay: Replay,
+    layer: int,
+    x: Tensor,
+    last: Tensor,
+    born: Sequence[Change],
 ) -> Float[Tensor, "prompt n d_model"]:
     old, out = x.shape[1], []
     entering = replay.base.resid[layer][torch.arange(len(last)), last]
@@ -130,14 +190,20 @@ def _block(
 
 # %% ../../nbs/library/patching/last_token.ipynb #c026
 def run_changes(
-    model: Model, tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, "prompt"], changes: Sequence[Change],
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    last: Int[Tensor, "prompt"],
+    changes: Sequence[Change],
     metric: Metric = _plain,
-) -> Tensor:  # fmt: skip
-    """Logits at the last token under every change, `[prompt, change, ...]`: those of `naive_changes`, many times sooner.
+) -> Tensor:
+    """Logits at the last token under every change, `[prompt, change, ...]`: those of
+    `naive_changes`, many times sooner.
 
-    `tokens` may be padded on the right; `last` says where each prompt ends. `metric(logits, i)` may reduce the logits
-    `[change, d_vocab]` of prompt `i` to something smaller. Raises `IndexError` for layers and heads that do not exist and
-    `ValueError` for a result that is not finite. Models without transformers' `AttentionInterface` (GPT-J) take the loop.
+    `tokens` may be padded on the right; `last` says where each prompt ends.
+    `metric(logits, i)` may reduce the logits `[change, d_vocab]` of prompt `i` to
+    something smaller. Raises `IndexError` for layers and heads that do not exist and
+    `ValueError` for a result that is not finite. Models without transformers'
+    `AttentionInterface` (GPT-J) take the loop.
     """
     check_edits(model, [c.edit() for c in changes])
     if not model.family.attention_interface:
@@ -145,24 +211,39 @@ def run_changes(
     with fast_matmul(model), torch.no_grad():
         streams, order = _streams(model, tokens, last, changes)
         back = torch.tensor(order, device=streams.device).argsort()
-        out = torch.stack([metric(model.unembed(x[back]), i) for i, x in enumerate(streams)])
+        out = torch.stack(
+            [metric(model.unembed(x[back]), i) for i, x in enumerate(streams)]
+        )
     if not torch.isfinite(out).all():
-        raise ValueError("a result is NaN or infinite; check the changes' values and the metric")
+        raise ValueError(
+            "a result is NaN or infinite; check the changes' values and the metric"
+        )
     return out
 
-# %% ../../nbs/library/patching/last_token.ipynb #c027
-def _streams(model: Model, tokens: Tensor, last: Tensor, changes: Sequence[Change]) -> tuple[Tensor, list[int]]:
-    """The last token's final residual stream under every change, in the order in which they were born."""
+
+def _streams(
+    model: Model, tokens: Tensor, last: Tensor, changes: Sequence[Change]
+) -> tuple[Tensor, list[int]]:
+    """The last token's final residual stream under every change, in the order in which
+    they were born.
+    """
     replay = Replay(model, tokens, attention_mask=torch.ones_like(tokens))
     rows = torch.arange(len(last))
     x, order = replay.base.resid[0][rows, last][:, None][:, :0], list[int]()
     for layer in range(model.n_layers):
-        inside = [i for i, c in enumerate(changes) if c.layer == layer and c.head is not None]
-        after = [i for i, c in enumerate(changes) if c.layer == layer and c.head is None]
+        inside = [
+            i for i, c in enumerate(changes) if c.layer == layer and c.head is not None
+        ]
+        after = [
+            i for i, c in enumerate(changes) if c.layer == layer and c.head is None
+        ]
         if x.shape[1] or inside:
             x = _block(model, replay, layer, x, last, [changes[i] for i in inside])
         leaving = replay.base.resid[layer + 1][rows, last][:, None]
-        born = [changes[i].value.to(leaving) + (0 if changes[i].mode == "set" else leaving) for i in after]
+        born = [
+            changes[i].value.to(leaving) + (0 if changes[i].mode == "set" else leaving)
+            for i in after
+        ]
         x = torch.cat([x, *(b.expand(len(last), 1, -1) for b in born)], dim=1)
         order += inside + after
     return x, order

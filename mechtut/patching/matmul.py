@@ -18,15 +18,21 @@ from torch import Tensor, nn
 from ..models.loading import Model
 
 # %% ../../nbs/library/patching/matmul.ipynb #c004
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: tuple[str, str] = ("none", "")) -> Tensor:
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, then: tuple[str, str] = ("none", "")
+) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then[0], [], then[1])
 
 
 class _Linear(torch.autograd.Function):
-    """The same with a gradient for the input (the weights are frozen); `back` is the weight as `[in, out]`."""
+    """The same with a gradient for the input (the weights are frozen); `back` is the
+    weight as `[in, out]`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor
+    ) -> Tensor:
         ctx.back = back
         return _linear(x, weight, bias)
 
@@ -46,26 +52,39 @@ class _Weights:
         self.may_copy = may_copy and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
     def now(self) -> Tensor:
-        """The weights, arranged once they have been asked for often enough; the products are the same to the bit."""
+        """The weights, arranged once they have been asked for often enough; the
+        products are the same to the bit.
+        """
         self.calls += 1
         if self.calls == OFTEN and self.may_copy:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(
+                self.weight.contiguous()
+            )
         return self.weight
 
-# %% ../../nbs/library/patching/matmul.ipynb #c007
+
 _TWICE = 2 * (2 / math.pi) ** 0.5
-_INSIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere oneDNN's activation is slow
+_INSIDE = torch.backends.cpu.get_cpu_capability().startswith(
+    "AVX512"
+)  # elsewhere oneDNN's activation is slow
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GPT-2's activation: (1 + tanh u) / 2 is the logistic function of 2u. Both forms are within 6e-7 of float64."""
+    """GPT-2's activation: (1 + tanh u) / 2 is the logistic function of 2u.
+
+    Both forms are within 6e-7 of float64.
+    """
     if x.requires_grad:
         return nn.functional.gelu(x, approximate="tanh")
     return x * _logistic(x)
 
 
 def _logistic(x: Tensor) -> Tensor:
-    return torch.addcmul(x.new_tensor(_TWICE), x, x, value=0.044715 * _TWICE).mul_(x).sigmoid_()
+    return (
+        torch.addcmul(x.new_tensor(_TWICE), x, x, value=0.044715 * _TWICE)
+        .mul_(x)
+        .sigmoid_()
+    )
 
 
 def _up(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,22 +94,31 @@ def _up(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     h = _linear(x, weight, bias)
     return h.mul_(_logistic(h))
 
-# %% ../../nbs/library/patching/matmul.ipynb #c007a
+
 def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
-    """GPT-2's MLP, product and activation in one; as it was for gradients, and if its parts are watched."""
+    """GPT-2's MLP, product and activation in one; as it was for gradients, and if its
+    parts are watched.
+    """
     plain, weights = mlp.forward, _Weights(mlp.c_fc.weight.detach().t(), may_copy=True)
 
     def forward(x: Tensor) -> Tensor:
-        watched = any(part._forward_hooks or part._forward_pre_hooks for part in (mlp.c_fc, mlp.act))
+        watched = any(
+            part._forward_hooks or part._forward_pre_hooks
+            for part in (mlp.c_fc, mlp.act)
+        )
         if watched or mlp.training or x.requires_grad:
             return plain(x)
         return mlp.c_proj(_up(x, weights.now(), mlp.c_fc.bias))
 
     return forward
 
-# %% ../../nbs/library/patching/matmul.ipynb #c007b
-def _forward(module: nn.Module, unembed: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A faster forward for a linear layer, GPT-2's MLP or its activation, or `None` if the module is something else."""
+
+def _forward(
+    module: nn.Module, unembed: nn.Module
+) -> Callable[[Tensor], Tensor] | None:
+    """A faster forward for a linear layer, GPT-2's MLP or its activation, or `None` if
+    the module is something else.
+    """
     kind = type(module).__name__
     if kind == "NewGELUActivation":
         return _gelu
@@ -98,30 +126,45 @@ def _forward(module: nn.Module, unembed: nn.Module) -> Callable[[Tensor], Tensor
         return _mlp(module)
     if kind not in ("Linear", "Conv1D"):
         return None
-    frozen, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
+    frozen, bias = (
+        cast(Tensor, module.weight).detach(),
+        cast("Tensor | None", module.bias),
+    )
     back = frozen.t() if kind == "Linear" else frozen
     weights = _Weights(back.t(), may_copy=kind == "Conv1D" or module is unembed)
 
     def forward(x: Tensor) -> Tensor:
         weight = weights.now()
-        return _Linear.apply(x, weight, bias, back) if x.requires_grad else _linear(x, weight, bias)
+        return (
+            _Linear.apply(x, weight, bias, back)
+            if x.requires_grad
+            else _linear(x, weight, bias)
+        )
 
     return forward
 
-# %% ../../nbs/library/patching/matmul.ipynb #c008
+
 def onednn_available() -> bool:
     """Whether this PyTorch can run float32 linear layers through oneDNN on the CPU."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
 
 # %% ../../nbs/library/patching/matmul.ipynb #c009
 @contextmanager
 def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
-    """Inside the block, the model's linear layers use oneDNN if that helps (float32 on a CPU).
+    """Inside the block, the model's linear layers use oneDNN if that helps (float32 on
+    a CPU).
 
-    `enabled=False` keeps PyTorch's own products; an outer block decides for the blocks inside it. Results differ in
-    rounding only; gradients reach activations, not weights. Layers with a `forward` of their own are left alone.
+    `enabled=False` keeps PyTorch's own products; an outer block decides for the blocks
+    inside it. Results differ in rounding only; gradients reach activations, not
+    weights. Layers with a `forward` of their own are left alone.
     """
-    works = onednn_available() and model.device.type == "cpu" and model.dtype == torch.float32
+    works = (
+        onednn_available()
+        and model.device.type == "cpu"
+        and model.dtype == torch.float32
+    )
     unembed = model.hf.get_submodule(model.family.unembed)
     modules = [*model.blocks.modules(), unembed] if works and _allowed(enabled) else []
     borrowed = []
@@ -137,9 +180,9 @@ def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
         for module in borrowed:
             del module.forward
 
-# %% ../../nbs/library/patching/matmul.ipynb #c010
+
 _state: dict[str, bool] = {"allowed": True}
 
-# %% ../../nbs/library/patching/matmul.ipynb #c011
+
 def _allowed(enabled: bool | None) -> bool:
     return _state["allowed"] if enabled is None else enabled

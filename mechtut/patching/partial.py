@@ -18,24 +18,30 @@ from ..models.loading import Model
 # %% ../../nbs/library/patching/partial.ipynb #c003
 @dataclass(frozen=True)
 class BlockInputs:
-    """What each block was given in one forward pass: enough to run the model again from any block on."""
+    """What each block was given in one forward pass: enough to run the model again from
+    any block on.
+    """
 
-    resid: list[Float[Tensor, "batch pos d_model"]]  # `resid[l]` enters block `l`; the last leaves the last block
+    resid: list[
+        Float[Tensor, "batch pos d_model"]
+    ]  # `resid[l]` enters block `l`; the last leaves the last block
     arguments: list[dict[str, Any]]  # of each block's forward, by name
 
     @property
     def n_rows(self) -> int:
         return self.resid[0].shape[0]
 
-# %% ../../nbs/library/patching/partial.ipynb #c004
+
 class Stop(Exception):
     """Ends a forward pass early, once it has given what we came for."""
 
-# %% ../../nbs/library/patching/partial.ipynb #c005
+
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "use_cache", "cache_position")
 
-# %% ../../nbs/library/patching/partial.ipynb #c006
-def record_blocks(model: Model, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> BlockInputs:
+
+def record_blocks(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None
+) -> BlockInputs:
     """Run the blocks once (not the unembedding) and keep what each was given."""
     found = BlockInputs([], [])
 
@@ -43,14 +49,20 @@ def record_blocks(model: Model, tokens: Int[Tensor, "batch pos"], mask: Tensor |
         bound = signature(type(block).forward).bind(block, *args, **kwargs).arguments
         named = {**bound.pop("kwargs", {}), **bound}
         found.resid.append(named.pop("hidden_states"))
-        kept = {k: v for k, v in named.items() if v is not None and k not in ("self", *_CACHE_ARGUMENTS)}
+        kept = {
+            k: v
+            for k, v in named.items()
+            if v is not None and k not in ("self", *_CACHE_ARGUMENTS)
+        }
         found.arguments.append(kept)
 
     def keep_last(_block: Any, _args: tuple, output: Any) -> None:
         found.resid.append(output[0] if isinstance(output, tuple) else output)
         raise Stop  # nobody needs the unembedding of every position
 
-    hooks = [b.register_forward_pre_hook(keep_input, with_kwargs=True) for b in model.blocks]
+    hooks = [
+        b.register_forward_pre_hook(keep_input, with_kwargs=True) for b in model.blocks
+    ]
     hooks.append(model.blocks[-1].register_forward_hook(keep_last))
     try:
         model.logits(tokens, mask)
@@ -59,12 +71,20 @@ def record_blocks(model: Model, tokens: Int[Tensor, "batch pos"], mask: Tensor |
     finally:
         for hook in hooks:
             hook.remove()
-    raise RuntimeError(f"the forward pass of {model.name} did not go through its last block")
+    raise RuntimeError(
+        f"the forward pass of {model.name} did not go through its last block"
+    )
 
-# %% ../../nbs/library/patching/partial.ipynb #c007
-def resume(model: Model, inputs: BlockInputs, layer: int, x: Tensor) -> Float[Tensor, "batch pos d_model"]:
-    """Run blocks `layer` and up on `x`, with the arguments they had; gradients flow if `x` or a hook asks for them."""
-    for block, arguments in zip(model.blocks[layer:], inputs.arguments[layer:], strict=True):
+
+def resume(
+    model: Model, inputs: BlockInputs, layer: int, x: Tensor
+) -> Float[Tensor, "batch pos d_model"]:
+    """Run blocks `layer` and up on `x`, with the arguments they had; gradients flow if
+    `x` or a hook asks for them.
+    """
+    for block, arguments in zip(
+        model.blocks[layer:], inputs.arguments[layer:], strict=True
+    ):
         out = block(x, **arguments)
         x = out[0] if isinstance(out, tuple) else out
     return x

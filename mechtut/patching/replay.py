@@ -21,17 +21,31 @@ from tqdm import tqdm
 from .partial import BlockInputs, Stop, record_blocks
 from .matmul import fast_matmul
 from ..models.loading import Model, weight_fingerprint
-from ..models.hooks import Edit, Site, Visitor, attention_tap, check_edits, intervene, visiting, write_into
+from mechtut.models.hooks import (
+    Edit,
+    Site,
+    Visitor,
+    attention_tap,
+    check_edits,
+    intervene,
+    visiting,
+    write_into,
+)
 from .checkpoints import Store, fingerprint, quiet
 
 # %% ../../nbs/library/patching/replay.ipynb #c004
 Intervention = Sequence[Edit]
 
-# %% ../../nbs/library/patching/replay.ipynb #c005
+
 def naive_replay(
-    model: Model, tokens: Int[Tensor, "batch pos"], interventions: Sequence[Intervention], base_edits: Intervention = ()
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    interventions: Sequence[Intervention],
+    base_edits: Intervention = (),
 ) -> Float[Tensor, "intervention batch d_vocab"]:
-    """Logits at the last position, one full forward pass per intervention: the reference for the engine."""
+    """Logits at the last position, one full forward pass per intervention: the
+    reference for the engine.
+    """
     rows = []
     for edits in interventions:
         with intervene(model, [*base_edits, *edits]):
@@ -44,27 +58,44 @@ class _Base(BlockInputs):
     keys: list[Float[Tensor, "batch kv_head pos d_head"]]
     values: list[Float[Tensor, "batch kv_head pos d_head"]]
 
-# %% ../../nbs/library/patching/replay.ipynb #c009
-def _record(model: Model, tokens: Tensor, edits: Intervention, mask: Tensor | None) -> _Base:
-    """Run the model once under `edits` (on the embedding only) and keep what restarts need."""
+
+def _record(
+    model: Model, tokens: Tensor, edits: Intervention, mask: Tensor | None
+) -> _Base:
+    """Run the model once under `edits` (on the embedding only) and keep what restarts
+    need.
+    """
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
-    def keep_kv(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def keep_kv(
+        _layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         keys.append(k)
         values.append(v)
         return q, k, v
 
-    with attention_tap(model, arguments=keep_kv, explicit_mask=True), intervene(model, edits, must_fire=False):
+    with (
+        attention_tap(model, arguments=keep_kv, explicit_mask=True),
+        intervene(model, edits, must_fire=False),
+    ):
         inputs = record_blocks(model, tokens, mask)
     return _Base(inputs.resid, inputs.arguments, keys, values)
 
 # %% ../../nbs/library/patching/replay.ipynb #c011
-def _slice_arguments(arguments: dict[str, Any], n_pos: int, start: int, stop: int, copies: int) -> dict[str, Any]:
-    """The block's own arguments for positions `start..stop-1`, with its batch repeated `copies` times."""
+def _slice_arguments(
+    arguments: dict[str, Any], n_pos: int, start: int, stop: int, copies: int
+) -> dict[str, Any]:
+    """The block's own arguments for positions `start..stop-1`, with its batch repeated
+    `copies` times.
+    """
 
     def tile(x: Tensor) -> Tensor:
-        return x if x.shape[0] == 1 or copies == 1 else x.repeat(copies, *[1] * (x.ndim - 1))
+        return (
+            x
+            if x.shape[0] == 1 or copies == 1
+            else x.repeat(copies, *[1] * (x.ndim - 1))
+        )
 
     def cut(x: Any) -> Any:
         if isinstance(x, tuple):
@@ -73,7 +104,9 @@ def _slice_arguments(arguments: dict[str, Any], n_pos: int, start: int, stop: in
             return x
         if x.ndim == 4:  # attention mask: [batch, 1, query, key]
             return tile(x[:, :, start:stop, :stop])
-        if x.ndim in (2, 3) and x.shape[1] == n_pos:  # positions [batch, pos], rotary tables [batch, pos, d_rotary]
+        if (
+            x.ndim in (2, 3) and x.shape[1] == n_pos
+        ):  # positions [batch, pos], rotary tables [batch, pos, d_rotary]
             return tile(x[:, start:stop])
         return x
 
@@ -84,12 +117,16 @@ def _slice_arguments(arguments: dict[str, Any], n_pos: int, start: int, stop: in
 class _Branch:
     x: Float[Tensor, "batch pos d_model"]
     members: list[int]  # the interventions that share this state
-    edits: list[Edit] = field(default_factory=list)  # inside the block it is about to enter
+    edits: list[Edit] = field(
+        default_factory=list
+    )  # inside the block it is about to enter
 
-# %% ../../nbs/library/patching/replay.ipynb #c014
+
 @dataclass(frozen=True)
 class _Plan:
-    """One intervention, sorted by layer: `inside[l]` applies within block `l`, `after[l]` to its output."""
+    """One intervention, sorted by layer: `inside[l]` applies within block `l`,
+    `after[l]` to its output.
+    """
 
     start: int  # first changed position
     inside: dict[int, list[Edit]]
@@ -99,9 +136,13 @@ class _Plan:
     def first_layer(self) -> int:
         return min([*self.inside, *self.after])
 
-# %% ../../nbs/library/patching/replay.ipynb #c015
-def _plan(edits: Intervention, n_pos: int, n_layers: int, readout: Sequence[int]) -> _Plan | None:
-    """Sort the edits by layer, leaving out those that cannot reach the readout; `None` if none is left."""
+
+def _plan(
+    edits: Intervention, n_pos: int, n_layers: int, readout: Sequence[int]
+) -> _Plan | None:
+    """Sort the edits by layer, leaving out those that cannot reach the readout; `None`
+    if none is left.
+    """
     start = n_pos
     inside: dict[int, list[Edit]] = {}
     after: dict[int, list[Edit]] = {}
@@ -109,43 +150,69 @@ def _plan(edits: Intervention, n_pos: int, n_layers: int, readout: Sequence[int]
         layer = int(edit.layer or 0)
         # In the last block only keys and values (and the stream they are made of) still move to other positions.
         stays = layer == n_layers - 1 and edit.site not in ("resid_pre", "k", "v")
-        reach = [p for p in edit.positions(n_pos) if (p in readout if stays else p <= max(readout))]
+        reach = [
+            p
+            for p in edit.positions(n_pos)
+            if (p in readout if stays else p <= max(readout))
+        ]
         if not reach:
             continue
         start = min(start, *reach)
         if edit.site == "resid_pre":
             after.setdefault(layer - 1, []).append(edit)
         else:
-            (after if edit.site == "resid_post" else inside).setdefault(layer, []).append(edit)
+            (after if edit.site == "resid_post" else inside).setdefault(
+                layer, []
+            ).append(edit)
     return _Plan(start, inside, after) if inside or after else None
 
-# %% ../../nbs/library/patching/replay.ipynb #c016
-def _split(branch: _Branch, plans: dict[int, _Plan], where: str, layer: int) -> list[tuple[list[Edit], list[int]]]:
-    """Group a branch's interventions by what they write here: the same tensors in the same places."""
+
+def _split(
+    branch: _Branch, plans: dict[int, _Plan], where: str, layer: int
+) -> list[tuple[list[Edit], list[int]]]:
+    """Group a branch's interventions by what they write here: the same tensors in the
+    same places.
+    """
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
     for i in branch.members:
         edits = getattr(plans[i], where).get(layer, [])
-        same = tuple((e.site, str(e.pos), e.head, e.mode, _identity(e.value)) for e in edits)
+        same = tuple(
+            (e.site, str(e.pos), e.head, e.mode, _identity(e.value)) for e in edits
+        )
         groups.setdefault(same, (edits, []))[1].append(i)
     return list(groups.values())
 
-# %% ../../nbs/library/patching/replay.ipynb #c017
+
 def _identity(value: Tensor | float) -> Any:
-    return (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else value
+    return (
+        (value.data_ptr(), value.shape, value.stride())
+        if isinstance(value, Tensor)
+        else value
+    )
 
 # %% ../../nbs/library/patching/replay.ipynb #c019
-def _write_all(x: Tensor, per_branch: Sequence[list[Edit]], window: range | list[int], n_pos: int) -> Tensor:
-    """Apply each branch's edits to its rows of `x`, whose position axis holds the positions in `window`."""
+def _write_all(
+    x: Tensor, per_branch: Sequence[list[Edit]], window: range | list[int], n_pos: int
+) -> Tensor:
+    """Apply each branch's edits to its rows of `x`, whose position axis holds the
+    positions in `window`.
+    """
     out = x.clone()
     rows = x.shape[0] // len(per_branch)
     column = {p: i for i, p in enumerate(window)}
     for j, edits in enumerate(per_branch):
         for edit in edits:
-            write_into(out[j * rows : (j + 1) * rows], edit, [column.get(p) for p in edit.positions(n_pos)])
+            write_into(
+                out[j * rows : (j + 1) * rows],
+                edit,
+                [column.get(p) for p in edit.positions(n_pos)],
+            )
     return out
 
-# %% ../../nbs/library/patching/replay.ipynb #c020
-def _visitors(layer: int, per_branch: Sequence[list[Edit]], window: range, n_pos: int) -> dict[Site, Visitor]:
+
+def _visitors(
+    layer: int, per_branch: Sequence[list[Edit]], window: range, n_pos: int
+) -> dict[Site, Visitor]:
     def visitor(site: str) -> Visitor:
         mine = [[e for e in edits if e.site == site] for edits in per_branch]
         return lambda x: _write_all(x, mine, window, n_pos)
@@ -153,24 +220,40 @@ def _visitors(layer: int, per_branch: Sequence[list[Edit]], window: range, n_pos
     sites = {e.site for edits in per_branch for e in edits}
     return {Site(site, layer): visitor(site) for site in sites}
 
-# %% ../../nbs/library/patching/replay.ipynb #c021
+
 def _through_block(
-    replay: "Replay", layer: int, x: Tensor, per_branch: Sequence[list[Edit]], start: int, prefix: tuple | None = None,
+    replay: "Replay",
+    layer: int,
+    x: Tensor,
+    per_branch: Sequence[list[Edit]],
+    start: int,
+    prefix: tuple | None = None,
     only_kv: bool = False,
-) -> Any:  # fmt: skip
-    """Output of block `layer` for stacked streams `x` that begin at position `start`; or just their keys and values."""
+) -> Any:
+    """Output of block `layer` for stacked streams `x` that begin at position `start`;
+    or just their keys and values.
+    """
     base, n_pos, copies = replay.base, replay.n_pos_full, len(per_branch)
     window = range(start, start + x.shape[1])
-    before_k, before_v = prefix or (base.keys[layer][:, :, :start], base.values[layer][:, :, :start])
+    before_k, before_v = prefix or (
+        base.keys[layer][:, :, :start],
+        base.values[layer][:, :, :start],
+    )
     visitors = _visitors(layer, per_branch, window, n_pos)
-    inside = {s.name: visitors.pop(s) for s in list(visitors) if s.name in ("q", "k", "v")}
+    inside = {
+        s.name: visitors.pop(s) for s in list(visitors) if s.name in ("q", "k", "v")
+    }
     found: list[Tensor] = []
 
-    def edited(name: str, t: Tensor) -> Tensor:  # edits are written for [batch, pos, head, d_head]
+    def edited(
+        name: str, t: Tensor
+    ) -> Tensor:  # edits are written for [batch, pos, head, d_head]
         new = inside[name](t.transpose(1, 2)) if name in inside else None
         return t if new is None else new.transpose(1, 2)
 
-    def extend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def extend(
+        _layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         k = torch.cat([_tile(before_k, k.shape[0]), edited("k", k)], dim=2)
         v = torch.cat([_tile(before_v, v.shape[0]), edited("v", v)], dim=2)
         found.extend([k, v])
@@ -178,29 +261,40 @@ def _through_block(
             raise Stop
         return edited("q", q), k, v
 
-    arguments = _slice_arguments(base.arguments[layer], n_pos, start, window.stop, copies)
+    arguments = _slice_arguments(
+        base.arguments[layer], n_pos, start, window.stop, copies
+    )
     try:
-        with attention_tap(replay.model, arguments=extend), visiting(replay.model, visitors):
+        with (
+            attention_tap(replay.model, arguments=extend),
+            visiting(replay.model, visitors),
+        ):
             out = replay.model.blocks[layer](x, **arguments)
     except Stop:
         return tuple(found)
     return out[0] if isinstance(out, tuple) else out
 
-# %% ../../nbs/library/patching/replay.ipynb #c022
+
 def _tile(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], 1, 1, 1)
 
 # %% ../../nbs/library/patching/replay.ipynb #c024
-def _last_block(replay: "Replay", x: Tensor, per_branch: Sequence[list[Edit]], start: int) -> Tensor:
+def _last_block(
+    replay: "Replay", x: Tensor, per_branch: Sequence[list[Edit]], start: int
+) -> Tensor:
     """Output of the last block at the readout positions from `start` on."""
     layer, reads = replay.model.n_layers - 1, replay.reads(start)
     first, prefix = reads[0], None
     if first > start:
-        prefix = _through_block(replay, layer, x[:, : first - start], per_branch, start, only_kv=True)
-    out = _through_block(replay, layer, x[:, first - start :], per_branch, first, prefix)
+        prefix = _through_block(
+            replay, layer, x[:, : first - start], per_branch, start, only_kv=True
+        )
+    out = _through_block(
+        replay, layer, x[:, first - start :], per_branch, first, prefix
+    )
     return out[:, [p - first for p in reads]]
 
-# %% ../../nbs/library/patching/replay.ipynb #c025
+
 def _step(replay: "Replay", branches: list[_Branch], layer: int, start: int) -> None:
     """Take every branch through block `layer`, at most `batch_size` rows at a time."""
     per_pass = max(1, replay.batch_size // replay.base.n_rows)
@@ -216,7 +310,9 @@ def _step(replay: "Replay", branches: list[_Branch], layer: int, start: int) -> 
             branch.x = new
 
 # %% ../../nbs/library/patching/replay.ipynb #c027
-def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: int, start: int) -> list[_Branch]:
+def _births(
+    replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: int, start: int
+) -> list[_Branch]:
     """The states, after block `layer`, of interventions whose first edit is there."""
     resid, last = replay.base.resid, layer == replay.model.n_layers - 1
     keep = replay.reads(start) if last else list(range(start, replay.n_pos))
@@ -225,9 +321,16 @@ def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: i
         x = resid[layer + 1][:, keep]
         if edits:
             spread = any(e.site in ("k", "v") for e in edits)
-            changed = [p for e in edits for p in e.positions(replay.n_pos_full) if p < replay.n_pos]
+            changed = [
+                p
+                for e in edits
+                for p in e.positions(replay.n_pos_full)
+                if p < replay.n_pos
+            ]
             stop = replay.n_pos if spread else 1 + max(changed)
-            new = _through_block(replay, layer, resid[layer][:, start:stop], [edits], start)
+            new = _through_block(
+                replay, layer, resid[layer][:, start:stop], [edits], start
+            )
             index = [(i, p - start) for i, p in enumerate(keep) if p < stop]
             x = x.clone()
             x[:, [i for i, _ in index]] = new[:, [j for _, j in index]]
@@ -236,30 +339,55 @@ def _births(replay: "Replay", branch: _Branch, plans: dict[int, _Plan], layer: i
 
 # %% ../../nbs/library/patching/replay.ipynb #c029
 def _sweep(replay: "Replay", plans: dict[int, _Plan], metric: "Metric") -> Tensor:
-    """Metric of all interventions of one group, which share their first changed position."""
+    """Metric of all interventions of one group, which share their first changed
+    position.
+    """
     start, n_layers = next(iter(plans.values())).start, replay.model.n_layers
     live: list[_Branch] = []
     for layer in range(-1, n_layers):
-        window = replay.reads(start) if layer == n_layers - 1 else list(range(start, replay.n_pos))
-        live = [_Branch(b.x, m, e) for b in live for e, m in _split(b, plans, "inside", layer)]
+        window = (
+            replay.reads(start)
+            if layer == n_layers - 1
+            else list(range(start, replay.n_pos))
+        )
+        live = [
+            _Branch(b.x, m, e)
+            for b in live
+            for e, m in _split(b, plans, "inside", layer)
+        ]
         if live:
             _step(replay, live, layer, start)
         first = [i for i in plans if plans[i].first_layer == layer]
         if first:
-            live += _births(replay, _Branch(replay.base.resid[0], first), plans, layer, start)
+            live += _births(
+                replay, _Branch(replay.base.resid[0], first), plans, layer, start
+            )
         parted = [(b, e, m) for b in live for e, m in _split(b, plans, "after", layer)]
-        live = [_Branch(_write_all(b.x, [e], window, replay.n_pos_full) if e else b.x, m) for b, e, m in parted]
+        live = [
+            _Branch(_write_all(b.x, [e], window, replay.n_pos_full) if e else b.x, m)
+            for b, e, m in parted
+        ]
     return _read_out(replay, live, list(plans), start, metric)
 
-# %% ../../nbs/library/patching/replay.ipynb #c030
-def _read_out(replay: "Replay", live: list[_Branch], order: list[int], start: int, metric: "Metric") -> Tensor:
-    """The metric of every branch's logits, a few branches at a time, in the order of the interventions."""
+
+def _read_out(
+    replay: "Replay",
+    live: list[_Branch],
+    order: list[int],
+    start: int,
+    metric: "Metric",
+) -> Tensor:
+    """The metric of every branch's logits, a few branches at a time, in the order of
+    the interventions.
+    """
     untouched = replay.base.resid[-1][:, [p for p in replay.readout if p < start]]
     per_pass = max(1, replay.batch_size // replay.base.n_rows)
     results: dict[int, Tensor] = {}
     for i in range(0, len(live), per_pass):
         chunk = live[i : i + per_pass]
-        logits = replay.model.unembed(torch.stack([torch.cat([untouched, b.x], dim=1) for b in chunk]))
+        logits = replay.model.unembed(
+            torch.stack([torch.cat([untouched, b.x], dim=1) for b in chunk])
+        )
         for branch, value in zip(chunk, metric(logits), strict=True):
             results.update(dict.fromkeys(branch.members, value))
     return torch.stack([results[i] for i in order])
@@ -267,30 +395,44 @@ def _read_out(replay: "Replay", live: list[_Branch], order: list[int], start: in
 # %% ../../nbs/library/patching/replay.ipynb #c032
 Metric = Callable[[Float[Tensor, "n batch readout d_vocab"]], Tensor]
 
-# %% ../../nbs/library/patching/replay.ipynb #c033
+
 def _logits(logits: Tensor) -> Tensor:
     return logits
 
-# %% ../../nbs/library/patching/replay.ipynb #c034
-class Replay:
-    """Exact re-runs of one base run, each with a few edits, recomputing only what they can change.
 
-    `tokens` is `[batch, pos]`; `base_edits` may edit the embedding (to corrupt it with noise, say). `readout` lists the
-    positions, in increasing order, whose logits are wanted: the last by default. `batch_size` bounds the rows
-    (interventions times `batch`) of one pass through a block; by default a pass takes about 256 MB. Raises
-    `NotImplementedError` for an architecture that does not use transformers' `AttentionInterface`.
+class Replay:
+    """Exact re-runs of one base run, each with a few edits, recomputing only what they
+    can change.
+
+    `tokens` is `[batch, pos]`; `base_edits` may edit the embedding (to corrupt it with
+    noise, say). `readout` lists the positions, in increasing order, whose logits are
+    wanted: the last by default. `batch_size` bounds the rows (interventions times
+    `batch`) of one pass through a block; by default a pass takes about 256 MB. Raises
+    `NotImplementedError` for an architecture that does not use transformers'
+    `AttentionInterface`.
     """
 
     def __init__(
-        self, model: Model, tokens: Int[Tensor, "batch pos"], *, base_edits: Intervention = (),
-        attention_mask: Int[Tensor, "batch pos"] | None = None, readout: Sequence[int] = (-1,),
+        self,
+        model: Model,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        base_edits: Intervention = (),
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        readout: Sequence[int] = (-1,),
         batch_size: int | None = None,
-    ):  # fmt: skip
+    ):
         _check_base(model, tokens, base_edits, batch_size)
         self.model, self.tokens = model, tokens.to(model.device)
         self.n_pos_full = tokens.shape[1]
-        self.readout = sorted(set(Edit("resid_post", 0, 0.0, pos=list(readout)).positions(self.n_pos_full)))
-        self.n_pos = self.readout[-1] + 1  # nothing after the last readout position can be seen
+        self.readout = sorted(
+            set(
+                Edit("resid_post", 0, 0.0, pos=list(readout)).positions(self.n_pos_full)
+            )
+        )
+        self.n_pos = (
+            self.readout[-1] + 1
+        )  # nothing after the last readout position can be seen
         self.batch_size = batch_size or _default_batch(model, self.n_pos)
         self._mask, self._edits = attention_mask, base_edits
         with fast_matmul(model):
@@ -306,52 +448,89 @@ class Replay:
         return self.model.unembed(self.base.resid[-1][:, self.readout])
 
     def run(
-        self, interventions: Sequence[Intervention], metric: Metric = _logits, *,
-        folder: str | Path | None = None, progress: bool | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        interventions: Sequence[Intervention],
+        metric: Metric = _logits,
+        *,
+        folder: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
         """`metric(logits)` of each intervention, stacked along axis 0.
 
-        `metric` maps logits `[n, batch, readout, d_vocab]` to a tensor whose first axis is `n`; the default keeps them.
-        With a `folder`, finished groups are written there, and a later call with the same model, tokens, interventions and
-        metric name continues where this one stopped. Interventions that cannot reach the readout cost nothing.
-        Raises `ValueError` if a result is not finite.
+        `metric` maps logits `[n, batch, readout, d_vocab]` to a tensor whose first axis
+        is `n`; the default keeps them. With a `folder`, finished groups are written
+        there, and a later call with the same model, tokens, interventions and metric
+        name continues where this one stopped. Interventions that cannot reach the
+        readout cost nothing. Raises `ValueError` if a result is not finite.
         """
         for edits in interventions:
             _check_intervention(self.model, edits)
-        plans = [_plan(e, self.n_pos_full, self.model.n_layers, self.readout) for e in interventions]
-        store = Store(Path(folder), _key(self, interventions, metric)) if folder else None
+        plans = [
+            _plan(e, self.n_pos_full, self.model.n_layers, self.readout)
+            for e in interventions
+        ]
+        store = (
+            Store(Path(folder), _key(self, interventions, metric)) if folder else None
+        )
         with fast_matmul(self.model), torch.no_grad():
             return _run(self, plans, metric, store, progress)
 
-# %% ../../nbs/library/patching/replay.ipynb #c035
-def _check_base(model: Model, tokens: Tensor, base_edits: Intervention, batch_size: int | None) -> None:
+
+def _check_base(
+    model: Model, tokens: Tensor, base_edits: Intervention, batch_size: int | None
+) -> None:
     if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens must be [batch, pos] and not empty, not of shape {tuple(tokens.shape)}")
+        raise ValueError(
+            "tokens must be [batch, pos] and not empty, not of shape"
+            f" {tuple(tokens.shape)}"
+        )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     wrong = [e.site for e in base_edits if e.site != "embed"]
     if wrong:
-        raise ValueError(f"base_edits may only edit 'embed', not {wrong[0]!r}: put that edit into every intervention")
+        raise ValueError(
+            f"base_edits may only edit 'embed', not {wrong[0]!r}: put that edit into"
+            " every intervention"
+        )
 
-# %% ../../nbs/library/patching/replay.ipynb #c036
+
 def _check_intervention(model: Model, edits: Intervention) -> None:
     check_edits(model, edits)
     for edit in edits:
         if edit.site not in _REPLAYABLE:
-            raise ValueError(f"the engine cannot edit {edit.site!r}, only {', '.join(_REPLAYABLE)}; use `intervene`")
+            raise ValueError(
+                f"the engine cannot edit {edit.site!r}, only {', '.join(_REPLAYABLE)};"
+                " use `intervene`"
+            )
 
-# %% ../../nbs/library/patching/replay.ipynb #c037
-_REPLAYABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", "q", "k", "v", "z")
 
-# %% ../../nbs/library/patching/replay.ipynb #c038
+_REPLAYABLE = (
+    "resid_pre",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "mlp_act",
+    "q",
+    "k",
+    "v",
+    "z",
+)
+
+
 def _default_batch(model: Model, n_pos: int) -> int:
     # Widest are the MLP's neurons (up to about 4 d_model, a few copies alive at once).
     return max(1, 256 * 2**20 // (4 * n_pos * 16 * model.d_model))
 
 # %% ../../nbs/library/patching/replay.ipynb #c040
-def _groups(plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30) -> list[list[int]]:
-    """Interventions by first changed position, then layer, in groups whose live streams fit the limit."""
-    order = sorted((p.start, p.first_layer, i) for i, p in enumerate(plans) if p is not None)
+def _groups(
+    plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30
+) -> list[list[int]]:
+    """Interventions by first changed position, then layer, in groups whose live streams
+    fit the limit.
+    """
+    order = sorted(
+        (p.start, p.first_layer, i) for i, p in enumerate(plans) if p is not None
+    )
     groups = []
     for start, same_start in groupby(order, key=lambda item: item[0]):
         stream = base.resid[0][:, start:]
@@ -360,13 +539,19 @@ def _groups(plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30
         groups += [members[i : i + fits] for i in range(0, len(members), fits)]
     return groups
 
-# %% ../../nbs/library/patching/replay.ipynb #c041
+
 def _run(
-    replay: Replay, plans: list[_Plan | None], metric: Metric, store: Store | None, progress: bool | None
+    replay: Replay,
+    plans: list[_Plan | None],
+    metric: Metric,
+    store: Store | None,
+    progress: bool | None,
 ) -> Tensor:
     unchanged = metric(replay.base_logits()[None])
     out = unchanged.repeat(len(plans), *[1] * (unchanged.ndim - 1))
-    with tqdm(total=len(plans), desc="replay", unit="run", delay=1, disable=quiet(progress)) as bar:
+    with tqdm(
+        total=len(plans), desc="replay", unit="run", delay=1, disable=quiet(progress)
+    ) as bar:
         bar.update(sum(plan is None for plan in plans))
         for number, group in enumerate(_groups(plans, replay.base)):
             todo = {i: p for i in group if (p := plans[i])}
@@ -375,19 +560,31 @@ def _run(
             out[group] = values.to(out)
             bar.update(len(group))
     if not torch.isfinite(out).all():
-        raise ValueError("a result is NaN or infinite; check the edits' values and the metric")
+        raise ValueError(
+            "a result is NaN or infinite; check the edits' values and the metric"
+        )
     return out
 
 # %% ../../nbs/library/patching/replay.ipynb #c047
 def cone_token_layers(n_layers: int, n_pos: int, layer: int, pos: int) -> int:
-    """Token–layers that an edit of block `layer`'s output at `pos` can change: layers above, positions from `pos` on."""
+    """Token–layers that an edit of block `layer`'s output at `pos` can change: layers
+    above, positions from `pos` on.
+    """
     return (n_layers - 1 - layer) * (n_pos - pos)
 
 # %% ../../nbs/library/patching/replay.ipynb #c050
 def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) -> str:
-    """Identifies a sweep: the weights, the prompt, every edit, the readout and the metric's name."""
+    """Identifies a sweep: the weights, the prompt, every edit, the readout and the
+    metric's name.
+    """
     name = getattr(metric, "__qualname__", "metric")
-    parts: list[Any] = [weight_fingerprint(replay.model), replay.tokens, replay._mask, replay.readout, name]
+    parts: list[Any] = [
+        weight_fingerprint(replay.model),
+        replay.tokens,
+        replay._mask,
+        replay.readout,
+        name,
+    ]
     for edits in [replay._edits, *interventions]:
         parts.append(len(edits))
         for e in edits:

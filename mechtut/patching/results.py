@@ -24,7 +24,9 @@ from ..models.loading import Model, weight_fingerprint
 
 # %% ../../nbs/library/patching/results.ipynb #c004
 def provenance(model: Model, **arguments: Any) -> dict[str, Any]:
-    """What made a result: model and weights, types, versions, commit of the working folder, arguments, UTC time."""
+    """What made a result: model and weights, types, versions, commit of the working
+    folder, arguments, UTC time.
+    """
     return {
         "model": model.name,
         "weights": weight_fingerprint(model),
@@ -36,7 +38,7 @@ def provenance(model: Model, **arguments: Any) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-# %% ../../nbs/library/patching/results.ipynb #c005
+
 @cache  # a search of half a second would notice
 def _versions() -> dict[str, str]:
     return {p: version(p) for p in ("mechtut", "torch", "transformers")}
@@ -44,21 +46,33 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
 
-# %% ../../nbs/library/patching/results.ipynb #c006
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)}"
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    return (
+        value
+        if value is None or isinstance(value, str | int | float | bool)
+        else str(value)
+    )
 
 # %% ../../nbs/library/patching/results.ipynb #c009
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """Base of every result: tensors and plain values as fields, saved as `tensors.safetensors` and `result.json`."""
+    """Base of every result: tensors and plain values as fields, saved as
+    `tensors.safetensors` and `result.json`.
+    """
 
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -67,26 +81,39 @@ class Result:
         raise NotImplementedError(f"{type(self).__name__} has no table")
 
     def save(self, folder: str | Path) -> Path:
-        """Write the result into `folder` (made if missing); an older result there is replaced."""
+        """Write the result into `folder` (made if missing); an older result there is
+        replaced.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+        tensors = {
+            k: v.detach().cpu().contiguous()
+            for k, v in values.items()
+            if isinstance(v, Tensor)
+        }
         plain = {k: v for k, v in values.items() if k not in tensors}
         save_file(tensors, folder / "tensors.safetensors")
-        half = folder / "result.json.part"  # renamed when whole, so a result.json means a finished result
+        half = (
+            folder / "result.json.part"
+        )  # renamed when whole, so a result.json means a finished result
         half.write_text(json.dumps({"kind": type(self).__name__, **plain}, indent=1))
         half.replace(folder / "result.json")
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what `save` wrote. Raises `ValueError` if the folder holds a result of another kind."""
+        """Read what `save` wrote.
+
+        Raises `ValueError` if the folder holds a result of another kind.
+        """
         folder = Path(folder)
         plain = json.loads((folder / "result.json").read_text())
         kind = plain.pop("kind")
         if kind != cls.__name__:
-            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}; use {kind}.load")
+            raise ValueError(
+                f"{folder} holds a {kind}, not a {cls.__name__}; use {kind}.load"
+            )
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         values: dict[str, Any] = {**lists, **load_file(folder / "tensors.safetensors")}
         return cls(**values)

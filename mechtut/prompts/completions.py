@@ -22,55 +22,76 @@ from ..models.loading import Model
 
 # %% ../../nbs/library/prompts/completions.ipynb #c004
 @torch.no_grad()
-def complete(model: Model, prompt: Prompt, n_tokens: int = 16, *, cache: bool = True) -> list[int]:
-    """The `n_tokens` token ids that the model writes after a prompt; stops after an end-of-text token.
+def complete(
+    model: Model, prompt: Prompt, n_tokens: int = 16, *, cache: bool = True
+) -> list[int]:
+    """The `n_tokens` token ids that the model writes after a prompt; stops after an
+    end-of-text token.
 
-    Raises `ValueError` if the prompt and its completion do not fit into the model's context.
+    Raises `ValueError` if the prompt and its completion do not fit into the model's
+    context.
     """
     ids, kept, out = encode(model, prompt).ids, None, list[int]()
     if len(ids) + n_tokens > model.n_ctx:
-        raise ValueError(f"a prompt of {len(ids)} tokens and {n_tokens} new ones do not fit into {model.n_ctx}")
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {n_tokens} new ones do not fit into"
+            f" {model.n_ctx}"
+        )
     step = torch.tensor([ids], device=model.device)
     for _ in range(n_tokens):
         mask = torch.ones(1, len(ids) + len(out), dtype=torch.long, device=model.device)
-        answer = model.hf(input_ids=step, attention_mask=mask, past_key_values=kept, use_cache=cache)
+        answer = model.hf(
+            input_ids=step, attention_mask=mask, past_key_values=kept, use_cache=cache
+        )
         out.append(int(answer.logits[0, -1].argmax()))
         if out[-1] == getattr(model.config, "eos_token_id", None):
             break
         new = torch.tensor([out[-1:]], device=model.device)
-        kept, step = (answer.past_key_values, new) if cache else (None, torch.cat([step, new], dim=1))
+        kept, step = (
+            (answer.past_key_values, new)
+            if cache
+            else (None, torch.cat([step, new], dim=1))
+        )
     return out
 
 # %% ../../nbs/library/prompts/completions.ipynb #c007
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
-# %% ../../nbs/library/prompts/completions.ipynb #c008
+
 def exact(written: str, answer: str) -> float:
-    """1 if the first line of what was written is the answer, apart from case and punctuation."""
+    """1 if the first line of what was written is the answer, apart from case and
+    punctuation.
+    """
     return float(_words(written.strip().split("\n")[0]) == _words(answer))
 
-# %% ../../nbs/library/prompts/completions.ipynb #c009
+
 def first_word(written: str, answer: str) -> float:
     """1 if the first written word is the answer's first word."""
     return float(_words(written)[:1] == _words(answer)[:1])
 
-# %% ../../nbs/library/prompts/completions.ipynb #c010
+
 def f1(written: str, answer: str) -> float:
     """Harmonic mean of precision and recall of the words of the first line."""
     a, b = Counter(_words(written.strip().split("\n")[0])), Counter(_words(answer))
     common = sum((a & b).values())
     return 2 * common / (a.total() + b.total()) if common else 0.0
 
-# %% ../../nbs/library/prompts/completions.ipynb #c011
+
 def mentions(written: str, answer: str) -> float:
-    """1 if the answer's words occur anywhere in what was written, in order and together."""
+    """1 if the answer's words occur anywhere in what was written, in order and
+    together.
+    """
     return float(f" {' '.join(_words(answer))} " in f" {' '.join(_words(written))} ")
 
 # %% ../../nbs/library/prompts/completions.ipynb #c014
 @torch.no_grad()
-def answer_nll(model: Model, prompt: Any, change: Callable[[int], Any] | None = None) -> float:
-    """Mean negative log-likelihood of a prompt's answer per token; `change(pos)` gives a context manager to run under."""
+def answer_nll(
+    model: Model, prompt: Any, change: Callable[[int], Any] | None = None
+) -> float:
+    """Mean negative log-likelihood of a prompt's answer per token; `change(pos)` gives
+    a context manager to run under.
+    """
     ids = encode(model, prompt).ids
     answer = answer_ids(model, prompt)
     tokens = torch.tensor([ids + answer], device=model.device)
@@ -83,39 +104,69 @@ def answer_nll(model: Model, prompt: Any, change: Callable[[int], Any] | None = 
     return float(losses.mean())
 
 # %% ../../nbs/library/prompts/completions.ipynb #c017
-def shot_baselines(model: Model, task: Task, shots: Sequence[int] = (0, 1, 2, 5, 10), seed: int = 42) -> pd.DataFrame:
-    """Accuracy and perplexity of a task's test answers after each number of true demonstrations: one row per number.
+def shot_baselines(
+    model: Model, task: Task, shots: Sequence[int] = (0, 1, 2, 5, 10), seed: int = 42
+) -> pd.DataFrame:
+    """Accuracy and perplexity of a task's test answers after each number of true
+    demonstrations: one row per number.
 
-    `top1` counts answers whose first token is the likeliest; `perplexity` is exp(mean negative log-likelihood per token).
+    `top1` counts answers whose first token is the likeliest; `perplexity` is exp(mean
+    negative log-likelihood per token).
     """
     rows = []
     for n in shots:
         prompts = every_query(task, n, seed)
-        best = [int(model.logits(t, torch.ones_like(t))[0, -1].argmax()) for t in _prompt_tokens(model, prompts)]
-        right = [b == answer_ids(model, p)[0] for b, p in zip(best, prompts, strict=True)]
+        best = [
+            int(model.logits(t, torch.ones_like(t))[0, -1].argmax())
+            for t in _prompt_tokens(model, prompts)
+        ]
+        right = [
+            b == answer_ids(model, p)[0] for b, p in zip(best, prompts, strict=True)
+        ]
         nll = sum(answer_nll(model, p) for p in prompts) / len(prompts)
-        rows.append({"shots": n, "n": len(prompts), "top1": sum(right) / len(right), "perplexity": math.exp(nll)})
+        rows.append(
+            {
+                "shots": n,
+                "n": len(prompts),
+                "top1": sum(right) / len(right),
+                "perplexity": math.exp(nll),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def _prompt_tokens(model: Model, prompts: Sequence[Prompt]) -> list[Int[Tensor, "1 pos"]]:
+def _prompt_tokens(
+    model: Model, prompts: Sequence[Prompt]
+) -> list[Int[Tensor, "1 pos"]]:
     return [torch.tensor([encode(model, p).ids], device=model.device) for p in prompts]
 
 # %% ../../nbs/library/prompts/completions.ipynb #c020
 @torch.no_grad()
-def decode_vector(model: Model, vector: Float[Tensor, "d_model"], k: int = 10) -> pd.DataFrame:
+def decode_vector(
+    model: Model, vector: Float[Tensor, "d_model"], k: int = 10
+) -> pd.DataFrame:
     """The `k` likeliest tokens of a vector read by the final norm and the unembedding."""
     if tuple(vector.shape) != (model.d_model,):
-        raise ValueError(f"the vector must have shape ({model.d_model},), not {tuple(vector.shape)}")
+        raise ValueError(
+            f"the vector must have shape ({model.d_model},), not {tuple(vector.shape)}"
+        )
     p, ids = model.unembed(vector.to(model.device, model.dtype)).softmax(-1).topk(k)
-    return pd.DataFrame({"token": [model.decode([i]) for i in ids.tolist()], "probability": p.tolist()})
+    return pd.DataFrame(
+        {"token": [model.decode([i]) for i in ids.tolist()], "probability": p.tolist()}
+    )
 
 # %% ../../nbs/library/prompts/completions.ipynb #c023
 def reconstruct(
-    model: Model, vector: Float[Tensor, "d_model"], k: int | None = None, *,
-    steps: int = 1000, lr: float = 0.5, seed: int = 42,
-) -> Float[Tensor, "d_model"]:  # fmt: skip
-    """A vector found from `vector`'s decoded distribution alone (its first `k` tokens), scaled to the same length.
+    model: Model,
+    vector: Float[Tensor, "d_model"],
+    k: int | None = None,
+    *,
+    steps: int = 1000,
+    lr: float = 0.5,
+    seed: int = 42,
+) -> Float[Tensor, "d_model"]:
+    """A vector found from `vector`'s decoded distribution alone (its first `k` tokens),
+    scaled to the same length.
 
     Cross-entropy, Adam, a random start, as in appendix of the paper.
     """

@@ -30,7 +30,7 @@ from ..patching.checkpoints import fingerprint
 # %% ../../nbs/library/prompts/few_shot.ipynb #c004
 Pair = tuple[str, str]
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c005
+
 class Split(NamedTuple):
     """A task's pairs in three disjoint parts."""
 
@@ -38,7 +38,7 @@ class Split(NamedTuple):
     valid: tuple[Pair, ...]
     test: tuple[Pair, ...]
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c006
+
 @dataclass(frozen=True)
 class Task:
     """A word-to-word task: a name and its (input, output) pairs."""
@@ -47,25 +47,36 @@ class Task:
     pairs: tuple[Pair, ...]
 
     def split(self, seed: int = 42) -> Split:
-        """70/9/21 % of the pairs, shuffled by numpy's legacy generator. Raises `ValueError` with fewer than 4 pairs."""
+        """70/9/21 % of the pairs, shuffled by numpy's legacy generator.
+
+        Raises `ValueError` with fewer than 4 pairs.
+        """
         if len(self.pairs) < 4:
-            raise ValueError(f"task {self.name!r} has {len(self.pairs)} pairs; a split needs at least 4")
+            raise ValueError(
+                f"task {self.name!r} has {len(self.pairs)} pairs; a split needs at"
+                " least 4"
+            )
         aside, train = _cut(self.pairs, seed)
         valid, test = _cut(aside, seed)
         return Split(train, valid, test)
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c007
+
 def _cut(pairs: Sequence[Pair], seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """The first 30 % (rounded up) of a permutation, and the rest."""
-    order, k = np.random.RandomState(seed).permutation(len(pairs)), math.ceil(0.3 * len(pairs))
+    order, k = (
+        np.random.RandomState(seed).permutation(len(pairs)),
+        math.ceil(0.3 * len(pairs)),
+    )
     return tuple(pairs[i] for i in order[:k]), tuple(pairs[i] for i in order[k:])
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c010
 def load_task(source: str | Path) -> Task:
-    """A task of the embedded world by name, the authors' `"todd/<name>"`, or a JSON file of `{"input", "output"}`.
+    """A task of the embedded world by name, the authors' `"todd/<name>"`, or a JSON
+    file of `{"input", "output"}`.
 
-    Tasks on lists of the embedded world ("first copy", "last capital") come as 100 pairs, always the same.
-    Raises `FileNotFoundError` for an unknown name and `ValueError` for a file that is not a list of pairs.
+    Tasks on lists of the embedded world ("first copy", "last capital") come as 100
+    pairs, always the same. Raises `FileNotFoundError` for an unknown name and
+    `ValueError` for a file that is not a list of pairs.
     """
     from mechtut.mini.world import World  # the world is not needed to read a file
 
@@ -78,50 +89,82 @@ def load_task(source: str | Path) -> Task:
             return Task(text, world.list_pairs(text))
         if text not in world.tasks:
             known = ", ".join([*world.tasks, *world.list_tasks])
-            raise FileNotFoundError(f"no task {text!r}; the embedded world has {known}; or give a .json file")
+            raise FileNotFoundError(
+                f"no task {text!r}; the embedded world has {known}; or give a .json"
+                " file"
+            )
         return Task(text, world.tasks[text].pairs)
     return Task(path.stem, _read_pairs(path))
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c011
+
 def _read_pairs(path: Path) -> tuple[Pair, ...]:
     rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and {"input", "output"} <= r.keys() for r in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and {"input", "output"} <= r.keys() for r in rows
+    ):
         raise ValueError(f'{path} must hold a list of {{"input": ..., "output": ...}}')
-    wrong = [r for r in rows if not all(isinstance(r[k], str | int) and str(r[k]).strip() for k in ("input", "output"))]
+    wrong = [
+        r
+        for r in rows
+        if not all(
+            isinstance(r[k], str | int) and str(r[k]).strip()
+            for k in ("input", "output")
+        )
+    ]
     if wrong:
         raise ValueError(f"{path}: input and output must be words, not {wrong[0]}")
     return tuple((str(r["input"]), str(r["output"])) for r in rows)
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c012
+
 TODD = "https://github.com/ericwtodd/function_vectors"
-COMMIT = "fb9eac7"  # the state of their repository with which our reference numbers were made
+COMMIT = (  # the state of their repository with which our reference numbers were made
+    "fb9eac7"
+)
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c014
 def _fetch(name: str, cache_folder: Path | None = None) -> Path:
-    """The authors' file of a task, from the cache or the network; a changed cached file is refused."""
-    path = (cache_folder or Path.home() / ".cache" / "mechtut" / "todd") / f"{name}.json"
+    """The authors' file of a task, from the cache or the network; a changed cached file
+    is refused.
+    """
+    path = (
+        cache_folder or Path.home() / ".cache" / "mechtut" / "todd"
+    ) / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_download(name, path.parent / "function_vectors.git"))
         path.with_suffix(".sum").write_text(fingerprint(path.read_bytes()))
     if path.with_suffix(".sum").read_text() != fingerprint(path.read_bytes()):
-        raise ValueError(f"{path} is not what was downloaded; delete it to fetch it again")
+        raise ValueError(
+            f"{path} is not what was downloaded; delete it to fetch it again"
+        )
     return path
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c015
+
 def _git(*arguments: str | Path) -> bytes:
-    """What a git command prints. Raises `RuntimeError` with git's own words if it fails."""
+    """What a git command prints.
+
+    Raises `RuntimeError` with git's own words if it fails.
+    """
     try:
-        done = subprocess.run(["git", *map(str, arguments)], capture_output=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            ["git", *map(str, arguments)], capture_output=True, stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError:
-        raise RuntimeError("the authors' tasks are fetched with git, which is not installed; or give a file") from None
+        raise RuntimeError(
+            "the authors' tasks are fetched with git, which is not installed; or give a"
+            " file"
+        ) from None
     if done.returncode:
-        raise RuntimeError(f"git {arguments[0]}: {done.stderr.decode(errors='replace').strip()}")
+        raise RuntimeError(
+            f"git {arguments[0]}: {done.stderr.decode(errors='replace').strip()}"
+        )
     return done.stdout
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c016
+
 def _download(name: str, clone: Path) -> bytes:
-    """The file of a task at the pinned commit, through a copy of the authors' repository in the folder `clone`."""
+    """The file of a task at the pinned commit, through a copy of the authors'
+    repository in the folder `clone`.
+    """
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"{name!r} is not the name of a task")
     if not (clone / "HEAD").exists():
@@ -129,11 +172,36 @@ def _download(name: str, clone: Path) -> bytes:
         shutil.rmtree(half, ignore_errors=True)
         _git("clone", "--quiet", "--bare", "--filter=blob:none", TODD, half)
         half.rename(clone)
-    listed = _git(f"--git-dir={clone}", "ls-tree", "-r", "--name-only", COMMIT, "dataset_files").decode().split("\n")
-    found = [f for f in listed if f in (f"dataset_files/{kind}/{name}.json" for kind in ("abstractive", "extractive"))]
+    listed = (
+        _git(
+            f"--git-dir={clone}",
+            "ls-tree",
+            "-r",
+            "--name-only",
+            COMMIT,
+            "dataset_files",
+        )
+        .decode()
+        .split("\n")
+    )
+    found = [
+        f
+        for f in listed
+        if f
+        in (
+            f"dataset_files/{kind}/{name}.json"
+            for kind in ("abstractive", "extractive")
+        )
+    ]
     if not found:
-        tasks = sorted(Path(f).stem for f in listed if f.endswith(".json") and "/generate/" not in f)
-        raise FileNotFoundError(f"the authors have no task {name!r}; they have {', '.join(tasks)}")
+        tasks = sorted(
+            Path(f).stem
+            for f in listed
+            if f.endswith(".json") and "/generate/" not in f
+        )
+        raise FileNotFoundError(
+            f"the authors have no task {name!r}; they have {', '.join(tasks)}"
+        )
     return _git(f"--git-dir={clone}", "show", f"{COMMIT}:{found[0]}")
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c019
@@ -148,21 +216,40 @@ class Template:
 
     @staticmethod
     def parse(text: str) -> "Template":
-        """Read `"Q:{}\\nA:{}\\n\\n"`. Raises `ValueError` unless there are two `{}` with something after each."""
+        """Read `"Q:{}\\nA:{}\\n\\n"`.
+
+        Raises `ValueError` unless there are two `{}` with something after each.
+        """
         parts = text.split("{}")
         if len(parts) != 3 or not parts[1] or not parts[2]:
             example = "Q:{}\\nA:{}\\n\\n"
-            raise ValueError(f"a template is like {example!r}, with two {{}} and something after each, not {text!r}")
+            raise ValueError(
+                f"a template is like {example!r}, with two {{}} and something after"
+                f" each, not {text!r}"
+            )
         between = re.match(r"\W*", parts[1])
         cut = between.end() if between and between.end() < len(parts[1]) else 0
         return Template(parts[0], parts[1][cut:], parts[1][:cut], parts[2])
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c020
+
 Role = Literal[
-    "bos", "structural", "demonstration", "separator", "predictive", "label", "end_of_example",
-    "query_structural", "query_demonstration", "query_separator", "query_predictive",
-]  # fmt: skip
-WORDS = ("demonstration", "label", "query_demonstration")  # the roles of words; the others belong to the template
+    "bos",
+    "structural",
+    "demonstration",
+    "separator",
+    "predictive",
+    "label",
+    "end_of_example",
+    "query_structural",
+    "query_demonstration",
+    "query_separator",
+    "query_predictive",
+]
+WORDS = (
+    "demonstration",
+    "label",
+    "query_demonstration",
+)  # the roles of words; the others belong to the template
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c022
 @dataclass(frozen=True)
@@ -175,19 +262,43 @@ class ICLPrompt:
     template: Template = Template()
 
     def __post_init__(self) -> None:
-        empty = [w for pair in [*self.demonstrations, (self.query, self.target)] for w in pair if not w.strip()]
+        empty = [
+            w
+            for pair in [*self.demonstrations, (self.query, self.target)]
+            for w in pair
+            if not w.strip()
+        ]
         if empty:
-            raise ValueError(f"a prompt's words must not be empty, and {empty[0]!r} is (query {self.query!r})")
+            raise ValueError(
+                f"a prompt's words must not be empty, and {empty[0]!r} is (query"
+                f" {self.query!r})"
+            )
 
     def parts(self) -> list[tuple[str, Role]]:
         """The prompt in pieces, without a beginning-of-sequence token."""
         t, out = self.template, list[tuple[str, Role]]()
         for x, y in self.demonstrations:
-            out += [(t.question, "structural"), (" " + x, "demonstration"), (t.between, "separator")]
-            out += [(t.answer[:-1], "structural"), (t.answer[-1:], "predictive"), (" " + y, "label")]
+            out += [
+                (t.question, "structural"),
+                (" " + x, "demonstration"),
+                (t.between, "separator"),
+            ]
+            out += [
+                (t.answer[:-1], "structural"),
+                (t.answer[-1:], "predictive"),
+                (" " + y, "label"),
+            ]
             out += [(t.after, "end_of_example")]
-        out += [(t.question, "query_structural"), (" " + self.query, "query_demonstration"), (t.between, "query_separator")]
-        return [*out, (t.answer[:-1], "query_structural"), (t.answer[-1:], "query_predictive")]
+        out += [
+            (t.question, "query_structural"),
+            (" " + self.query, "query_demonstration"),
+            (t.between, "query_separator"),
+        ]
+        return [
+            *out,
+            (t.answer[:-1], "query_structural"),
+            (t.answer[-1:], "query_predictive"),
+        ]
 
     @property
     def text(self) -> str:
@@ -196,35 +307,73 @@ class ICLPrompt:
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c025
 PREFIXES = (
-    ("Q:", "A:"), ("question:", "answer:"), ("Question:", "Answer:"), ("input:", "output:"), ("Input:", "Output:"),
-    ("in:", "out:"), ("x:", "y:"), ("X:", "Y:"), ("A:", "B:"), ("word:", "word:"), ("from:", "to:"), ("", ":"),
-)  # fmt: skip
+    ("Q:", "A:"),
+    ("question:", "answer:"),
+    ("Question:", "Answer:"),
+    ("input:", "output:"),
+    ("Input:", "Output:"),
+    ("in:", "out:"),
+    ("x:", "y:"),
+    ("X:", "Y:"),
+    ("A:", "B:"),
+    ("word:", "word:"),
+    ("from:", "to:"),
+    ("", ":"),
+)
 SEPARATORS = (
-    ("\n", "\n\n"), ("\n", "\n"), (" ", "\n\n"), (" ", "\n"), (" ", "|"),
-    (" | ", "\n"), (", ", "\n"), (", ", "; "), (" ", " "), ("\t", "\n"),
-)  # fmt: skip
+    ("\n", "\n\n"),
+    ("\n", "\n"),
+    (" ", "\n\n"),
+    (" ", "\n"),
+    (" ", "|"),
+    (" | ", "\n"),
+    (", ", "\n"),
+    (", ", "; "),
+    (" ", " "),
+    ("\t", "\n"),
+)
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c026
+
 def template_grid() -> list[Template]:
     """All 120 combinations of `PREFIXES` and `SEPARATORS`."""
-    return [Template(q, a, between, after) for q, a in PREFIXES for between, after in SEPARATORS]
+    return [
+        Template(q, a, between, after)
+        for q, a in PREFIXES
+        for between, after in SEPARATORS
+    ]
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c029
 def sample_prompts(
-    task: Task, n_prompts: int, n_shots: int = 10, seed: int = 42, corrupt: Literal["shuffle", "random"] | None = None, *,
-    queries: Sequence[int] | None = None, words: Sequence[str] | None = None, template: Template = Template(),
-) -> list[ICLPrompt]:  # fmt: skip
-    """Prompts with demonstrations from the task's train part and queries from its valid part.
+    task: Task,
+    n_prompts: int,
+    n_shots: int = 10,
+    seed: int = 42,
+    corrupt: Literal["shuffle", "random"] | None = None,
+    *,
+    queries: Sequence[int] | None = None,
+    words: Sequence[str] | None = None,
+    template: Template = Template(),
+) -> list[ICLPrompt]:
+    """Prompts with demonstrations from the task's train part and queries from its valid
+    part.
 
-    `queries` limits the queries to these indices of the valid part. `corrupt="shuffle"` permutes the labels within each
-    prompt; `"random"` takes them from `words` (by default all words of the embedded world). Raises `ValueError` if there
-    are not enough pairs.
+    `queries` limits the queries to these indices of the valid part. `corrupt="shuffle"`
+    permutes the labels within each prompt; `"random"` takes them from `words` (by
+    default all words of the embedded world). Raises `ValueError` if there are not
+    enough pairs.
     """
     _check_corrupt(corrupt)
     split, random = task.split(seed), np.random.RandomState(seed)
-    allowed = np.arange(len(split.valid)) if queries is None else np.asarray(queries, dtype=int)
+    allowed = (
+        np.arange(len(split.valid))
+        if queries is None
+        else np.asarray(queries, dtype=int)
+    )
     if n_prompts < 1 or len(allowed) == 0:
-        raise ValueError(f"need at least one prompt and one query, not {n_prompts} and {len(allowed)} (task {task.name!r})")
+        raise ValueError(
+            f"need at least one prompt and one query, not {n_prompts} and"
+            f" {len(allowed)} (task {task.name!r})"
+        )
     out = []
     for _ in range(n_prompts):
         shown = _draw(split.train, n_shots, random, task.name)
@@ -232,15 +381,23 @@ def sample_prompts(
         out.append(ICLPrompt(_corrupted(shown, corrupt, random, words), x, y, template))
     return out
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c030
-def _draw(pairs: Sequence[Pair], n: int, random: np.random.RandomState, name: str) -> list[Pair]:
+
+def _draw(
+    pairs: Sequence[Pair], n: int, random: np.random.RandomState, name: str
+) -> list[Pair]:
     if not 0 <= n <= len(pairs):
-        raise ValueError(f"task {name!r} has {len(pairs)} pairs to demonstrate with, so n_shots cannot be {n}")
+        raise ValueError(
+            f"task {name!r} has {len(pairs)} pairs to demonstrate with, so n_shots"
+            f" cannot be {n}"
+        )
     return [pairs[i] for i in random.choice(len(pairs), n, replace=False)]
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c031
+
 def _corrupted(
-    shown: list[Pair], corrupt: str | None, random: np.random.RandomState, words: Sequence[str] | None
+    shown: list[Pair],
+    corrupt: str | None,
+    random: np.random.RandomState,
+    words: Sequence[str] | None,
 ) -> tuple[Pair, ...]:
     labels = [y for _, y in shown]
     if corrupt == "shuffle":
@@ -249,31 +406,48 @@ def _corrupted(
         labels = random.choice(list(words or _world_words()), len(labels)).tolist()
     return tuple((x, str(y)) for (x, _), y in zip(shown, labels, strict=True))
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c032
+
 @cache
 def _world_words() -> tuple[str, ...]:
     from mechtut.mini.world import World
 
     return tuple(w for w in World().words if w.isalpha())
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c033
+
 def _check_corrupt(corrupt: str | None) -> None:
     if corrupt not in (None, "shuffle", "random"):
-        raise ValueError(f"corrupt must be None, 'shuffle' or 'random', not {corrupt!r}")
+        raise ValueError(
+            f"corrupt must be None, 'shuffle' or 'random', not {corrupt!r}"
+        )
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c036
 def every_query(
-    task: Task, n_shots: int, seed: int = 42, corrupt: Literal["shuffle", "random"] | None = None, *,
-    part: Literal["valid", "test"] = "test", keep: Sequence[int] | None = None, split_seed: int | None = None,
-    words: Sequence[str] | None = None, template: Template = Template(),
-) -> list[ICLPrompt]:  # fmt: skip
-    """One prompt per query of a part (or of those at the indices `keep`), in order. `split_seed` defaults to `seed`."""
+    task: Task,
+    n_shots: int,
+    seed: int = 42,
+    corrupt: Literal["shuffle", "random"] | None = None,
+    *,
+    part: Literal["valid", "test"] = "test",
+    keep: Sequence[int] | None = None,
+    split_seed: int | None = None,
+    words: Sequence[str] | None = None,
+    template: Template = Template(),
+) -> list[ICLPrompt]:
+    """One prompt per query of a part (or of those at the indices `keep`), in order.
+
+    `split_seed` defaults to `seed`.
+    """
     _check_corrupt(corrupt)
-    split, random = task.split(seed if split_seed is None else split_seed), np.random.RandomState(seed)
+    split, random = (
+        task.split(seed if split_seed is None else split_seed),
+        np.random.RandomState(seed),
+    )
     pairs = getattr(split, part)
     out = []
     for i in range(len(pairs)) if keep is None else keep:
-        shown = _corrupted(_draw(split.train, n_shots, random, task.name), corrupt, random, words)
+        shown = _corrupted(
+            _draw(split.train, n_shots, random, task.name), corrupt, random, words
+        )
         out.append(ICLPrompt(shown, pairs[i][0], pairs[i][1], template))
     return out
 
@@ -284,25 +458,40 @@ class Encoded(NamedTuple):
     ids: list[int]
     target: int
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c039
-Prompt = ICLPrompt | str | tuple[Any, Any]  # a tuple holds token ids and the target's id
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c040
+Prompt = (
+    ICLPrompt | str | tuple[Any, Any]
+)  # a tuple holds token ids and the target's id
+
+
 def bos_text(model: Model) -> str:
-    """What a prompt begins with: the BOS token if the tokenizer has one and does not add it on its own."""
+    """What a prompt begins with: the BOS token if the tokenizer has one and does not
+    add it on its own.
+    """
     tokenizer = _tokenizer(model)
     token = getattr(tokenizer, "bos_token", None)
-    return token if token and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id] else ""
+    return (
+        token
+        if token and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]
+        else ""
+    )
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c041
+
 def _tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; give prompts as (token ids, target id) pairs")
+        raise ValueError(
+            f"{model.name} has no tokenizer; give prompts as (token ids, target id)"
+            " pairs"
+        )
     return model.tokenizer
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c042
+
 def encode(model: Model, prompt: Prompt) -> Encoded:
-    """Token ids of a prompt. Plain text gets no BOS and no target (-1). Raises `ValueError` for words without tokens."""
+    """Token ids of a prompt.
+
+    Plain text gets no BOS and no target (-1). Raises `ValueError` for words without
+    tokens.
+    """
     if isinstance(prompt, tuple):
         ids, target = model.to_tokens(prompt[0]).tolist(), int(prompt[1])
         model.to_tokens([target])  # checks the range
@@ -311,14 +500,17 @@ def encode(model: Model, prompt: Prompt) -> Encoded:
     ids = model.to_tokens(text).tolist()
     return Encoded(ids, -1 if isinstance(prompt, str) else answer_ids(model, prompt)[0])
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c043
+
 def answer_ids(model: Model, prompt: ICLPrompt) -> list[int]:
     """All tokens that a prompt's right answer adds to it."""
     text, tokenizer = bos_text(model) + prompt.text, _tokenizer(model)
     n_prompt = len(tokenizer(text)["input_ids"])
     new: list[int] = tokenizer(f"{text} {prompt.target}")["input_ids"][n_prompt:]
     if not new:
-        raise ValueError(f"the answer {prompt.target!r} adds no token to the prompt; this tokenizer cannot spell it")
+        raise ValueError(
+            f"the answer {prompt.target!r} adds no token to the prompt; this tokenizer"
+            " cannot spell it"
+        )
     return new
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c046
@@ -329,24 +521,38 @@ class Layout(NamedTuple):
     roles: list[Role]
     slots: list[int]
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c047
+
 def layout(model: Model, prompt: ICLPrompt) -> Layout:
-    """Roles and slots of a prompt's tokens. Raises `ValueError` for a word that adds no token."""
+    """Roles and slots of a prompt's tokens.
+
+    Raises `ValueError` for a word that adds no token.
+    """
     tokenizer, text = _tokenizer(model), bos_text(model)
-    roles: list[Role] = ["bos"] * len(tokenizer(text)["input_ids"])  # also one that the tokenizer adds by itself
+    roles: list[Role] = ["bos"] * len(
+        tokenizer(text)["input_ids"]
+    )  # also one that the tokenizer adds by itself
     slots = list(range(len(roles)))
     for piece, role in prompt.parts():
         text += piece
-        new, first = len(tokenizer(text)["input_ids"]) - len(roles), slots[-1] + 1 if slots else 0
+        new, first = (
+            len(tokenizer(text)["input_ids"]) - len(roles),
+            slots[-1] + 1 if slots else 0,
+        )
         if role in WORDS and new < 1:
-            raise ValueError(f"the word {piece.strip()!r} has no token of its own here; this tokenizer cannot spell it")
+            raise ValueError(
+                f"the word {piece.strip()!r} has no token of its own here; this"
+                " tokenizer cannot spell it"
+            )
         if new == 0 and piece and roles[-1:] and roles[-1] not in WORDS:
             roles[-1] = role  # this tokenizer has one token for "A:": its end decides
         roles += [role] * new
         slots += [first] * new if role in WORDS else range(first, first + new)
     ids = encode(model, prompt).ids
     if len(ids) != len(roles):
-        raise ValueError(f"the tokens of {prompt.query!r}'s prompt do not grow with its text: {len(roles)}, then {len(ids)}")
+        raise ValueError(
+            f"the tokens of {prompt.query!r}'s prompt do not grow with its text:"
+            f" {len(roles)}, then {len(ids)}"
+        )
     return Layout(ids, roles, slots)
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c050
@@ -358,11 +564,14 @@ class Batch(NamedTuple):
     last: Int[Tensor, "prompt"]  # position of each prompt's last token
     targets: Int[Tensor, "prompt"]
 
-# %% ../../nbs/library/prompts/few_shot.ipynb #c051
-def batches(model: Model, prompts: Sequence[Encoded], batch_size: int | None = None) -> Iterator[Batch]:
+
+def batches(
+    model: Model, prompts: Sequence[Encoded], batch_size: int | None = None
+) -> Iterator[Batch]:
     """The prompts in batches, short ones first, so that little padding is needed.
 
-    By default a batch's recorded run takes about 256 MB. Raises `ValueError` for no prompts or a `batch_size` below 1.
+    By default a batch's recorded run takes about 256 MB. Raises `ValueError` for no
+    prompts or a `batch_size` below 1.
     """
     if not prompts:
         raise ValueError("there are no prompts")
@@ -370,10 +579,20 @@ def batches(model: Model, prompts: Sequence[Encoded], batch_size: int | None = N
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     longest = len(prompts[order[-1]].ids)
-    size = batch_size or max(1, 2**28 // (12 * model.n_layers * model.d_model * longest))
+    size = batch_size or max(
+        1, 2**28 // (12 * model.n_layers * model.d_model * longest)
+    )
     for rows in (order[i : i + size] for i in range(0, len(order), size)):
         chosen = [prompts[i] for i in rows]
         width = max(len(p.ids) for p in chosen)
-        tokens = torch.tensor([p.ids + p.ids[-1:] * (width - len(p.ids)) for p in chosen], device=model.device)
+        tokens = torch.tensor(
+            [p.ids + p.ids[-1:] * (width - len(p.ids)) for p in chosen],
+            device=model.device,
+        )
         ends = torch.tensor([len(p.ids) - 1 for p in chosen], device=model.device)
-        yield Batch(rows, tokens, ends, torch.tensor([p.target for p in chosen], device=model.device))
+        yield Batch(
+            rows,
+            tokens,
+            ends,
+            torch.tensor([p.target for p in chosen], device=model.device),
+        )

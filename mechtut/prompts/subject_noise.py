@@ -23,43 +23,67 @@ from ..models.hooks import Edit
 Span = tuple[int, int]
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c005
-def text_and_ends(model: Model, tokens: Int[Tensor, "pos"], subject: str) -> tuple[str, list[int]]:
-    """The prompt's text as the tokenizer gives it back, and where in it each token ends."""
+def text_and_ends(
+    model: Model, tokens: Int[Tensor, "pos"], subject: str
+) -> tuple[str, list[int]]:
+    """The prompt's text as the tokenizer gives it back, and where in it each token
+    ends.
+    """
     pieces = model.to_str_tokens(tokens)
     if subject in "".join(pieces):
         return "".join(pieces), np.cumsum([len(p) for p in pieces]).tolist()
     ids = tokens.tolist()
     return model.decode(ids), [len(model.decode(ids[: i + 1])) for i in range(len(ids))]
 
-# %% ../../nbs/library/prompts/subject_noise.ipynb #c006
-def find_subject(model: Model, tokens: Int[Tensor, "pos"], subject: str | Sequence[int]) -> Span:
-    """Token range (start, stop) of the first occurrence of `subject` in the decoded tokens; a given range is checked.
 
-    Raises `ValueError` if the subject is empty, missing, or a range outside the prompt; warns if it occurs again later.
+def find_subject(
+    model: Model, tokens: Int[Tensor, "pos"], subject: str | Sequence[int]
+) -> Span:
+    """Token range (start, stop) of the first occurrence of `subject` in the decoded
+    tokens; a given range is checked.
+
+    Raises `ValueError` if the subject is empty, missing, or a range outside the prompt;
+    warns if it occurs again later.
     """
     if not isinstance(subject, str):
         start, stop = (int(i) for i in subject)
         if not 0 <= start < stop <= len(tokens):
-            raise ValueError(f"subject range ({start}, {stop}) is empty or outside the prompt's {len(tokens)} tokens")
+            raise ValueError(
+                f"subject range ({start}, {stop}) is empty or outside the prompt's"
+                f" {len(tokens)} tokens"
+            )
         return start, stop
     text, ends = text_and_ends(model, tokens, subject)
     if not subject.strip():
-        raise ValueError("the subject is empty; give the words of the prompt to corrupt, or a (start, stop) range")
+        raise ValueError(
+            "the subject is empty; give the words of the prompt to corrupt, or a"
+            " (start, stop) range"
+        )
     at = text.find(subject)
     if at < 0:
-        raise ValueError(f"subject {subject!r} is not in the prompt {text!r}; copy it from there, or give (start, stop)")
+        raise ValueError(
+            f"subject {subject!r} is not in the prompt {text!r}; copy it from there, or"
+            " give (start, stop)"
+        )
     if text.find(subject, at + 1) >= 0:
-        warnings.warn(f"{subject!r} occurs again later in {text!r}; only its first occurrence is corrupted", stacklevel=3)
+        warnings.warn(
+            f"{subject!r} occurs again later in {text!r}; only its first occurrence is"
+            " corrupted",
+            stacklevel=3,
+        )
     return bisect_right(ends, at), bisect_left(ends, at + len(subject)) + 1
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c009
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """How the subject's embeddings are corrupted (Meng et al. 2022, section 2.1 and appendix B).
+    """How the subject's embeddings are corrupted (Meng et al. 2022, section 2.1 and
+    appendix B).
 
-    `kind` is `"gaussian"` or `"uniform"` (between -1 and 1), multiplied by `scale * std`; `"embedding"` draws from a
-    Gaussian with the `mean` and covariance `root @ root.T` of real embeddings and ignores `scale`; `"student_t"` does
-    the same with `scale` degrees of freedom. `replace` overwrites the embeddings instead of adding to them.
+    `kind` is `"gaussian"` or `"uniform"` (between -1 and 1), multiplied by `scale *
+    std`; `"embedding"` draws from a Gaussian with the `mean` and covariance `root @
+    root.T` of real embeddings and ignores `scale`; `"student_t"` does the same with
+    `scale` degrees of freedom. `replace` overwrites the embeddings instead of adding to
+    them.
     """
 
     scale: float = 3.0
@@ -73,53 +97,92 @@ class Noise:
         _check_noise(self)
 
     def __str__(self) -> str:
-        return f"{self.kind} noise, scale {self.scale} x {self.std:.6g}" + (", replacing" if self.replace else "")
+        return f"{self.kind} noise, scale {self.scale} x {self.std:.6g}" + (
+            ", replacing" if self.replace else ""
+        )
 
     @staticmethod
-    def like_embeddings(embeddings: Float[Tensor, "n d_model"], dof: float | None = None) -> "Noise":
-        """Noise with the mean and covariance of `embeddings`; with `dof`, from the matching Student's t."""
+    def like_embeddings(
+        embeddings: Float[Tensor, "n d_model"], dof: float | None = None
+    ) -> "Noise":
+        """Noise with the mean and covariance of `embeddings`; with `dof`, from the
+        matching Student's t.
+        """
         x = embeddings.double()
         u, s, _ = torch.linalg.svd(torch.cov(x.T))
-        return Noise(dof or 1.0, "embedding" if dof is None else "student_t", mean=x.mean(0), root=u * s.sqrt())
+        return Noise(
+            dof or 1.0,
+            "embedding" if dof is None else "student_t",
+            mean=x.mean(0),
+            root=u * s.sqrt(),
+        )
 
     def draw(
         self, n_samples: int, n_tokens: int, d_model: int, seed: int = 1, skip: int = 0
     ) -> Float[Tensor, "sample token d_model"]:
-        """What is added to (or replaces) the embeddings, in float64; `skip` passes over so many earlier draws."""
+        """What is added to (or replaces) the embeddings, in float64; `skip` passes over
+        so many earlier draws.
+        """
         random = np.random.RandomState(seed)
         for _ in range(skip + 1):
             shape = (n_samples, n_tokens, d_model)
-            raw = random.uniform(-1, 1, shape) if self.kind == "uniform" else random.randn(*shape)
+            raw = (
+                random.uniform(-1, 1, shape)
+                if self.kind == "uniform"
+                else random.randn(*shape)
+            )
         if self.kind in ("gaussian", "uniform"):
             return torch.tensor(self.scale * self.std * raw)
         return _shape_like(self, torch.tensor(raw), seed)
 
-# %% ../../nbs/library/prompts/subject_noise.ipynb #c010
-def _shape_like(noise: Noise, z: Float[Tensor, "sample token d_model"], seed: int) -> Tensor:
-    """Standard normal draws, given the embeddings' mean and covariance (and Student's heavy tails)."""
+
+def _shape_like(
+    noise: Noise, z: Float[Tensor, "sample token d_model"], seed: int
+) -> Tensor:
+    """Standard normal draws, given the embeddings' mean and covariance (and Student's
+    heavy tails).
+    """
     assert noise.mean is not None and noise.root is not None
     z = noise.mean.double().cpu() + z @ noise.root.double().cpu().T
     if noise.kind == "embedding":
         return z
-    u = np.random.RandomState(seed + 1).chisquare(noise.scale, 1000)[: z.shape[0] * z.shape[1]]
+    u = np.random.RandomState(seed + 1).chisquare(noise.scale, 1000)[
+        : z.shape[0] * z.shape[1]
+    ]
     return z * torch.tensor(np.sqrt((noise.scale - 2) / u)).reshape(*z.shape[:2], 1)
 
-# %% ../../nbs/library/prompts/subject_noise.ipynb #c011
+
 def _check_noise(noise: Noise) -> None:
     if noise.kind not in ("gaussian", "uniform", "embedding", "student_t"):
-        raise ValueError(f"unknown noise kind {noise.kind!r}; one of gaussian, uniform, embedding, student_t")
+        raise ValueError(
+            f"unknown noise kind {noise.kind!r}; one of gaussian, uniform, embedding,"
+            " student_t"
+        )
     if not 0 < noise.scale < float("inf") or not 0 < noise.std < float("inf"):
-        raise ValueError(f"noise needs a positive finite scale and std, not {noise.scale} and {noise.std}")
-    if noise.kind in ("embedding", "student_t") and (noise.mean is None or noise.root is None):
-        raise ValueError(f"{noise.kind!r} noise needs the embeddings' statistics: use Noise.like_embeddings")
+        raise ValueError(
+            f"noise needs a positive finite scale and std, not {noise.scale} and"
+            f" {noise.std}"
+        )
+    if noise.kind in ("embedding", "student_t") and (
+        noise.mean is None or noise.root is None
+    ):
+        raise ValueError(
+            f"{noise.kind!r} noise needs the embeddings' statistics: use"
+            " Noise.like_embeddings"
+        )
     if noise.kind == "student_t" and noise.scale <= 2:
-        raise ValueError(f"Student's t needs more than 2 degrees of freedom to have a variance, not {noise.scale}")
+        raise ValueError(
+            "Student's t needs more than 2 degrees of freedom to have a variance, not"
+            f" {noise.scale}"
+        )
 
-# %% ../../nbs/library/prompts/subject_noise.ipynb #c012
+
 def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
-    """Standard deviation of token embeddings, over all scalars together: of the subjects' tokens, or of the vocabulary.
+    """Standard deviation of token embeddings, over all scalars together: of the
+    subjects' tokens, or of the vocabulary.
 
-    The authors' unit: every subject of the fact file tokenised alone, without a leading space.
+    The authors' unit: every subject of the fact file tokenised alone, without a leading
+    space.
     """
     if subjects is None:
         return float(model.embed.weight.double().std())
@@ -137,21 +200,30 @@ class Corruption:
     std: float  # of what is added: as asked for where the noise is Gaussian, else as drawn
 
     def edit(self, *, additive: bool = False) -> Edit:
-        """The edit of the embedding; `additive` adds the values even if they were drawn to replace."""
+        """The edit of the embedding; `additive` adds the values even if they were drawn
+        to replace.
+        """
         mode: Any = "set" if self.replace and not additive else "add"
         return Edit("embed", None, self.values, pos=range(*self.span), mode=mode)
 
-# %% ../../nbs/library/prompts/subject_noise.ipynb #c016
-def corrupt(model: Model, noise: Any, n_samples: int, span: Span, seed: int, skip: int = 0) -> Corruption:
-    """Noise for the subject at `span`: from a number of embedding standard deviations, a `Noise`, or a tensor to add."""
+
+def corrupt(
+    model: Model, noise: Any, n_samples: int, span: Span, seed: int, skip: int = 0
+) -> Corruption:
+    """Noise for the subject at `span`: from a number of embedding standard deviations,
+    a `Noise`, or a tensor to add.
+    """
     if isinstance(noise, Tensor):
         wanted = (noise.shape[0] if noise.ndim else 0, span[1] - span[0], model.d_model)
         if tuple(noise.shape) != wanted or skip or not wanted[0]:
             raise ValueError(
-                f"a noise tensor must be [n_samples, {wanted[1]}, {wanted[2]}] for this subject, not {tuple(noise.shape)}, "
-                "and cannot be combined with the quirk 'severed_noise', which needs a second draw"
+                f"a noise tensor must be [n_samples, {wanted[1]}, {wanted[2]}] for this"
+                f" subject, not {tuple(noise.shape)}, and cannot be combined with the"
+                " quirk 'severed_noise', which needs a second draw"
             )
-        return Corruption(noise.to(model.device), False, span, float(noise.double().std()))
+        return Corruption(
+            noise.to(model.device), False, span, float(noise.double().std())
+        )
     if not isinstance(noise, Noise):
         noise = Noise(float(noise), std=embedding_std(model))
     values = noise.draw(n_samples, span[1] - span[0], model.d_model, seed, skip)

@@ -28,7 +28,9 @@ __all__ = ['Interactive', 'hover_map', 'explore_trace', 'explore_heads']
 # %% ../../nbs/library/viz/interactive.ipynb #c005
 @dataclass(frozen=True)
 class Interactive:
-    """A figure to point at: `html` is self-contained; `draw` makes the static picture that stands in for it."""
+    """A figure to point at: `html` is self-contained; `draw` makes the static picture
+    that stands in for it.
+    """
 
     html: str
     draw: Callable[[], Axes]
@@ -41,14 +43,27 @@ class Interactive:
         plt.close(figure)
         return out.getvalue()
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """What a notebook keeps: the HTML, and the picture for those who do not show HTML."""
-        return {"text/html": self.html, "image/png": self.png(), "text/plain": "interactive figure"}
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> dict[str, Any]:
+        """What a notebook keeps: the HTML, and the picture for those who do not show
+        HTML.
+        """
+        return {
+            "text/html": self.html,
+            "image/png": self.png(),
+            "text/plain": "interactive figure",
+        }
 
     def save(self, file: str | Path) -> Path:
         """Write a page of its own that can be opened, mailed or put on a server."""
-        head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>mechtut</title>'
-        Path(file).write_text(f"{head}<body>{self.html}</body></html>\n", encoding="utf-8")
+        head = (
+            '<!doctype html><html lang="en"><meta'
+            ' charset="utf-8"><title>mechtut</title>'
+        )
+        Path(file).write_text(
+            f"{head}<body>{self.html}</body></html>\n", encoding="utf-8"
+        )
         return Path(file)
 
 # %% ../../nbs/library/viz/interactive.ipynb #c007
@@ -66,9 +81,14 @@ _STYLE = """<style>
 #{id} p {{margin: 4px 0 0}}
 </style>"""
 
-# %% ../../nbs/library/viz/interactive.ipynb #c008
-def _cells(values: np.ndarray, colours: list[list[str]], told: list[list[str]], rows: Sequence[str],
-           marked: Sequence[tuple[int, int]]) -> str:
+
+def _cells(
+    values: np.ndarray,
+    colours: list[list[str]],
+    told: list[list[str]],
+    rows: Sequence[str],
+    marked: Sequence[tuple[int, int]],
+) -> str:
     """The rows of the map: a name and one cell for each value."""
     parts = []
     for r, name in enumerate(rows):
@@ -76,41 +96,79 @@ def _cells(values: np.ndarray, colours: list[list[str]], told: list[list[str]], 
         for c in range(values.shape[1]):
             ring = ' class="marked"' if (r, c) in marked else ""
             what = html.escape(told[r][c])
-            parts.append(f'<i{ring} tabindex="0" style="background:{colours[r][c]}" data-is="{what}"></i>')
+            parts.append(
+                f'<i{ring} tabindex="0" style="background:{colours[r][c]}"'
+                f' data-is="{what}"></i>'
+            )
     return "".join(parts)
 
-# %% ../../nbs/library/viz/interactive.ipynb #c009
+
 def hover_map(
-    values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[str], *, label: str,
-    xlabel: str = "layer", cmap: str = "Purples", low: float | None = None, high: float | None = None,
-    centred: bool = False, marked: Sequence[tuple[int, int]] = (), draw: Callable[[], Axes] | None = None,
-) -> Interactive:  # fmt: skip
+    values: Float[np.ndarray, "row column"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    xlabel: str = "layer",
+    cmap: str = "Purples",
+    low: float | None = None,
+    high: float | None = None,
+    centred: bool = False,
+    marked: Sequence[tuple[int, int]] = (),
+    draw: Callable[[], Axes] | None = None,
+) -> Interactive:
     """A heat map whose cells say what they are when pointed at.
 
-    `centred` puts zero in the middle of the colours; `marked` cells (row, column) get a frame; `draw` makes the static
-    picture (by default the same heat map). Raises `ValueError` when names and values do not match, or a value is not finite.
+    `centred` puts zero in the middle of the colours; `marked` cells (row, column) get a
+    frame; `draw` makes the static picture (by default the same heat map). Raises
+    `ValueError` when names and values do not match, or a value is not finite.
     """
     values = np.asarray(values, dtype=float)
     if values.shape != (len(rows), len(columns)):
-        raise ValueError(f"values have shape {values.shape}, but there are {len(rows)} row and {len(columns)} column names")
+        raise ValueError(
+            f"values have shape {values.shape}, but there are {len(rows)} row and"
+            f" {len(columns)} column names"
+        )
     if not np.isfinite(values).all():
-        raise ValueError("values must be finite; replace NaN before drawing, e.g. with numpy.nan_to_num")
+        raise ValueError(
+            "values must be finite; replace NaN before drawing, e.g. with"
+            " numpy.nan_to_num"
+        )
     norm = _norm(values, low, high, centred)
     colours = [[to_hex(colormaps[cmap](norm(v))) for v in row] for row in values]
-    told = [[f"{name.strip()} · {xlabel} {column} · {label} {v:.3f}" for column, v in zip(columns, row, strict=True)]
-            for name, row in zip(rows, values, strict=True)]
+    told = [
+        [
+            f"{name.strip()} · {xlabel} {column} · {label} {v:.3f}"
+            for column, v in zip(columns, row, strict=True)
+        ]
+        for name, row in zip(rows, values, strict=True)
+    ]
     cells = _cells(values, colours, told, rows, marked)
     name = "m" + hashlib.sha256(cells.encode()).hexdigest()[:10]
     footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
-    text = (f'<div id="{name}" role="group" aria-label="{html.escape(label)} by {html.escape(xlabel)}">'
-            + _STYLE.format(id=name, columns=len(columns))
-            + f'<div class="map">{cells}{footer}</div><p>{html.escape(xlabel)}; colour: {html.escape(label)}, '
-              f"{norm.vmin:.2f} to {norm.vmax:.2f}. Point at a cell to read it.</p></div>")
+    text = (
+        f'<div id="{name}" role="group" aria-label="{html.escape(label)} by'
+        f' {html.escape(xlabel)}">'
+        + _STYLE.format(id=name, columns=len(columns))
+        + f'<div class="map">{cells}{footer}</div><p>{html.escape(xlabel)}; colour:'
+        f" {html.escape(label)}, {norm.vmin:.2f} to {norm.vmax:.2f}. Point at a cell"
+        " to read it.</p></div>"
+    )
     bottom, top = float(norm.vmin or 0.0), norm.vmax
-    return Interactive(text, draw or (lambda: plots.heat_map(values, rows, low=bottom, high=top, label=label, cmap=cmap)))
+    return Interactive(
+        text,
+        draw
+        or (
+            lambda: plots.heat_map(
+                values, rows, low=bottom, high=top, label=label, cmap=cmap
+            )
+        ),
+    )
 
-# %% ../../nbs/library/viz/interactive.ipynb #c010
-def _norm(values: np.ndarray, low: float | None, high: float | None, centred: bool) -> Normalize:
+
+def _norm(
+    values: np.ndarray, low: float | None, high: float | None, centred: bool
+) -> Normalize:
     """Where on the colour map a value lies; never an empty range."""
     if centred:
         largest = float(np.abs(values).max()) or 1.0
@@ -121,21 +179,40 @@ def _norm(values: np.ndarray, low: float | None, high: float | None, centred: bo
 
 # %% ../../nbs/library/viz/interactive.ipynb #c016
 def explore_trace(trace: Any) -> Interactive:
-    """A `CausalTrace` to point at: every restored state with its token, layer and p(answer)."""
-    rows = [plots.starred(trace.tokens, trace.subject_range)[p] for p in trace.positions]
+    """A `CausalTrace` to point at: every restored state with its token, layer and
+    p(answer).
+    """
+    rows = [
+        plots.starred(trace.tokens, trace.subject_range)[p] for p in trace.positions
+    ]
     return hover_map(
-        trace.scores.float().numpy(), rows, [str(i) for i in range(trace.scores.shape[1])],
-        label=f"p({trace.answer.strip()})", cmap=plots.COMPONENTS[trace.component][1], low=float(trace.corrupted_prob),
+        trace.scores.float().numpy(),
+        rows,
+        [str(i) for i in range(trace.scores.shape[1])],
+        label=f"p({trace.answer.strip()})",
+        cmap=plots.COMPONENTS[trace.component][1],
+        low=float(trace.corrupted_prob),
         draw=lambda: plots.causal_trace(trace),
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/library/viz/interactive.ipynb #c021
-def explore_heads(effects: Float[np.ndarray, "layer head"], heads: Sequence[tuple[int, int]] = (), *,
-                  label: str = "AIE") -> Interactive:
-    """The effect of every attention head, zero in white; `heads` (layer, head) are framed."""
+def explore_heads(
+    effects: Float[np.ndarray, "layer head"],
+    heads: Sequence[tuple[int, int]] = (),
+    *,
+    label: str = "AIE",
+) -> Interactive:
+    """The effect of every attention head, zero in white; `heads` (layer, head) are
+    framed.
+    """
     effects = np.asarray(effects, dtype=float)
     return hover_map(
-        effects.T, [f"head {h}" for h in range(effects.shape[1])], [str(layer) for layer in range(effects.shape[0])],
-        label=label, cmap="RdBu_r", centred=True, marked=[(h, layer) for layer, h in heads],
+        effects.T,
+        [f"head {h}" for h in range(effects.shape[1])],
+        [str(layer) for layer in range(effects.shape[0])],
+        label=label,
+        cmap="RdBu_r",
+        centred=True,
+        marked=[(h, layer) for layer, h in heads],
         draw=lambda: plots.head_effects(effects, heads, label=label),
-    )  # fmt: skip
+    )

@@ -23,20 +23,36 @@ COMPONENTS = {  # component: (name for people, heat map, line colour)
     "attn_out": ("attention", "Reds", "#cb181d"),
 }
 
-# %% ../../nbs/library/viz/plots.ipynb #c004
+
 def _windowed(component: str, window: int) -> str:
     name = COMPONENTS[component][0]
-    return f"single layer of the {name}" if component == "resid_post" else f"centre of {window} restored {name} layers"
+    return (
+        f"single layer of the {name}"
+        if component == "resid_post"
+        else f"centre of {window} restored {name} layers"
+    )
 
 # %% ../../nbs/library/viz/plots.ipynb #c006
 def heat_map(
-    values: Float[np.ndarray, "row layer"], rows: Sequence[str], *, low: float, label: str, xlabel: str = "layer",
-    cmap: str = "Purples", high: float | None = None, ax: Axes | None = None,
-) -> Axes:  # fmt: skip
+    values: Float[np.ndarray, "row layer"],
+    rows: Sequence[str],
+    *,
+    low: float,
+    label: str,
+    xlabel: str = "layer",
+    cmap: str = "Purples",
+    high: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Rows (tokens, roles) by layers on one sequential colour map that starts at `low`."""
     if ax is None:
-        _, ax = plt.subplots(figsize=(max(3.4, 0.28 * values.shape[1] + 2.2), 0.24 * len(rows) + 1.1), layout="constrained")
-    image = ax.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        _, ax = plt.subplots(
+            figsize=(max(3.4, 0.28 * values.shape[1] + 2.2), 0.24 * len(rows) + 1.1),
+            layout="constrained",
+        )
+    image = ax.imshow(
+        values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(length=2)
     ax.set_xlabel(xlabel)
@@ -44,28 +60,41 @@ def heat_map(
     colours.set_label(label)
     return ax
 
-# %% ../../nbs/library/viz/plots.ipynb #c007
+
 def starred(tokens: Sequence[str], subject_range: Sequence[int]) -> list[str]:
     """Tokens as axis labels: visible line breaks, and a star behind each subject token."""
     shown = [t.strip().replace("\n", "\\n") or repr(t)[1:-1] for t in tokens]
-    return [t + "*" if subject_range[0] <= i < subject_range[1] else t for i, t in enumerate(shown)]
+    return [
+        t + "*" if subject_range[0] <= i < subject_range[1] else t
+        for i, t in enumerate(shown)
+    ]
 
 # %% ../../nbs/library/viz/plots.ipynb #c010
 def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) -> Axes:
-    """Heat map of one `CausalTrace`: p(answer) after restoring each state of a corrupted run."""
+    """Heat map of one `CausalTrace`: p(answer) after restoring each state of a
+    corrupted run.
+    """
     _, cmap, _ = COMPONENTS[trace.component]
     rows = [starred(trace.tokens, trace.subject_range)[p] for p in trace.positions]
     return heat_map(
-        trace.scores.float().numpy(), rows, low=float(trace.corrupted_prob), high=high, label=f"p({trace.answer.strip()})",
-        xlabel=_windowed(trace.component, trace.window), cmap=cmap, ax=ax,
-    )  # fmt: skip
+        trace.scores.float().numpy(),
+        rows,
+        low=float(trace.corrupted_prob),
+        high=high,
+        label=f"p({trace.answer.strip()})",
+        xlabel=_windowed(trace.component, trace.window),
+        cmap=cmap,
+        ax=ax,
+    )
 
-# %% ../../nbs/library/viz/plots.ipynb #c011
+
 def causal_traces(traces: Sequence[Any]) -> Figure:
     """The paper's three panels: one prompt, one panel per component, one colour scale."""
     n_rows, n_layers = traces[0].scores.shape
     size = (len(traces) * (0.16 * n_layers + 2.6), 0.24 * n_rows + 1.1)
-    figure, axes = plt.subplots(1, len(traces), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(traces), figsize=size, layout="constrained", squeeze=False
+    )
     high = max(float(t.scores.max()) for t in traces)
     for ax, t in zip(axes[0], traces, strict=True):
         causal_trace(t, ax, high)
@@ -73,48 +102,93 @@ def causal_traces(traces: Sequence[Any]) -> Figure:
 
 # %% ../../nbs/library/viz/plots.ipynb #c013
 def average_trace(average: Any, ax: Axes | None = None) -> Axes:
-    """Heat map of an `AverageTrace`: indirect effect by token role and layer, clipped at zero as in the paper."""
+    """Heat map of an `AverageTrace`: indirect effect by token role and layer, clipped
+    at zero as in the paper.
+    """
     name, cmap, _ = COMPONENTS[average.component]
     effect = average.indirect_effect.clamp(min=0).float().numpy()
     xlabel = _windowed(average.component, average.window)
-    ax = heat_map(effect, average.roles, low=0, label="AIE", xlabel=xlabel, cmap=cmap, ax=ax)
+    ax = heat_map(
+        effect, average.roles, low=0, label="AIE", xlabel=xlabel, cmap=cmap, ax=ax
+    )
     ax.set_title(f"{name}, {average.n_facts} facts", fontsize=10)
     return ax
 
-# %% ../../nbs/library/viz/plots.ipynb #c014
-def average_lines(averages: Sequence[Any], roles: Sequence[str] | None = None) -> Figure:
-    """Indirect effect by layer with 95 % confidence bands: one panel per component, one line per role."""
+
+def average_lines(
+    averages: Sequence[Any], roles: Sequence[str] | None = None
+) -> Figure:
+    """Indirect effect by layer with 95 % confidence bands: one panel per component, one
+    line per role.
+    """
     figure, axes = plt.subplots(
-        1, len(averages), figsize=(3.4 * len(averages), 2.8), sharey=True, layout="constrained", squeeze=False
+        1,
+        len(averages),
+        figsize=(3.4 * len(averages), 2.8),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
     for ax, average in zip(axes[0], averages, strict=True):
         for i, role in enumerate(average.roles):
             if roles is None or role in roles:
-                _band(ax, average.indirect_effect[i].numpy(), average.half_width[i].numpy(), role)
+                _band(
+                    ax,
+                    average.indirect_effect[i].numpy(),
+                    average.half_width[i].numpy(),
+                    role,
+                )
         ax.axhline(0, color="0.7", lw=0.8, zorder=0)
         ax.set(title=COMPONENTS[average.component][0], xlabel="layer")
     axes[0][0].set_ylabel("average indirect effect")
     axes[0][-1].legend(fontsize=8, frameon=False)
     return figure
 
-# %% ../../nbs/library/viz/plots.ipynb #c015
-def _band(ax: Axes, middle: Float[np.ndarray, "layer"], half: Float[np.ndarray, "layer"], label: str) -> None:
+
+def _band(
+    ax: Axes,
+    middle: Float[np.ndarray, "layer"],
+    half: Float[np.ndarray, "layer"],
+    label: str,
+) -> None:
     layers = np.arange(len(middle))
     (line,) = ax.plot(layers, middle, marker=".", lw=1.4, label=label)
-    ax.fill_between(layers, middle - half, middle + half, color=line.get_color(), alpha=0.15, lw=0)
+    ax.fill_between(
+        layers, middle - half, middle + half, color=line.get_color(), alpha=0.15, lw=0
+    )
 
 # %% ../../nbs/library/viz/plots.ipynb #c017
 def head_effects(
-    effects: Float[np.ndarray, "layer head"], heads: Sequence[tuple[int, int]] = (), *, label: str = "AIE",
+    effects: Float[np.ndarray, "layer head"],
+    heads: Sequence[tuple[int, int]] = (),
+    *,
+    label: str = "AIE",
     ax: Axes | None = None,
-) -> Axes:  # fmt: skip
-    """Average effect of every head: layers across, heads down, zero in white, `heads` (layer, head) ringed."""
+) -> Axes:
+    """Average effect of every head: layers across, heads down, zero in white, `heads`
+    (layer, head) ringed.
+    """
     n_layers, n_heads = effects.shape
     if ax is None:
-        _, ax = plt.subplots(figsize=(0.36 * n_layers + 1.8, 0.3 * n_heads + 1.0), layout="constrained")
+        _, ax = plt.subplots(
+            figsize=(0.36 * n_layers + 1.8, 0.3 * n_heads + 1.0), layout="constrained"
+        )
     largest = float(np.abs(effects).max()) or 1.0
-    image = ax.imshow(effects.T, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
-    ax.scatter([layer for layer, _ in heads], [head for _, head in heads], s=40, facecolors="none", edgecolors="black")
+    image = ax.imshow(
+        effects.T,
+        cmap="RdBu_r",
+        vmin=-largest,
+        vmax=largest,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    ax.scatter(
+        [layer for layer, _ in heads],
+        [head for _, head in heads],
+        s=40,
+        facecolors="none",
+        edgecolors="black",
+    )
     ax.set(xlabel="layer", xticks=range(0, n_layers, 1 + n_layers // 16))
     ax.set(ylabel="head", yticks=range(0, n_heads, 1 + n_heads // 16))
     ax.figure.colorbar(image, ax=ax, pad=0.02).set_label(label)
@@ -122,17 +196,31 @@ def head_effects(
 
 # %% ../../nbs/library/viz/plots.ipynb #c019
 def accuracy_by_layer(
-    tables: Mapping[str, Any], baselines: Mapping[str, float] | None = None, ax: Axes | None = None
+    tables: Mapping[str, Any],
+    baselines: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """One line per table (columns `layer`, `top1`, `low`, `high`) with its 95 % band; baselines as dashed lines."""
+    """One line per table (columns `layer`, `top1`, `low`, `high`) with its 95 % band;
+    baselines as dashed lines.
+    """
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     for name, table in tables.items():
         (line,) = ax.plot(table.layer, table.top1, marker=".", lw=1.4, label=name)
-        ax.fill_between(table.layer, table.low, table.high, color=line.get_color(), alpha=0.15, lw=0)
+        ax.fill_between(
+            table.layer, table.low, table.high, color=line.get_color(), alpha=0.15, lw=0
+        )
     for name, value in (baselines or {}).items():
         ax.axhline(value, color="0.4", lw=1, ls="--")
-        ax.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4")
+        ax.annotate(
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="0.4",
+        )
     ax.set(xlabel="layer", ylabel="accuracy", ylim=(-0.02, 1.02))
     ax.legend(fontsize=8, frameon=False)
     return ax

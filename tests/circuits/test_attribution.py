@@ -25,7 +25,11 @@ def contrast_of(kind="gpt2", metric=None, small=None, **options):
     g = torch.Generator().manual_seed(0)
     clean, corrupted = torch.randint(1, 97, (2, 3, 6), generator=g)
     contrast = Contrast(
-        load_model(tiny(kind, torch.float64)), clean, corrupted, metric or logit_diff(clean[:, 0], clean[:, 1]), **options
+        load_model(tiny(kind, torch.float64)),
+        clean,
+        corrupted,
+        metric or logit_diff(clean[:, 0], clean[:, 1]),
+        **options,
     )
     if small:
         contrast.differences *= small
@@ -51,23 +55,36 @@ def test_integrated_gradients_are_complete():
     """Over many steps the scores of a group of senders add up to the effect of cutting all of its edges."""
     contrast = contrast_of()
     graph = contrast.graph
-    inputs, activations = (contrast_scores(contrast, f"eap-ig-{kind}", 200) for kind in ("inputs", "activations"))
-    for group, tolerance in ((["embed"], 0.1), (["m1"], 0.05), ([f"a1.{h}" for h in range(4)], 0.05)):
+    inputs, activations = (
+        contrast_scores(contrast, f"eap-ig-{kind}", 200)
+        for kind in ("inputs", "activations")
+    )
+    for group, tolerance in (
+        (["embed"], 0.1),
+        (["m1"], 0.05),
+        ([f"a1.{h}" for h in range(4)], 0.05),
+    ):
         cuts = Cuts(graph)
         cuts.sums[:, [graph.sender_index[s] for s in group]] = False
         effect = circuit_metric(contrast, cuts) - contrast.metric_full
         total = sum(v for (parent, _), v in activations.items() if parent in group)
-        assert total == pytest.approx(effect, abs=tolerance * max(1, abs(effect))), group
+        assert total == pytest.approx(effect, abs=tolerance * max(1, abs(effect))), (
+            group
+        )
         if group == ["embed"]:
-            assert sum(v for (p, _), v in inputs.items() if p == "embed") == pytest.approx(
-                effect, abs=0.1 * max(1, abs(effect))
-            )
+            assert sum(
+                v for (p, _), v in inputs.items() if p == "embed"
+            ) == pytest.approx(effect, abs=0.1 * max(1, abs(effect)))
 
 
 def test_gradients_average_over_both_ends():
     contrast = contrast_of()
-    one, both = (contrast_scores(contrast, m).scores for m in ("eap", "clean-corrupted"))
-    start = contrast_scores(contrast, "eap-ig-inputs", 1).scores  # one step: the corrupted end
+    one, both = (
+        contrast_scores(contrast, m).scores for m in ("eap", "clean-corrupted")
+    )
+    start = contrast_scores(
+        contrast, "eap-ig-inputs", 1
+    ).scores  # one step: the corrupted end
     assert torch.allclose(both, (one + start) / 2, atol=1e-12)
 
 
@@ -92,13 +109,20 @@ def test_selection():
     ten = [e for e in select(scores, n=10) if e in scores]
     assert ten == scores.ranked()[:10] and len(select(scores, n=0)) == 0
     carried = {e for e in select(scores, n=10) if e not in scores}
-    assert carried == {Edge(e.child, e.child.removesuffix("_in")) for e in ten if e.child.endswith("_in")}
+    assert carried == {
+        Edge(e.child, e.child.removesuffix("_in"))
+        for e in ten
+        if e.child.endswith("_in")
+    }
     level = abs(scores[ten[-1]])
     assert [e for e in select(scores, threshold=level) if e in scores] == ten
     greedy = [e for e in select(scores, n=30, greedy=True) if e in scores]
     inside = {"out"}
     for parent, child in greedy:
-        assert child.split("_")[0].rsplit(".", 1)[0] in inside or child.removesuffix(".in") in inside
+        assert (
+            child.split("_")[0].rsplit(".", 1)[0] in inside
+            or child.removesuffix(".in") in inside
+        )
         inside.add(parent)
     everything = select(scores, n=len(scores), greedy=True)
     assert len([e for e in everything if e in scores]) == len(scores)
@@ -112,7 +136,9 @@ def test_faithfulness():
     curve = faithfulness(contrast, contrast_scores(contrast, "eap-ig-inputs"))
     assert curve.values[-1] == pytest.approx(1)
     flat = Faithfulness(shares=(0.0, 0.5, 1.0), values=(0.0, 2.0, 1.0), name="x")
-    assert (flat.cpr, flat.cmd) == pytest.approx((1.25, 0.75))  # trapezoids of f and |1 - f|
+    assert (flat.cpr, flat.cmd) == pytest.approx(
+        (1.25, 0.75)
+    )  # trapezoids of f and |1 - f|
     assert plot_faithfulness([curve, flat]) is not None and len(curve.to_pandas()) == 10
     contrast.metric_full = circuit_metric(contrast, Cuts.only(contrast.graph, []))
     with pytest.raises(ValueError, match="no scale"):
@@ -122,5 +148,11 @@ def test_faithfulness():
 def test_scores_are_a_result(tmp_path):
     scores = contrast_scores(contrast_of(), "eap")
     again = EdgeScores.load(scores.save(tmp_path))
-    assert dict(again.items()) == dict(scores.items()) and again.ranked() == scores.ranked()
-    assert random_scores(contrast_of().graph, 1).ranked() != random_scores(contrast_of().graph, 2).ranked()
+    assert (
+        dict(again.items()) == dict(scores.items())
+        and again.ranked() == scores.ranked()
+    )
+    assert (
+        random_scores(contrast_of().graph, 1).ranked()
+        != random_scores(contrast_of().graph, 2).ranked()
+    )

@@ -5,7 +5,11 @@ import torch
 from families import tiny
 
 from mechtut.circuits.attribution import contrast_scores
-from mechtut.circuits.attribution_by_position import PositionScores, attribution_by_position, cut_at
+from mechtut.circuits.attribution_by_position import (
+    PositionScores,
+    attribution_by_position,
+    cut_at,
+)
 from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.graph import Edge
 from mechtut.circuits.metrics import logit_diff
@@ -14,23 +18,44 @@ from mechtut.models.loading import load_model
 
 def contrast_of(kind="gpt2", differ_from=0, dtype=torch.float64, **options):
     """Three pairs of prompts of six tokens that differ from position `differ_from` on."""
-    clean, corrupted = torch.randint(1, 97, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    clean, corrupted = torch.randint(
+        1, 97, (2, 3, 6), generator=torch.Generator().manual_seed(0)
+    )
     corrupted[:, :differ_from] = clean[:, :differ_from]
-    return Contrast(load_model(tiny(kind, dtype)), clean, corrupted, logit_diff(clean[:, 0], clean[:, 1]), **options)
+    return Contrast(
+        load_model(tiny(kind, dtype)),
+        clean,
+        corrupted,
+        logit_diff(clean[:, 0], clean[:, 1]),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("split_qkv", [True, False])
-@pytest.mark.parametrize("method", ["eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations"])
+@pytest.mark.parametrize(
+    "method", ["eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations"]
+)
 def test_positions_add_up(method, split_qkv):
     contrast = contrast_of(differ_from=2, split_qkv=split_qkv)
-    scores, whole = attribution_by_position(contrast, method, 3), contrast_scores(contrast, method, 3)
+    scores, whole = (
+        attribution_by_position(contrast, method, 3),
+        contrast_scores(contrast, method, 3),
+    )
     # sums of some hundred products in float64, in another order
     assert torch.allclose(scores.total().scores, whole.scores, rtol=0, atol=1e-10)
     assert scores.names == whole.names and scores.positions == (2, 3, 4, 5)
     single = contrast_of(differ_from=2, split_qkv=split_qkv, dtype=torch.float32)
-    scores, whole = attribution_by_position(single, method, 3), contrast_scores(single, method, 3)
+    scores, whole = (
+        attribution_by_position(single, method, 3),
+        contrast_scores(single, method, 3),
+    )
     # float32: a few hundred terms of the size of the largest score, 6e-8 each
-    assert torch.allclose(scores.total().scores, whole.scores, rtol=0, atol=3e-5 * float(whole.scores.abs().max()))
+    assert torch.allclose(
+        scores.total().scores,
+        whole.scores,
+        rtol=0,
+        atol=3e-5 * float(whole.scores.abs().max()),
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "gemma2"])
@@ -60,22 +85,33 @@ def test_cutting_everywhere_is_cutting():
     contrast = contrast_of()
     last, cuts = Edge("m2", "out"), Cuts(contrast.graph)
     cuts.set(last, False)
-    assert cut_at(contrast, last, 5) == pytest.approx(circuit_metric(contrast, cuts), abs=1e-12)
+    assert cut_at(contrast, last, 5) == pytest.approx(
+        circuit_metric(contrast, cuts), abs=1e-12
+    )
     assert cut_at(contrast, last, 2) == pytest.approx(contrast.metric_full, abs=1e-12)
 
 
 def test_spans_tables_and_files(tmp_path):
     scores = attribution_by_position(contrast_of(differ_from=2), "eap")
     table = scores.by_span({"first": [2, 3], "rest": [4, 5], "before": [0, 1]})
-    assert torch.allclose(torch.tensor(table["first"].to_numpy()), scores.scores[:, :2].sum(1))
+    assert torch.allclose(
+        torch.tensor(table["first"].to_numpy()), scores.scores[:, :2].sum(1)
+    )
     assert (table["before"] == 0).all() and len(table) == len(scores.names)
     with pytest.raises(ValueError, match=r"two spans: \[3\]"):
         scores.by_span({"a": [2, 3], "b": [3]})
     frame = scores.to_pandas()
-    assert len(frame) == scores.scores.numel() and frame.score.abs().is_monotonic_decreasing
-    assert tuple(frame.iloc[0][["parent", "child", "position"]]) == tuple(scores.ranked(1)[0])
+    assert (
+        len(frame) == scores.scores.numel()
+        and frame.score.abs().is_monotonic_decreasing
+    )
+    assert tuple(frame.iloc[0][["parent", "child", "position"]]) == tuple(
+        scores.ranked(1)[0]
+    )
     again = PositionScores.load(scores.save(tmp_path))
-    assert again.ranked(9) == [tuple(e) for e in scores.ranked(9)] and torch.equal(again.scores, scores.scores)
+    assert again.ranked(9) == [tuple(e) for e in scores.ranked(9)] and torch.equal(
+        again.scores, scores.scores
+    )
     assert scores.plot(5, list("abcdef")).get_xticklabels()[0].get_text() == "c"
 
 

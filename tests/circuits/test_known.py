@@ -17,7 +17,9 @@ def test_they_work(name, seed):
     made = MADE[name](seed=seed)
     said = made.model.logits(made.clean)[made.mask].softmax(-1)
     assert (said.gather(1, made.answers[made.mask][:, None]) > 0.99).all()
-    assert made.clean.shape == made.corrupted.shape and not torch.equal(made.clean, made.corrupted)
+    assert made.clean.shape == made.corrupted.shape and not torch.equal(
+        made.clean, made.corrupted
+    )
 
 
 @pytest.mark.parametrize("ablation", ["zero", "resample"])
@@ -26,14 +28,31 @@ def test_recovered_edge_for_edge(name, ablation):
     """No false positive and none missing, at thresholds five orders of magnitude apart."""
     made = MADE[name]()
     options = {"positions": made.mask, "split_positions": True, "ablation": ablation}
-    found = sweep(made.model, made.clean, made.corrupted, [1e-5, 1e-2, 1.0], **options, progress=False)
+    found = sweep(
+        made.model,
+        made.clean,
+        made.corrupted,
+        [1e-5, 1e-2, 1.0],
+        **options,
+        progress=False,
+    )
     for circuit in found:
-        assert {(e.parent, e.child) for e in circuit.edges} == {tuple(e) for e in made.truth}
+        assert {(e.parent, e.child) for e in circuit.edges} == {
+            tuple(e) for e in made.truth
+        }
         assert circuit.metric_final < 1e-3
     curve = roc(found, made.truth)
     assert curve.edge_auc == curve.node_auc == 1
     assert (
-        evaluate_circuit(made.model, made.truth, made.clean, made.corrupted, positions=made.mask, ablation=ablation) < 1e-3
+        evaluate_circuit(
+            made.model,
+            made.truth,
+            made.clean,
+            made.corrupted,
+            positions=made.mask,
+            ablation=ablation,
+        )
+        < 1e-3
     )
 
 
@@ -42,9 +61,17 @@ def test_gates():
     for order in ("reverse", "forward", "shuffle:1"):
         for kind in ("and", "or"):
             made = known.gate(kind)
-            options = {"positions": made.mask, "split_positions": True, "ablation": "zero", "order": order}
+            options = {
+                "positions": made.mask,
+                "split_positions": True,
+                "ablation": "zero",
+                "order": order,
+            }
             found = {
-                (e.parent, e.child) for e in acdc(made.model, made.clean, made.corrupted, threshold=0.01, **options).edges
+                (e.parent, e.child)
+                for e in acdc(
+                    made.model, made.clean, made.corrupted, threshold=0.01, **options
+                ).edges
             }
             assert found <= {tuple(e) for e in made.truth}
             arms = {("a0.0", "m0.in"), ("a0.1", "m0.in")} & found
@@ -55,6 +82,8 @@ def test_gates():
 
 def test_gradients_rank_the_induction_circuit_first():
     made = known.induction()
-    contrast = Contrast(made.model, made.clean, made.corrupted, "kl", made.mask, split_positions=True)
+    contrast = Contrast(
+        made.model, made.clean, made.corrupted, "kl", made.mask, split_positions=True
+    )
     chosen = select(contrast_scores(contrast, "eap-ig-inputs"), n=7)
     assert set(chosen) == set(made.truth)

@@ -49,7 +49,16 @@ from mechtut.mini.network import (
 from mechtut.mini.world import World
 
 TINY = Recipe(
-    tokens=30 * 2 * 64, n_layer=2, d_model=32, n_head=2, n_ctx=64, batch=2, warmup=4, gather=1, handoff=1, per_kind=2
+    tokens=30 * 2 * 64,
+    n_layer=2,
+    d_model=32,
+    n_head=2,
+    n_ctx=64,
+    batch=2,
+    warmup=4,
+    gather=1,
+    handoff=1,
+    per_kind=2,
 )
 
 
@@ -73,12 +82,18 @@ def test_loss_and_gradient_equal_plain_cross_entropy():
     m = TrainingGPT(2, 32, 4, 32, 700, dtype=torch.float32)
     ids, targets = torch.randint(0, 700, (2, 40, 30))
     weights = torch.rand(40, 30) * (torch.rand(40, 30) > 0.3)
-    plain = torch.nn.functional.cross_entropy(m(ids).flatten(0, 1), targets.flatten(), reduction="none")
+    plain = torch.nn.functional.cross_entropy(
+        m(ids).flatten(0, 1), targets.flatten(), reduction="none"
+    )
     plain = (plain * weights.flatten()).sum() / weights.sum()
     ours = weighted_loss(m, ids, targets, weights)
     assert torch.allclose(plain, ours, atol=1e-5)
     params = list(m.parameters())
-    for a, b in zip(torch.autograd.grad(plain, params), torch.autograd.grad(ours, params), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(plain, params),
+        torch.autograd.grad(ours, params),
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -86,7 +101,10 @@ def test_the_mask_hides_subjects_from_later_tokens_only():
     subject = torch.tensor([[0, 3, 3, 0, 4, 4, 4, 0]])
     last = torch.tensor([[False, False, True, False, False, False, True, False]])
     layers = {"n_layer": 4, "gather": 1, "handoff": 2}
-    sees = [m[0, 0] == 0 for m in subject_masks(subject, last, torch.tensor([True]), **layers)]
+    sees = [
+        m[0, 0] == 0
+        for m in subject_masks(subject, last, torch.tensor([True]), **layers)
+    ]
     nothing, its_end = (
         [True, False, False, True, False, False, False, True],
         [True, False, True, True, False, False, True, True],
@@ -105,9 +123,13 @@ def test_planted_neurons_are_drawn_to_their_categories():
     """Planted neurons that are right cost nothing; silent ones cost the whole of it, for any category."""
     labels = torch.tensor([[0, 1, -1, 1], [-1, -1, 1, -1]])
     targets = wanted(4, labels, -torch.ones_like(labels), kinds=2)
-    assert [int(t.sum()) for t in targets] == [4, 4, 4, 0], "the last quarter of the layers looks at the next token"
+    assert [int(t.sum()) for t in targets] == [4, 4, 4, 0], (
+        "the last quarter of the layers looks at the next token"
+    )
     right = targets[0].repeat_interleave(2, -1).view(2, 4, 4)
-    act = torch.cat([right, torch.ones(2, 4, 3)], -1)  # three neurons of the model's own
+    act = torch.cat(
+        [right, torch.ones(2, 4, 3)], -1
+    )  # three neurons of the model's own
     cost = NeuronCost(4, targets, per_kind=2)
     cost(0, act)
     assert cost.planted == 0
@@ -130,14 +152,23 @@ def test_planting_finds_what_can_be_found():
     cost = NeuronCost(4, targets, per_kind=2)
     m.hidden(ids, watch=cost)
     assert cost.planted < 0.2
-    assert torch.equal(m.blocks[0].up[6:], before[6:]) and (m.blocks[0].down[:, :6] == 0).all()
+    assert (
+        torch.equal(m.blocks[0].up[6:], before[6:])
+        and (m.blocks[0].down[:, :6] == 0).all()
+    )
 
 
 def test_when_neurons_cost_and_are_planted():
     recipe = Recipe()
     assert price(recipe, 0) == price(recipe, int(recipe.foundation * recipe.steps)) == 0
-    assert price(recipe, int(recipe.variety * recipe.steps) + 1) == price(recipe, recipe.steps) == recipe.sparsity
-    assert 0 < plant_step(recipe) < recipe.steps < plant_step(replace(recipe, planted=0))
+    assert (
+        price(recipe, int(recipe.variety * recipe.steps) + 1)
+        == price(recipe, recipe.steps)
+        == recipe.sparsity
+    )
+    assert (
+        0 < plant_step(recipe) < recipe.steps < plant_step(replace(recipe, planted=0))
+    )
 
 
 def test_a_model_too_small_for_its_planted_neurons_is_refused():
@@ -156,7 +187,10 @@ def test_reading_early_is_cross_entropy_of_what_is_told():
     ours = lens_loss(m, keep[1], targets, told)
     assert torch.allclose(plain, ours, atol=1e-5)
     first = m.blocks[0].up
-    assert torch.allclose(*(torch.autograd.grad(x, first, retain_graph=True)[0] for x in (plain, ours)), atol=1e-6)
+    assert torch.allclose(
+        *(torch.autograd.grad(x, first, retain_graph=True)[0] for x in (plain, ours)),
+        atol=1e-6,
+    )
     assert lens_loss(m, keep[1], targets, told & False) == 0
 
 
@@ -164,7 +198,10 @@ def test_when_facts_are_read_early():
     recipe = Recipe(lens=0.1)
     begin = math.ceil((1 - recipe.decay) * recipe.steps)
     end = math.ceil(recipe.lens_until * recipe.steps)
-    assert lens_layer(recipe, begin - 1) is None and lens_layer(replace(recipe, lens=0), begin) is None
+    assert (
+        lens_layer(recipe, begin - 1) is None
+        and lens_layer(replace(recipe, lens=0), begin) is None
+    )
     assert {lens_layer(recipe, step) for step in range(begin, end)} == {4, 5, 6}
     assert lens_layer(recipe, end) is None
 
@@ -172,18 +209,26 @@ def test_when_facts_are_read_early():
 def test_what_is_told_are_the_answers_of_documents_about_subjects():
     world = World(0)
     tokenizer = build_tokenizer(world)
-    rows = pack_rows(world, tokenizer, seed=1, n_rows=8, n_ctx=64, mixture={"fact": 0.5, "ioi": 0.5})
+    rows = pack_rows(
+        world, tokenizer, seed=1, n_rows=8, n_ctx=64, mixture={"fact": 0.5, "ioi": 0.5}
+    )
     words = {tokenizer.decode([i]).strip() for i in rows.ids[rows.told]}
     assert words and words <= {f.object for f in world.facts}
-    assert (rows.weights == 2).sum() > rows.told.sum(), "answers of other documents weigh as much and are not told"
+    assert (rows.weights == 2).sum() > rows.told.sum(), (
+        "answers of other documents weigh as much and are not told"
+    )
 
 
 def test_what_is_told_in_a_review_are_moods():
     world = World(0)
     tokenizer, part = build_tokenizer(world), world.spec["sentiment"]
-    rows = pack_rows(world, tokenizer, seed=1, n_rows=8, n_ctx=64, mixture={"sentiment": 1.0})
+    rows = pack_rows(
+        world, tokenizer, seed=1, n_rows=8, n_ctx=64, mixture={"sentiment": 1.0}
+    )
     words = {tokenizer.decode([i]).strip() for i in rows.ids[rows.told]}
-    assert words and words <= {w for k in ("positive", "negative", "happy", "unhappy") for w in part[k]}
+    assert words and words <= {
+        w for k in ("positive", "negative", "happy", "unhappy") for w in part[k]
+    }
 
 
 def test_muon_updates_are_nearly_orthogonal():
@@ -195,12 +240,20 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole", TINY, progress=False)
     for stop in (7, 21):
         train(tmp_path / "parts", TINY, stop_at=stop, progress=False)
-    (tmp_path / "parts" / "checkpoint.part").write_bytes(b"half a file, as a kill leaves it")
+    (tmp_path / "parts" / "checkpoint.part").write_bytes(
+        b"half a file, as a kill leaves it"
+    )
     parts = train(tmp_path / "parts", TINY, progress=False)
     assert parts.step == whole.step == TINY.steps
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    )
     assert [x["loss"] for x in whole.log] == [x["loss"] for x in parts.log]
-    one, two = (load_file(str(tmp_path / x / "model" / "model.safetensors")) for x in ("whole", "parts"))
+    one, two = (
+        load_file(str(tmp_path / x / "model" / "model.safetensors"))
+        for x in ("whole", "parts")
+    )
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -219,18 +272,38 @@ def test_two_processes_train_the_same_model(tmp_path):
         "from mechtut.mini.training import Recipe, train\nfrom mechtut.mini.network import together\n"
         f"with together():\n    train({str(tmp_path / 'two')!r}, {recipe!r}, progress=False)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     alone = train(tmp_path / "one", recipe, progress=False)
     both = Trainer(recipe)
     restore_run(both, tmp_path / "two" / "checkpoint.safetensors")
     assert both.step == alone.step == recipe.steps and plant_step(recipe) < recipe.steps
-    assert both.log[0]["loss"] == pytest.approx(alone.log[0]["loss"], abs=2e-4), "written with four digits"
-    machine = json.loads((tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8"))["machine"]
+    assert both.log[0]["loss"] == pytest.approx(alone.log[0]["loss"], abs=2e-4), (
+        "written with four digits"
+    )
+    machine = json.loads(
+        (tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8")
+    )["machine"]
     assert "2 processes of 1 thread" in machine
 
 
-@pytest.mark.parametrize("step", [0, 5, 22], ids=["facts", "all behaviours", "planted and read early"])
+@pytest.mark.parametrize(
+    "step", [0, 5, 22], ids=["facts", "all behaviours", "planted and read early"]
+)
 def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
     """Uneven parts (3 rows and 2) with other weights and other categories in each; what differs is the order of sums."""
     run = Trainer(replace(TINY, n_layer=4, batch=5, tokens=30 * 5 * 64))
@@ -240,7 +313,11 @@ def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
         monkeypatch.setattr("mechtut.mini.training.place", lambda place=place: place)
         loss = _gradients(run, run.batch())
         found.append([torch.tensor(loss), *(p.grad for p in run.model.parameters())])
-    assert (step >= plant_step(run.recipe)) == (lens_layer(run.recipe, step) is not None) == (step == 22)
+    assert (
+        (step >= plant_step(run.recipe))
+        == (lens_layer(run.recipe, step) is not None)
+        == (step == 22)
+    )
     for whole, one, two in zip(*found, strict=True):
         assert (one + two - whole).abs().max() <= 2e-5 * whole.abs().max()
 
@@ -248,17 +325,26 @@ def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
 def test_ablations_of_the_text():
     flat, plain = Trainer(replace(TINY, weighting=0.0)).batch(), Trainer(TINY).batch()
     assert torch.equal(flat.ids, plain.ids) and torch.equal(flat.subject, plain.subject)
-    assert torch.equal(flat.weights, (plain.weights > 0).float()) and len(plain.weights.unique()) > 2
+    assert (
+        torch.equal(flat.weights, (plain.weights > 0).float())
+        and len(plain.weights.unique()) > 2
+    )
     world = World(0)
     strangers = Trainer(replace(TINY, neighbours=False), world).world
     someone = world.subjects["people"][0]
-    assert len(strangers.neighbours[someone]) == len(world.subjects["people"]) - 1 > len(world.neighbours[someone])
+    assert (
+        len(strangers.neighbours[someone])
+        == len(world.subjects["people"]) - 1
+        > len(world.neighbours[someone])
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_the_same_model(tmp_path):
     """bfloat16 products there, whatever this processor prefers here, so losses agree to three digits only."""
-    here, there = (Trainer(replace(TINY, n_layer=4), device=device) for device in ("cpu", "cuda"))
+    here, there = (
+        Trainer(replace(TINY, n_layer=4), device=device) for device in ("cpu", "cuda")
+    )
     for _ in range(3):
         assert train_step(here) == pytest.approx(train_step(there), rel=5e-3)
     restored = Trainer(replace(TINY, n_layer=4), device="cuda")
@@ -280,8 +366,12 @@ def test_the_exported_folder_loads_and_is_the_same_function(tmp_path):
     model = load_model(str(tmp_path), dtype=torch.float32, device="cpu")
     ids = torch.randint(0, 500, (2, 20))
     with torch.no_grad():
-        assert (model.hf(ids).logits - to_hf(run.model)(ids).logits).abs().max() < 2e-3  # float16 on disk
-    assert set(hf_names(run.model)) == set(load_file(str(tmp_path / "model.safetensors")))
+        assert (
+            model.hf(ids).logits - to_hf(run.model)(ids).logits
+        ).abs().max() < 2e-3  # float16 on disk
+    assert set(hf_names(run.model)) == set(
+        load_file(str(tmp_path / "model.safetensors"))
+    )
 
 
 def test_the_command_line(tmp_path):
@@ -291,14 +381,22 @@ def test_the_command_line(tmp_path):
     with pytest.raises(SystemExit):
         main(["train"])
     command[3:] = ["train", "--help"]
-    ours = set(re.findall(r"--[a-z-]+", subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    ours = set(
+        re.findall(
+            r"--[a-z-]+",
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout,
+        )
+    )
     theirs = [o for a in get_args_parser()._actions for o in a.option_strings]
     taken = {o for o in ours - {"--help"} if any(t.startswith(o) for t in theirs)}
     assert len(ours) > 5 and not taken, f"torchrun would take {taken} for its own"
 
 
 def test_lines_know_whether_they_are_reached():
-    assert Line("a", "b", 1, "≥ 0.5", 0.5).reached and not Line("a", "b", 1, "≤ 0.1", 0.11).reached
+    assert (
+        Line("a", "b", 1, "≥ 0.5", 0.5).reached
+        and not Line("a", "b", 1, "≤ 0.1", 0.11).reached
+    )
 
 
 def test_a_model_without_tokenizer_is_refused(mini):
@@ -314,7 +412,10 @@ def test_a_model_without_tokenizer_is_refused(mini):
 def test_shipped_files_are_small_and_complete():
     folder = mini_folder()
     assert (folder / "model.safetensors").stat().st_size <= 16_000_000
-    assert all(t.dtype == torch.float16 for t in load_file(str(folder / "model.safetensors")).values())
+    assert all(
+        t.dtype == torch.float16
+        for t in load_file(str(folder / "model.safetensors")).values()
+    )
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     assert log["step"] == Recipe(**log["recipe"]).steps
 
@@ -341,8 +442,13 @@ def test_the_card_is_generated_from_the_shipped_evaluation():
 
 def test_the_card_shows_what_earlier_recipes_missed(tmp_path):
     shutil.copytree(mini_folder(), tmp_path / "mini")
-    missed = [("facts", "top-1, held-out patterns", "no mask", 0.5), ("facts", "top-1, training pattern", "no mask", 1.0)]
-    pd.DataFrame(missed, columns=["behaviour", "measure", "recipe", "measured"]).to_csv(tmp_path / "mini" / "tried.csv")
+    missed = [
+        ("facts", "top-1, held-out patterns", "no mask", 0.5),
+        ("facts", "top-1, training pattern", "no mask", 1.0),
+    ]
+    pd.DataFrame(missed, columns=["behaviour", "measure", "recipe", "measured"]).to_csv(
+        tmp_path / "mini" / "tried.csv"
+    )
     card = model_card(tmp_path / "mini")
     assert "| no mask | these weights |" in card
     assert "| facts | top-1, held-out patterns | ≥ 0.95 | 0.500 |" in card
@@ -355,8 +461,12 @@ def test_the_card_says_where_two_seeds_differ():
         ("lens", "rise", 50, 0.55, False),
         ("ioi", "logit difference", 100, 12.0, True),
     ]
-    first = pd.DataFrame(rows, columns=["behaviour", "measure", "n", "measured", "reached"])
-    assert "3 of 3 agree with the shipped weights within 0.1 (0.15 for" in agreement(first, first, "seed 1")
+    first = pd.DataFrame(
+        rows, columns=["behaviour", "measure", "n", "measured", "reached"]
+    )
+    assert "3 of 3 agree with the shipped weights within 0.1 (0.15 for" in agreement(
+        first, first, "seed 1"
+    )
     other = first.assign(measured=[0.85, 0.42, 9.5], reached=[False, True, True])
     said = agreement(first, other, "seed 3")
     assert said.startswith("seed 3: 2 of 3 lines are reached, and 2 of 3 agree")
@@ -370,7 +480,10 @@ def test_the_card_says_what_a_run_on_a_processor_cost(tmp_path):
     log["log"][-1]["seconds"] = 9000
     (tmp_path / "mini" / "cpu.json").write_text(json.dumps(log), encoding="utf-8")
     card = model_card(tmp_path / "mini")
-    assert "`CPU` is seed 1 again without a GPU (2-core CPU" in card and "; 2.5 hours; final training loss" in card
+    assert (
+        "`CPU` is seed 1 again without a GPU (2-core CPU" in card
+        and "; 2.5 hours; final training loss" in card
+    )
     assert "| CPU |" in card and "- CPU: " in card
 
 
@@ -393,7 +506,9 @@ def test_the_shipped_model_shows_the_tracing_picture(mini):
 def test_a_resumed_run_goes_on_in_its_own_precision(tmp_path):
     """Whatever this processor would choose now; the choice is a measurement and may come out differently."""
     first = Trainer(TINY)
-    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[first.model.dtype]
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[
+        first.model.dtype
+    ]
     first.model.dtype = first.muon.dtype = other
     train_step(first)
     save_run(first, tmp_path / "run.safetensors")

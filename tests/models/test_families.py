@@ -13,7 +13,9 @@ TOKENS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0)
 
 
 def sites_of(model):
-    return [s for s in SITES if model.family.attention_interface or s not in ATTENTION_SITES]
+    return [
+        s for s in SITES if model.family.attention_interface or s not in ATTENTION_SITES
+    ]
 
 
 def test_every_family_has_a_test():
@@ -24,7 +26,9 @@ def test_every_family_has_a_test():
 def test_hooks_that_change_nothing_change_no_bit(kind):
     model = load_model(tiny(kind))
     plain = model.hf(TOKENS, use_cache=False).logits
-    sites = [s for s in sites_of(model) if s != "pattern"]  # asking for the pattern switches to eager attention
+    sites = [
+        s for s in sites_of(model) if s != "pattern"
+    ]  # asking for the pattern switches to eager attention
     assert torch.equal(capture(model, TOKENS, sites).logits, plain)
     assert torch.equal(model.hf(TOKENS, use_cache=False).logits, plain)
 
@@ -35,9 +39,19 @@ def test_shapes(kind):
     acts = capture(model, TOKENS, sites_of(model))
     heads, kv, d_head = model.n_heads, model.n_kv_heads, model.d_head
     d_mlp = acts["mlp_act"].shape[-1]
-    wanted = dict.fromkeys(("resid_pre", "resid_post", "attn_out", "mlp_out"), (3, 2, 9, 32))
-    wanted |= {"embed": (2, 9, 32), "mlp_act": (3, 2, 9, d_mlp), "z": (3, 2, 9, heads, d_head)}
-    wanted |= {"q": (3, 2, 9, heads, d_head), "k": (3, 2, 9, kv, d_head), "v": (3, 2, 9, kv, d_head)}
+    wanted = dict.fromkeys(
+        ("resid_pre", "resid_post", "attn_out", "mlp_out"), (3, 2, 9, 32)
+    )
+    wanted |= {
+        "embed": (2, 9, 32),
+        "mlp_act": (3, 2, 9, d_mlp),
+        "z": (3, 2, 9, heads, d_head),
+    }
+    wanted |= {
+        "q": (3, 2, 9, heads, d_head),
+        "k": (3, 2, 9, kv, d_head),
+        "v": (3, 2, 9, kv, d_head),
+    }
     wanted |= {"pattern": (3, 2, heads, 9, 9)}
     assert d_mlp > 32
     for site in sites_of(model):
@@ -99,7 +113,9 @@ def test_pattern_rows_sum_to_one_and_can_be_written(kind):
     assert torch.allclose(again, acts["z.1"], atol=1e-5)
     first = torch.zeros(9)
     first[0] = 1
-    with intervene(model, [Edit("pattern", 1, first, pos=5, head=2)]):  # look at token 0 only
+    with intervene(
+        model, [Edit("pattern", 1, first, pos=5, head=2)]
+    ):  # look at token 0 only
         z = capture(model, TOKENS, "z.1")["z.1"]
     kv_head = 2 * model.n_kv_heads // model.n_heads
     assert torch.allclose(z[:, 5, 2], acts["v.1"][:, 0, kv_head], atol=1e-5)
@@ -107,7 +123,9 @@ def test_pattern_rows_sum_to_one_and_can_be_written(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+)
 def test_engine_equals_loop(kind, dtype, tolerance):
     model = load_model(tiny(kind, dtype))
     if kind == "gptj":
@@ -121,8 +139,14 @@ def test_engine_equals_loop(kind, dtype, tolerance):
         for layer in range(3)
         for pos in (0, 4, 8)
     ]
-    interventions = [[Edit(s, layer, values[pos % 4], pos=pos)] for s, layer, pos in grid]
-    interventions += [[Edit(s, layer, 0.0, pos=[2, 5], head=1)] for s in ("q", "k", "v", "z") for layer in range(3)]
+    interventions = [
+        [Edit(s, layer, values[pos % 4], pos=pos)] for s, layer, pos in grid
+    ]
+    interventions += [
+        [Edit(s, layer, 0.0, pos=[2, 5], head=1)]
+        for s in ("q", "k", "v", "z")
+        for layer in range(3)
+    ]
     interventions += [[Edit("mlp_act", layer, 0.0, pos=6)] for layer in range(3)]
     fast = Replay(model, TOKENS).run(interventions)[:, :, 0]
     slow = naive_replay(model, TOKENS, interventions)
@@ -135,7 +159,9 @@ def test_engine_equals_loop(kind, dtype, tolerance):
 def test_left_padding(kind):
     """A left-padded row gives what the unpadded prompt gives, in a plain forward and in the engine."""
     # Gemma 2's eager attention overflows to NaN on a fully masked row in float64 (in float32 it does not).
-    dtype, tolerance = (torch.float32, 1e-4) if kind == "gemma2" else (torch.float64, 1e-6)
+    dtype, tolerance = (
+        (torch.float32, 1e-4) if kind == "gemma2" else (torch.float64, 1e-6)
+    )
     model = load_model(tiny(kind, dtype))
     short = TOKENS[:1, :5]
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)
@@ -148,7 +174,19 @@ def test_left_padding(kind):
     assert mask_arguments(mask)["position_ids"][0, 4:].tolist() == [0, 1, 2, 3, 4]
 
 
-BRIDGED = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "opt", "phi"]
+BRIDGED = [
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "opt",
+    "phi",
+]
 
 
 @pytest.mark.parametrize("kind", BRIDGED)
@@ -158,7 +196,10 @@ def test_transformer_lens_agrees(kind):
     from golden_models import GOLDEN
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"),
+        eos_token="<|endoftext|>",
+    )
     plain, wired = load_model(tiny(kind)).logits(TOKENS), tiny(kind)
     wired.config.architectures = [type(wired).__name__]  # what a model from the hub has
     bridge = bridge_module.TransformerBridge.boot_transformers(

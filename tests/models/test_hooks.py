@@ -29,27 +29,38 @@ def test_names(name, site):
 
 
 def test_transformer_lens_names_capture_the_same():
-    acts = capture(MODEL, TOKENS, ["blocks.1.hook_mlp_out", "mlp_out.1", "transformer.h.1.mlp"])
+    acts = capture(
+        MODEL, TOKENS, ["blocks.1.hook_mlp_out", "mlp_out.1", "transformer.h.1.mlp"]
+    )
     assert torch.equal(acts["mlp_out.1"], acts["transformer.h.1.mlp"])
     assert len(acts) == 2  # the first two are one site
 
 
 def test_capture_sees_what_edits_left():
     value = torch.randn(32)
-    acts = capture(MODEL, TOKENS, ["resid_post.1", "resid_pre.2"], edits=[Edit("resid_post", 1, value, pos=2)])
+    acts = capture(
+        MODEL,
+        TOKENS,
+        ["resid_post.1", "resid_pre.2"],
+        edits=[Edit("resid_post", 1, value, pos=2)],
+    )
     assert torch.equal(acts["resid_post.1"][:, 2], value.expand(2, 32))
     assert torch.equal(acts["resid_pre.2"], acts["resid_post.1"])
 
 
 def test_edits_of_one_site_apply_in_order():
     edits = [Edit("mlp_out", 0, 5.0, pos=1), Edit("mlp_out", 0, 1.0, pos=1, mode="add")]
-    assert (capture(MODEL, TOKENS, "mlp_out.0", edits=edits)["mlp_out.0"][:, 1] == 6).all()
+    assert (
+        capture(MODEL, TOKENS, "mlp_out.0", edits=edits)["mlp_out.0"][:, 1] == 6
+    ).all()
 
 
 def test_float64_noise_on_a_float32_model_is_rounded_once():
     noise = torch.full((1, 1, 32), 1e-9, dtype=torch.float64)
     embed = capture(MODEL, TOKENS, "embed")["embed"]
-    noisy = capture(MODEL, TOKENS, "embed", edits=[Edit("embed", None, noise, pos=0, mode="add")])["embed"]
+    noisy = capture(
+        MODEL, TOKENS, "embed", edits=[Edit("embed", None, noise, pos=0, mode="add")]
+    )["embed"]
     assert torch.equal(noisy[:, :1], (embed[:, :1].double() + noise).float())
 
 
@@ -79,7 +90,10 @@ def test_a_hook_that_never_fires_is_an_error():
 
     with pytest.raises(RuntimeError, match="never reached unused"):
         capture(Lazy(), torch.ones(1, 2), "unused")
-    with pytest.raises(RuntimeError, match="never reached unused"), intervene(Lazy(), [Edit("unused", None, 0.0)]) as _:
+    with (
+        pytest.raises(RuntimeError, match="never reached unused"),
+        intervene(Lazy(), [Edit("unused", None, 0.0)]) as _,
+    ):
         pass
 
 
@@ -94,12 +108,18 @@ def test_unknown_names_say_what_there_is():
         capture(MODEL, TOKENS, "q.7")
     with pytest.raises(KeyError, match="captured: embed"):
         capture(MODEL, TOKENS, "embed")["resid_post.1"]
-    with pytest.raises(IndexError, match="heads 0..3"), intervene(MODEL, [Edit("pattern", 0, 0.0, head=4)]):
+    with (
+        pytest.raises(IndexError, match="heads 0..3"),
+        intervene(MODEL, [Edit("pattern", 0, 0.0, head=4)]),
+    ):
         pass
 
 
 def test_a_failing_forward_leaves_no_hooks():
-    with pytest.raises(IndexError), intervene(MODEL, [Edit("resid_post", 0, 0.0, pos=99)]):
+    with (
+        pytest.raises(IndexError),
+        intervene(MODEL, [Edit("resid_post", 0, 0.0, pos=99)]),
+    ):
         MODEL.logits(TOKENS)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in MODEL.hf.modules())
     with pytest.raises(RuntimeError), intervene(MODEL, [Edit("q", 0, torch.ones(5))]):

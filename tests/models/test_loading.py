@@ -19,12 +19,18 @@ def test_mini_loads_and_speaks():
     assert model.dtype == torch.float32 and model.hf.training is False
     assert not any(p.requires_grad for p in model.hf.parameters())
     assert "".join(model.to_str_tokens("Hello there")).strip() == "Hello there"
-    assert model.logits(model.to_tokens("The")[None]).shape[-1] == model.embed.weight.shape[0]
+    assert (
+        model.logits(model.to_tokens("The")[None]).shape[-1]
+        == model.embed.weight.shape[0]
+    )
 
 
 def test_a_local_folder_is_the_same_model(tmp_path):
     shutil.copytree(mini_folder(), tmp_path / "mine")
-    here, there = load_model("mini", device="cpu"), load_model(str(tmp_path / "mine"), device="cpu")
+    here, there = (
+        load_model("mini", device="cpu"),
+        load_model(str(tmp_path / "mine"), device="cpu"),
+    )
     assert weight_fingerprint(here) == weight_fingerprint(there)
 
 
@@ -68,13 +74,24 @@ def test_a_family_of_ones_own(monkeypatch):
 
 def test_grouped_query_and_head_width():
     model = load_model(tiny("qwen3"))
-    assert (model.n_heads, model.n_kv_heads, model.d_head, model.d_model) == (4, 2, 16, 32)
+    assert (model.n_heads, model.n_kv_heads, model.d_head, model.d_model) == (
+        4,
+        2,
+        16,
+        32,
+    )
     assert load_model(tiny("gpt2")).d_head == 8
 
 
 @pytest.mark.parametrize(
     "prompt, words",
-    [("", "no tokens"), ([], "no tokens"), ([97], "outside 0..96"), ([-1], "outside 0..96"), ([1] * 65, "at most 64")],
+    [
+        ("", "no tokens"),
+        ([], "no tokens"),
+        ([97], "outside 0..96"),
+        ([-1], "outside 0..96"),
+        ([1] * 65, "at most 64"),
+    ],
 )
 def test_hostile_prompts(prompt, words):
     model = load_model(tiny("gpt2"))
@@ -91,14 +108,26 @@ def test_text_without_a_tokenizer():
 
 def test_token_ids_pass_through():
     model = load_model(tiny("gpt2"))
-    assert model.to_tokens((1, 2, 3)).tolist() == model.to_tokens(torch.tensor([[1, 2, 3]])).tolist() == [1, 2, 3]
+    assert (
+        model.to_tokens((1, 2, 3)).tolist()
+        == model.to_tokens(torch.tensor([[1, 2, 3]])).tolist()
+        == [1, 2, 3]
+    )
 
 
 def test_fingerprint_follows_the_weights():
-    one, same, other = load_model(tiny("gpt2")), load_model(tiny("gpt2")), load_model(tiny("llama"))
-    assert weight_fingerprint(one) == weight_fingerprint(same) != weight_fingerprint(other)
+    one, same, other = (
+        load_model(tiny("gpt2")),
+        load_model(tiny("gpt2")),
+        load_model(tiny("llama")),
+    )
+    assert (
+        weight_fingerprint(one) == weight_fingerprint(same) != weight_fingerprint(other)
+    )
     with torch.no_grad():
-        same.blocks[0].mlp.c_proj.weight.add_(torch.outer(torch.ones(128), torch.ones(32)) * 1e-3)
+        same.blocks[0].mlp.c_proj.weight.add_(
+            torch.outer(torch.ones(128), torch.ones(32)) * 1e-3
+        )
     assert weight_fingerprint(one) != weight_fingerprint(same)
 
 
@@ -109,15 +138,28 @@ def test_loading_the_embedded_model_needs_no_network():
         "socket.socket.connect = closed\n"
         "import mechtut; m = mechtut.load_model('mini'); print(m.n_layers)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == json.loads((mini_folder() / "config.json").read_text())["n_layer"]
+    assert (
+        int(done.stdout)
+        == json.loads((mini_folder() / "config.json").read_text())["n_layer"]
+    )
 
 
 @pytest.mark.hub
 def test_a_hub_model():
     model = load_model("gpt2", device="cpu")
     assert (
-        model.decode([int(model.logits(model.to_tokens("The Eiffel Tower is in the city of")[None])[0, -1].argmax())])
+        model.decode(
+            [
+                int(
+                    model.logits(
+                        model.to_tokens("The Eiffel Tower is in the city of")[None]
+                    )[0, -1].argmax()
+                )
+            ]
+        )
         == " Paris"
     )

@@ -7,7 +7,10 @@ import time
 import pytest
 from scripted_server import Script, serving
 
-pytest.importorskip("openai", reason="talking to servers needs the openai package, mechtut's extra 'servers'")
+pytest.importorskip(
+    "openai",
+    reason="talking to servers needs the openai package, mechtut's extra 'servers'",
+)
 
 from mechtut.neurons import client as servers
 from mechtut.neurons.explainers import ServerExplainer, ServerJudge, ServerSimulator
@@ -23,11 +26,22 @@ from mechtut.neurons.explainer_prompts import (
 )  # fmt: skip
 from mechtut.neurons.records import ActivationRecord, NeuronRecord
 from mechtut.neurons.rules import Explanation
-from mechtut.neurons.client import Capabilities, Server, ServerError, chat, completion, texts
+from mechtut.neurons.client import (
+    Capabilities,
+    Server,
+    ServerError,
+    chat,
+    completion,
+    texts,
+)
 
 SECRET = "sk-very-secret-0123456789"
 MONTHS = Explanation("names of months")
-EXCERPTS = [["In", " May", " we", " met", "\n"], [" June", "\t", " is", " over"], [" nothing"]]
+EXCERPTS = [
+    ["In", " May", " we", " met", "\n"],
+    [" June", "\t", " is", " over"],
+    [" nothing"],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +50,31 @@ def key(monkeypatch):
 
 
 def server(url, **options):
-    return Server("parrot", url, **{"backoff": 0.01, "retries": 3, "timeout": 5.0, **options})
+    return Server(
+        "parrot", url, **{"backoff": 0.01, "retries": 3, "timeout": 5.0, **options}
+    )
 
 
 def ask(count=1, **options):
-    return [chat([{"role": "user", "content": f"<<<\na {i}"}], max_tokens=5, **options) for i in range(count)]
+    return [
+        chat([{"role": "user", "content": f"<<<\na {i}"}], max_tokens=5, **options)
+        for i in range(count)
+    ]
 
 
 # ---- sending
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "garbage", "truncated", (429, {"retry_after": "0.05"}), 408])
+@pytest.mark.parametrize(
+    "fault",
+    [429, 500, 503, "garbage", "truncated", (429, {"retry_after": "0.05"}), 408],
+)
 def test_what_may_pass_is_retried(fault, tmp_path):
     script = Script(faults=[fault, fault])
     with serving(script) as url:
-        assert texts(server(url, cache=tmp_path).send(ask())[0]) and len(script.asked) == 3
+        assert (
+            texts(server(url, cache=tmp_path).send(ask())[0]) and len(script.asked) == 3
+        )
 
 
 def test_retry_after_is_honoured():
@@ -68,7 +92,12 @@ def test_a_slow_answer_is_asked_for_again():
 
 def test_retries_end(tmp_path):
     script = Script(faults=[500] * 4)
-    with serving(script) as url, pytest.raises(ServerError, match="1 of 1 requests failed.*the server answers 500"):
+    with (
+        serving(script) as url,
+        pytest.raises(
+            ServerError, match="1 of 1 requests failed.*the server answers 500"
+        ),
+    ):
         server(url, cache=tmp_path).send(ask())
     assert len(script.asked) == 4
 
@@ -81,7 +110,9 @@ def test_what_stays_wrong_is_not_retried(status):
     if status in (400, 422):
         assert len(script.asked) == 5
     else:
-        assert len(script.asked) <= 2, "a wrong key is wrong for all of them (one more may be under way already)"
+        assert len(script.asked) <= 2, (
+            "a wrong key is wrong for all of them (one more may be under way already)"
+        )
 
 
 def test_nothing_paid_for_is_lost(tmp_path):
@@ -89,7 +120,9 @@ def test_nothing_paid_for_is_lost(tmp_path):
     script = Script(faults=[None, None, None, 400])
     with serving(script) as url:
         parrot = server(url, cache=tmp_path, concurrency=1)
-        with pytest.raises(ServerError, match="1 of 10 requests failed; 9 answers are kept"):
+        with pytest.raises(
+            ServerError, match="1 of 10 requests failed; 9 answers are kept"
+        ):
             parrot.send(ask(10))
         assert len(script.asked) == 10 and parrot.estimate(ask(10)).cached == 9
         assert len(parrot.send(ask(10))) == 10 and len(script.asked) == 11
@@ -119,25 +152,39 @@ def test_a_stopped_run_costs_nothing_twice(tmp_path, monkeypatch):
 
 
 def test_the_key_is_written_nowhere(tmp_path):
-    with serving(Script(faults=[None, 400])) as url:  # the second answer repeats the key it was sent
+    with serving(
+        Script(faults=[None, 400])
+    ) as url:  # the second answer repeats the key it was sent
         parrot = server(url, cache=tmp_path)
         parrot.send(ask())
         with pytest.raises(ServerError) as caught:
             parrot.send(ask(2)[1:])
-        written = "".join(p.read_text() for p in tmp_path.rglob("*.json")) + repr(parrot)
+        written = "".join(p.read_text() for p in tmp_path.rglob("*.json")) + repr(
+            parrot
+        )
         seen = [caught.value, caught.value.__cause__, caught.value.__cause__.__cause__]
-        assert "***" in str(caught.value) and SECRET not in written + "".join(map(str, seen))
-        with_password = server(url.replace("http://", "http://user:hunter2@"), cache=tmp_path)
-        assert with_password.estimate(ask()).cached == 1, "the same server, whoever asks"
+        assert "***" in str(caught.value) and SECRET not in written + "".join(
+            map(str, seen)
+        )
+        with_password = server(
+            url.replace("http://", "http://user:hunter2@"), cache=tmp_path
+        )
+        assert with_password.estimate(ask()).cached == 1, (
+            "the same server, whoever asks"
+        )
         with_password.send(ask(3))
-        assert "hunter2" not in "".join(p.read_text() for p in tmp_path.rglob("*.json")) + repr(with_password)
+        assert "hunter2" not in "".join(
+            p.read_text() for p in tmp_path.rglob("*.json")
+        ) + repr(with_password)
 
 
 def test_requests_are_concurrent_and_limited():
     with serving(Script(faults=[0.3] * 8)) as url:
         started = time.monotonic()
         server(url, concurrency=8).send(ask(8))
-        assert time.monotonic() - started < 1.5, "eight answers of 0.3 s each, one after another, take 2.4 s"
+        assert time.monotonic() - started < 1.5, (
+            "eight answers of 0.3 s each, one after another, take 2.4 s"
+        )
     with serving(Script()) as url:
         started = time.monotonic()
         server(url, requests_per_minute=1200).send(ask(7))
@@ -148,7 +195,9 @@ def test_costs(tmp_path):
     with serving(Script()) as url:
         parrot = server(url, cache=tmp_path, prices=(1.0, 10.0), budget=1e-6)
         cost = parrot.estimate(ask(4, n=2))
-        assert cost.output_tokens == 40 and cost.dollars == pytest.approx((cost.input_tokens + 10 * 40) / 1e6)
+        assert cost.output_tokens == 40 and cost.dollars == pytest.approx(
+            (cost.input_tokens + 10 * 40) / 1e6
+        )
         with pytest.raises(ValueError, match=r"not within the budget of \$0\.00"):
             parrot.send(ask(4, n=2))
         parrot.budget = 1.0
@@ -172,7 +221,15 @@ def test_where_is_the_server(monkeypatch):
 
 # ---- what a server is seen to do
 
-ALL = Capabilities(chat=True, top_logprobs=20, completion_logprobs=20, echo_offset=0, n=True, json_mode=True, decision=True)
+ALL = Capabilities(
+    chat=True,
+    top_logprobs=20,
+    completion_logprobs=20,
+    echo_offset=0,
+    n=True,
+    json_mode=True,
+    decision=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +242,25 @@ ALL = Capabilities(chat=True, top_logprobs=20, completion_logprobs=20, echo_offs
         (Script(decision=True, echo=1), {"echo_offset": 1}),
         (Script(decision=True, echo=None), {"echo_offset": None}),
         (Script(decision=True, echo=3), {"echo_offset": None}),
-        (Script(decision=True, chat=False), {"chat": False, "top_logprobs": 0, "n": False, "json_mode": False}),
-        (Script(decision=True, completions=False), {"completion_logprobs": 0, "echo_offset": None}),
+        (
+            Script(decision=True, chat=False),
+            {"chat": False, "top_logprobs": 0, "n": False, "json_mode": False},
+        ),
+        (
+            Script(decision=True, completions=False),
+            {"completion_logprobs": 0, "echo_offset": None},
+        ),
         *(
-            (Script(decision=True, **lie), {"top_logprobs": 0, "completion_logprobs": 0, "echo_offset": None})
-            for lie in ({"logprobs": False}, {"lie": "constant"}, {"lie": "impossible"}, {"lie": "positive"})
+            (
+                Script(decision=True, **lie),
+                {"top_logprobs": 0, "completion_logprobs": 0, "echo_offset": None},
+            )
+            for lie in (
+                {"logprobs": False},
+                {"lie": "constant"},
+                {"lie": "impossible"},
+                {"lie": "positive"},
+            )
         ),
         (Script(decision=True, lie="unnormalised"), {"decision": False}),
     ],
@@ -205,9 +276,15 @@ def test_probing_survives_a_busy_server():
 
 
 def test_probing_nothing():
-    with serving(Script(chat=False, completions=False)) as url, pytest.raises(ServerError, match="404"):
+    with (
+        serving(Script(chat=False, completions=False)) as url,
+        pytest.raises(ServerError, match="404"),
+    ):
         server(url).capabilities  # noqa: B018
-    with serving(Script(faults=[401] * 99)) as url, pytest.raises(ServerError, match="401"):
+    with (
+        serving(Script(faults=[401] * 99)) as url,
+        pytest.raises(ServerError, match="401"),
+    ):
         server(url).capabilities  # noqa: B018
 
 
@@ -230,7 +307,18 @@ RIGHT = [[0, 8, 0, 0, 0], [8, 0, 0, 0], [0]]
         (Script(logprobs=False, json_mode=False), "text"),
         (Script(lie="constant"), "json"),
     ],
-    ids=["echo", "late", "glued", "token", "misaligned", "plain", "decision", "json", "text", "liar"],
+    ids=[
+        "echo",
+        "late",
+        "glued",
+        "token",
+        "misaligned",
+        "plain",
+        "decision",
+        "json",
+        "text",
+        "liar",
+    ],
 )
 def test_every_way_to_simulate(script, way):
     """Tabs and line breaks among the tokens, excerpts of different lengths, one of a single token."""
@@ -239,9 +327,13 @@ def test_every_way_to_simulate(script, way):
         values = simulator.simulate(MONTHS, EXCERPTS)
         assert simulator.chosen == way
         for row, right in zip(values, RIGHT, strict=True):
-            assert len(row) == len(right) and [v > 3 for v in row] == [r > 3 for r in right]
+            assert len(row) == len(right) and [v > 3 for v in row] == [
+                r > 3 for r in right
+            ]
         others = simulator.simulate(Explanation("colours"), EXCERPTS)
-        assert max(max(row) for row in others) < 3 or way == "decision", "it is the explanation that matters"
+        assert max(max(row) for row in others) < 3 or way == "decision", (
+            "it is the explanation that matters"
+        )
 
 
 def test_expected_levels_are_those_of_the_log_probabilities():
@@ -256,9 +348,15 @@ def test_token_at_a_time_asks_once_per_token_with_the_levels_so_far():
     script = Script()
     with serving(script) as url:
         ServerSimulator(server(url), "token").simulate(MONTHS, EXCERPTS)
-        asked = [b["messages"][-1]["content"] for p, b in script.asked if b.get("top_logprobs") and b["max_tokens"] == 1]
+        asked = [
+            b["messages"][-1]["content"]
+            for p, b in script.asked
+            if b.get("top_logprobs") and b["max_tokens"] == 1
+        ]
         last = [a for a in asked if a.endswith(" met\t")]
-        assert last and "In\t0\n May\t7\n we\t0\n met\t" in last[0]  # 7.3 expected, so 7
+        assert (
+            last and "In\t0\n May\t7\n we\t0\n met\t" in last[0]
+        )  # 7.3 expected, so 7
 
 
 @pytest.mark.parametrize(
@@ -268,9 +366,17 @@ def test_token_at_a_time_asks_once_per_token_with_the_levels_so_far():
         (Script(lie="no levels"), "echo", "no level 0 … 10"),
         (Script(logprobs=False), "token", "no log-probabilities"),
         (Script(echo=None), "echo", "no aligned log-probabilities"),
-        (Script(levels="wrong"), "text", "3 of 3 answers could not be used after 2 attempts"),
+        (
+            Script(levels="wrong"),
+            "text",
+            "3 of 3 answers could not be used after 2 attempts",
+        ),
         (Script(levels="wrong"), "json", "3 of 3 answers could not be used"),
-        (Script(decision=True, lie="unnormalised"), "decision", "sum to 2, not 1|sum to"),
+        (
+            Script(decision=True, lie="unnormalised"),
+            "decision",
+            "sum to 2, not 1|sum to",
+        ),
         (Script(faults=["refusal"] * 99), "text", "refused: I would rather not"),
         (Script(faults=["empty"] * 99), "text", "without text"),
     ],
@@ -287,14 +393,21 @@ def test_a_failure_is_never_a_number(script, way, message):
 def test_unreadable_answers_are_drawn_again(tmp_path):
     script = Script(faults=["empty"])
     with serving(script) as url:
-        values = ServerSimulator(server(url, cache=tmp_path, concurrency=1), "text").simulate(MONTHS, EXCERPTS)
+        values = ServerSimulator(
+            server(url, cache=tmp_path, concurrency=1), "text"
+        ).simulate(MONTHS, EXCERPTS)
         assert values == RIGHT
         second = script.asked[3][1]
-        assert len(script.asked) == 4 and second["temperature"] > 0 and second["seed"] == 1
+        assert (
+            len(script.asked) == 4 and second["temperature"] > 0 and second["seed"] == 1
+        )
 
 
 def test_a_server_that_can_do_nothing():
-    with serving(Script(chat=False, logprobs=False)) as url, pytest.raises(ServerError, match="can do nothing"):
+    with (
+        serving(Script(chat=False, logprobs=False)) as url,
+        pytest.raises(ServerError, match="can do nothing"),
+    ):
         ServerSimulator(server(url)).simulate(MONTHS, EXCERPTS)
     with serving(Script()) as url, pytest.raises(ValueError, match="way must be"):
         ServerSimulator(server(url), "telepathy").simulate(MONTHS, EXCERPTS)
@@ -313,15 +426,27 @@ def test_explaining():
     for n in (True, False):
         script = Script(n=n)
         with serving(script) as url:
-            assert ServerExplainer(server(url)).explain(record()).text == "names of months"
-            many = ServerExplainer(server(url), n_samples=3).explain_many([record()] * 2)
-            assert [[e.text for e in row] for row in many] == [["names of months"] * 3] * 2
-            assert ServerExplainer(server(url)).counter_examples(MONTHS) == ["In May we met.", "It was June."]
+            assert (
+                ServerExplainer(server(url)).explain(record()).text == "names of months"
+            )
+            many = ServerExplainer(server(url), n_samples=3).explain_many(
+                [record()] * 2
+            )
+            assert [[e.text for e in row] for row in many] == [
+                ["names of months"] * 3
+            ] * 2
+            assert ServerExplainer(server(url)).counter_examples(MONTHS) == [
+                "In May we met.",
+                "It was June.",
+            ]
 
 
 def test_explaining_a_silent_neuron():
     silent = NeuronRecord(2, 3, [ActivationRecord(["a"], [0.0])] * 8, [])
-    with serving(Script()) as url, pytest.raises(ValueError, match=r"2\.3 is never active"):
+    with (
+        serving(Script()) as url,
+        pytest.raises(ValueError, match=r"2\.3 is never active"),
+    ):
         ServerExplainer(server(url)).explain(silent)
 
 
@@ -332,7 +457,10 @@ def test_judging():
         assert judge.detect(MONTHS, shown) == [True, False, True]
         marks = [[False, True], [True], [False, True]]
         assert judge.fuzz(MONTHS, shown, marks) == [True, False, False]
-    with serving(Script(levels="short")) as url, pytest.raises(ServerError, match="need 3 answers"):
+    with (
+        serving(Script(levels="short")) as url,
+        pytest.raises(ServerError, match="need 3 answers"),
+    ):
         ServerJudge(server(url), attempts=1).detect(MONTHS, shown)
 
 
@@ -340,18 +468,35 @@ def test_judging():
 
 
 def test_the_prompt_has_the_structure_of_the_paper():
-    sparse = explain_messages([ActivationRecord(["a", " b", " c", " d", " e", " f"], [0, 0, 0, 0, 0, 2.0])])
+    sparse = explain_messages(
+        [ActivationRecord(["a", " b", " c", " d", " e", " f"], [0, 0, 0, 0, 0, 2.0])]
+    )
     assert [m["role"] for m in sparse] == ["system", *["user", "assistant"] * 3, "user"]
     last = sparse[-1]["content"]
-    assert "<<<\na\t0\n b\t0\n c\t0\n d\t0\n e\t0\n f\t10\n>>>" in last, "levels are shown"
-    assert "active tokens only:\n<<<\n f\t10\n>>>" in last, "less than a fifth are active: shown again"
-    dense = explain_messages([ActivationRecord(["a", " b", " c", " d", " e"], [0, 0, 0, 0, 2.0])])
-    assert "active tokens only" not in dense[-1]["content"], "exactly a fifth is not less than a fifth"
+    assert "<<<\na\t0\n b\t0\n c\t0\n d\t0\n e\t0\n f\t10\n>>>" in last, (
+        "levels are shown"
+    )
+    assert "active tokens only:\n<<<\n f\t10\n>>>" in last, (
+        "less than a fifth are active: shown again"
+    )
+    dense = explain_messages(
+        [ActivationRecord(["a", " b", " c", " d", " e"], [0, 0, 0, 0, 2.0])]
+    )
+    assert "active tokens only" not in dense[-1]["content"], (
+        "exactly a fifth is not less than a fifth"
+    )
     length = sum(len(m["content"]) for m in dense)
-    short = explain_messages([ActivationRecord(["a", " b", " c", " d", " e"], [0, 0, 0, 0, 2.0])], max_characters=length - 1)
-    assert len(short) == len(dense) - 2 and short[0] == dense[0], "a made-up neuron goes first"
+    short = explain_messages(
+        [ActivationRecord(["a", " b", " c", " d", " e"], [0, 0, 0, 0, 2.0])],
+        max_characters=length - 1,
+    )
+    assert len(short) == len(dense) - 2 and short[0] == dense[0], (
+        "a made-up neuron goes first"
+    )
     with pytest.raises(ValueError, match="use fewer or shorter"):
-        explain_messages([ActivationRecord(["a"] * 900, [1.0] * 900)], max_characters=1000)
+        explain_messages(
+            [ActivationRecord(["a"] * 900, [1.0] * 900)], max_characters=1000
+        )
     assert len(SHOTS) == 3
 
 
@@ -393,7 +538,17 @@ def test_an_echo_of_something_else():
         read_echo(prompt, places, list(prompt), [[] for _ in prompt])
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"levels": 3}', '{"levels": {"0": "many"}}', '{"levels": [1, 2, 3]}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"levels": 3}',
+        '{"levels": {"0": "many"}}',
+        '{"levels": [1, 2, 3]}',
+        "null",
+    ],
+)
 def test_unusable_json(text):
     with pytest.raises(ValueError):
         parse_json_levels(text, 2)
@@ -404,8 +559,13 @@ def test_a_few_lost_lines_are_forgiven():
     lines = [f"{t}\t{i % 11}" for i, t in enumerate(tokens)]
     found = parse_levels("\n".join(lines[:7] + lines[8:]), tokens)
     assert found == [0 if i == 7 else i % 11 for i in range(20)]
-    assert parse_levels("\n".join(lines[:5] + lines[4:]), tokens) == [i % 11 for i in range(20)], "a repeated line"
+    assert parse_levels("\n".join(lines[:5] + lines[4:]), tokens) == [
+        i % 11 for i in range(20)
+    ], "a repeated line"
     with pytest.raises(ValueError, match="of 20 levels 3 are missing"):
         parse_levels("\n".join(lines[3:]), tokens)
     halves = json.loads('{"levels": {"0": 1}}')
-    assert parse_json_levels(json.dumps(halves), 1) == [1] and completion("x").body["max_tokens"] == 1
+    assert (
+        parse_json_levels(json.dumps(halves), 1) == [1]
+        and completion("x").body["max_tokens"] == 1
+    )

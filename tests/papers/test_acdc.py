@@ -14,8 +14,25 @@ from mechtut.circuits import drawing
 from mechtut.papers.acdc import Rules, acdc, evaluate_circuit, roc, search, sweep
 from mechtut.circuits.circuit import Circuit, Roc, pessimistic_auc
 from mechtut.circuits.runs import Contrast, Cuts, circuit_logits, circuit_metric
-from mechtut.circuits.graph import Edge, Graph, Order, check_edges, feeds, layer_of, parse_order, visits
-from mechtut.circuits.metrics import BoundMetric, Metric, docstring, find_positions, greater_than, logit_diff, nll
+from mechtut.circuits.graph import (
+    Edge,
+    Graph,
+    Order,
+    check_edges,
+    feeds,
+    layer_of,
+    parse_order,
+    visits,
+)
+from mechtut.circuits.metrics import (
+    BoundMetric,
+    Metric,
+    docstring,
+    find_positions,
+    greater_than,
+    logit_diff,
+    nll,
+)
 from mechtut.models.loading import load_model
 from mechtut.circuits.search import Pruner
 
@@ -54,7 +71,9 @@ def test_families_agree_with_hugging_faces_own_modules(kind, split_qkv):
     for share in (0.5, 0.9):
         cuts = random_cuts(contrast.graph, share, seed=1)
         mine, slow = circuit_logits(contrast, cuts), slow_logits(contrast, cuts)
-        assert (mine - full).abs().max() > 1e-2, "the cuts change nothing, so agreement would mean nothing"
+        assert (mine - full).abs().max() > 1e-2, (
+            "the cuts change nothing, so agreement would mean nothing"
+        )
         assert torch.allclose(mine, slow, atol=tolerance, rtol=0)
 
 
@@ -90,7 +109,16 @@ def _replay(contrast, circuit, tolerance=2e-9):
     threshold=st.sampled_from([0.0, 1e-3, 0.02, 0.3]),
 )  # fmt: skip
 def test_search_is_exact_on_random_models(
-    layers, heads, length, first, seed, ablation, split_qkv, split_positions, where, threshold
+    layers,
+    heads,
+    length,
+    first,
+    seed,
+    ablation,
+    split_qkv,
+    split_positions,
+    where,
+    threshold,
 ):
     """Every number of every search, whatever the shape, the prompts and the options."""
     model = model_of(n_layer=layers, n_head=heads)
@@ -98,14 +126,26 @@ def test_search_is_exact_on_random_models(
     if torch.equal(clean, corrupted):
         return
     positions = [0, length - 1] if where == "some" else where
-    options = {"ablation": ablation, "split_qkv": split_qkv, "split_positions": split_positions}
+    options = {
+        "ablation": ablation,
+        "split_qkv": split_qkv,
+        "split_positions": split_positions,
+    }
     contrast = Contrast(model, clean, corrupted, "kl", positions, **options)
-    rules = Rules(threshold, Order("shuffle", "shuffle", seed), remove_redundant=seed % 2 == 0)
+    rules = Rules(
+        threshold, Order("shuffle", "shuffle", seed), remove_redundant=seed % 2 == 0
+    )
     _replay(contrast, search(contrast, rules, progress=False))
-    untrimmed = Contrast(model, clean, corrupted, "kl", positions, **options, trim=False)
+    untrimmed = Contrast(
+        model, clean, corrupted, "kl", positions, **options, trim=False
+    )
     cuts = random_cuts(contrast.graph, 0.7, seed)
-    assert circuit_metric(contrast, cuts) == pytest.approx(circuit_metric(untrimmed, cuts), abs=1e-12)
-    assert circuit_metric(contrast, cuts, everything=True) == pytest.approx(circuit_metric(contrast, cuts), abs=1e-12)
+    assert circuit_metric(contrast, cuts) == pytest.approx(
+        circuit_metric(untrimmed, cuts), abs=1e-12
+    )
+    assert circuit_metric(contrast, cuts, everything=True) == pytest.approx(
+        circuit_metric(contrast, cuts), abs=1e-12
+    )
 
 
 @settings(max_examples=6)
@@ -120,14 +160,21 @@ def test_rebuilding_the_state_changes_nothing(seed, kind):
         pruner.begin(receiver)
         for parent in contrast.graph.parents(receiver):
             edge = Edge(parent, receiver)
-            if pruner.without([edge])[0] is not None and draw_number.random() < 0.5 and parent != "m2":
+            if (
+                pruner.without([edge])[0] is not None
+                and draw_number.random() < 0.5
+                and parent != "m2"
+            ):
                 pruner.accept(edge)
                 cuts.set(edge, False)
         pruner.finish(receiver)
     before = {name: x.clone() for name, x in pruner.state.x.items()}
     pruner.rebuild()
     assert before.keys() == pruner.state.x.keys()
-    assert all(torch.allclose(before[name], x, atol=1e-12) for name, x in pruner.state.x.items())
+    assert all(
+        torch.allclose(before[name], x, atol=1e-12)
+        for name, x in pruner.state.x.items()
+    )
 
 
 def test_cutting_everything_gives_the_corrupted_run():
@@ -136,21 +183,31 @@ def test_cutting_everything_gives_the_corrupted_run():
         model = model_of(kind)
         contrast = Contrast(model, clean, corrupted, "kl", "all")
         nothing = circuit_logits(contrast, Cuts.only(contrast.graph, []))
-        assert torch.allclose(nothing, model.logits(corrupted), atol=1e-6)  # float32 inside Llama's norms
+        assert torch.allclose(
+            nothing, model.logits(corrupted), atol=1e-6
+        )  # float32 inside Llama's norms
     bias_only = Contrast(model_of(), clean, corrupted, "kl", "all", ablation="zero")
     x = circuit_logits(bias_only, Cuts.only(bias_only.graph, []))
     biases = sum(bias_only.model.part(i, "attn.c_proj").bias for i in range(3))
     # what cancels leaves rounding behind, which the final norm makes 1 / sqrt(1e-5) = 300 times larger
-    assert torch.allclose(x, bias_only.model.unembed(biases.expand(3, 7, -1)), atol=1e-11)
+    assert torch.allclose(
+        x, bias_only.model.unembed(biases.expand(3, 7, -1)), atol=1e-11
+    )
 
 
 def test_grouped_query_attention_shares_key_and_value_nodes():
     contrast = Contrast(model_of("llama"), *prompts())
     graph = contrast.graph
     assert (graph.count("q"), graph.count("k"), graph.count("v")) == (4, 2, 2)
-    assert feeds(graph, "a0.1.k") == ["a0.2", "a0.3"] and feeds(graph, "a0.1.q") == ["a0.1"]
+    assert feeds(graph, "a0.1.k") == ["a0.2", "a0.3"] and feeds(graph, "a0.1.q") == [
+        "a0.1"
+    ]
     both = search(contrast, Rules(0.0), progress=False)
-    assert {e.child for e in both.edges if e.child.startswith("a2.") and e.child.endswith("k_in")} <= {
+    assert {
+        e.child
+        for e in both.edges
+        if e.child.startswith("a2.") and e.child.endswith("k_in")
+    } <= {
         "a2.0.k_in",
         "a2.1.k_in",
     }
@@ -170,7 +227,11 @@ def test_attention_only_models_have_no_mlp_nodes():
 
 def test_first_difference_and_last_read_position_save_work():
     contrast = Contrast(model_of(), *prompts(length=9, first=4), "kl", [6])
-    assert contrast.window.start == 4 and contrast.window.n_pos == 7 and contrast.differences.shape[2] == 3
+    assert (
+        contrast.window.start == 4
+        and contrast.window.n_pos == 7
+        and contrast.differences.shape[2] == 3
+    )
 
 
 def test_resumes_where_it_stopped(tmp_path):
@@ -185,16 +246,46 @@ def test_resumes_where_it_stopped(tmp_path):
         return -logits[:, -1, 3].mean()
 
     with pytest.raises(KeyboardInterrupt):
-        acdc(model, clean, corrupted, threshold=0.01, metric=metric, positions="last", folder=tmp_path, progress=False)
+        acdc(
+            model,
+            clean,
+            corrupted,
+            threshold=0.01,
+            metric=metric,
+            positions="last",
+            folder=tmp_path,
+            progress=False,
+        )
     stored = len(list(tmp_path.glob("node-*.safetensors")))
     assert stored > 0
     kill_at, calls[:] = -1, []
-    resumed = acdc(model, clean, corrupted, threshold=0.01, metric=metric, positions="last", folder=tmp_path, progress=False)
+    resumed = acdc(
+        model,
+        clean,
+        corrupted,
+        threshold=0.01,
+        metric=metric,
+        positions="last",
+        folder=tmp_path,
+        progress=False,
+    )
     n_resumed = len(calls)
     calls.clear()
-    fresh = acdc(model, clean, corrupted, threshold=0.01, metric=metric, positions="last", progress=False)
-    assert [(*s[:2], s.kept) for s in resumed.log] == [(*s[:2], s.kept) for s in fresh.log]
-    assert [s.delta for s in resumed.log] == pytest.approx([s.delta for s in fresh.log], abs=1e-11)
+    fresh = acdc(
+        model,
+        clean,
+        corrupted,
+        threshold=0.01,
+        metric=metric,
+        positions="last",
+        progress=False,
+    )
+    assert [(*s[:2], s.kept) for s in resumed.log] == [
+        (*s[:2], s.kept) for s in fresh.log
+    ]
+    assert [s.delta for s in resumed.log] == pytest.approx(
+        [s.delta for s in fresh.log], abs=1e-11
+    )
     assert n_resumed < len(calls)
     with pytest.raises(ValueError, match="another sweep"):
         acdc(model, clean, corrupted, threshold=0.02, folder=tmp_path, progress=False)
@@ -204,10 +295,14 @@ def test_sweep_shares_work_and_changes_nothing():
     model, (clean, corrupted) = model_of(), prompts()
     thresholds = [0.5, 0.02, 0.02001, 0.001]
     shared = sweep(model, clean, corrupted, thresholds, progress=False)
-    alone = [acdc(model, clean, corrupted, threshold=t, progress=False) for t in thresholds]
+    alone = [
+        acdc(model, clean, corrupted, threshold=t, progress=False) for t in thresholds
+    ]
     for a, b in zip(shared, alone, strict=True):
         assert [(*s[:2], s.kept) for s in a.log] == [(*s[:2], s.kept) for s in b.log]
-        assert [s.delta for s in a.log] == pytest.approx([s.delta for s in b.log], abs=1e-11)
+        assert [s.delta for s in a.log] == pytest.approx(
+            [s.delta for s in b.log], abs=1e-11
+        )
         assert a.metric_final == pytest.approx(b.metric_final, abs=1e-11)
     assert sum(c.n_evaluations for c in shared) < sum(c.n_evaluations for c in alone)
 
@@ -224,7 +319,10 @@ def test_zero_threshold_keeps_what_raises_the_metric_and_a_huge_one_keeps_nothin
 
 def test_the_same_twice():
     model, (clean, corrupted) = model_of(), prompts()
-    a, b = (acdc(model, clean, corrupted, threshold=0.01, order="shuffle:3", progress=False) for _ in range(2))
+    a, b = (
+        acdc(model, clean, corrupted, threshold=0.01, order="shuffle:3", progress=False)
+        for _ in range(2)
+    )
     assert a.log == b.log and torch.equal(a.decisions, b.decisions)
 
 
@@ -232,10 +330,24 @@ def test_orders():
     graph = Graph(2, 2)
     assert graph.parents("out") == ["m1", "a1.1", "a1.0", "m0", "a0.1", "a0.0", "embed"]
     assert graph.parents("out", parse_order("forward")) == list(graph.senders)
-    assert graph.parents("m1.in", parse_order("forward-heads")) == ["a1.0", "a1.1", "m0", "a0.0", "a0.1", "embed"]
+    assert graph.parents("m1.in", parse_order("forward-heads")) == [
+        "a1.0",
+        "a1.1",
+        "m0",
+        "a0.0",
+        "a0.1",
+        "embed",
+    ]
     assert graph.parents("out", parse_order("forward-groups"))[0] == "embed"
-    assert sorted(graph.parents("out", parse_order("shuffle:5"))) == sorted(graph.senders)
-    assert Graph(1, 1, split_positions=True).parents("out") == ["m0", "a0.0", "tok", "pos"]
+    assert sorted(graph.parents("out", parse_order("shuffle:5"))) == sorted(
+        graph.senders
+    )
+    assert Graph(1, 1, split_positions=True).parents("out") == [
+        "m0",
+        "a0.0",
+        "tok",
+        "pos",
+    ]
     assert len(list(visits(graph))) == len(set(visits(graph)))
 
 
@@ -249,35 +361,70 @@ def circuit():
 
 def test_save_and_load(circuit, tmp_path):
     again = Circuit.load(circuit.save(tmp_path))
-    assert again.log == circuit.log and again.edges == circuit.edges and again.settings == circuit.settings
-    assert (again.metric_full, again.metric_final, again.n_evaluations) == (0, circuit.metric_final, circuit.n_evaluations)
+    assert (
+        again.log == circuit.log
+        and again.edges == circuit.edges
+        and again.settings == circuit.settings
+    )
+    assert (again.metric_full, again.metric_final, again.n_evaluations) == (
+        0,
+        circuit.metric_final,
+        circuit.n_evaluations,
+    )
     model, pair = model_of(), prompts()
-    assert evaluate_circuit(model, again, *pair) == pytest.approx(circuit.metric_final, abs=1e-11)
+    assert evaluate_circuit(model, again, *pair) == pytest.approx(
+        circuit.metric_final, abs=1e-11
+    )
     assert roc([again], circuit.edges).edge_auc == 1
 
 
 def test_edges_evaluate_to_the_final_metric(circuit):
     model, pair = model_of(), prompts()
     plain = [(e.parent, e.child) for e in circuit.edges]
-    assert evaluate_circuit(model, plain, *pair, "kl") == pytest.approx(circuit.metric_final, abs=1e-11)
+    assert evaluate_circuit(model, plain, *pair, "kl") == pytest.approx(
+        circuit.metric_final, abs=1e-11
+    )
     contrast = Contrast(model, *pair)
     assert evaluate_circuit(model, contrast.graph.edges, *pair) == 0
     assert evaluate_circuit(model, contrast.graph.edges, *pair, complement=True) > 0.01
-    zero = acdc(model, *pair, threshold=0.01, ablation="zero", split_positions=True, progress=False)
-    assert evaluate_circuit(model, zero, *pair) == pytest.approx(zero.metric_final, abs=1e-11)
+    zero = acdc(
+        model,
+        *pair,
+        threshold=0.01,
+        ablation="zero",
+        split_positions=True,
+        progress=False,
+    )
+    assert evaluate_circuit(model, zero, *pair) == pytest.approx(
+        zero.metric_final, abs=1e-11
+    )
 
 
 def test_ways_out(circuit):
     data = json.loads(circuit.to_json())
-    assert [tuple(e.values()) for e in data["edges"]] == [tuple(e) for e in circuit.edges] and data["nodes"] == circuit.nodes
+    assert [tuple(e.values()) for e in data["edges"]] == [
+        tuple(e) for e in circuit.edges
+    ] and data["nodes"] == circuit.nodes
     networkx = pytest.importorskip("networkx")
     graph = circuit.to_networkx()
-    assert networkx.is_directed_acyclic_graph(graph) and graph.number_of_edges() == len(circuit.edges)
+    assert networkx.is_directed_acyclic_graph(graph) and graph.number_of_edges() == len(
+        circuit.edges
+    )
     assert circuit.to_dot().count("->") == len(drawing.arrows(circuit.edges))
     html = circuit.to_html()
-    assert html.count("<path") == len(drawing.arrows(circuit.edges)) and "<script" not in html and "http" not in html
-    assert "prefers-color-scheme:dark" in html and all(f"{e.effect:.4g}" in html for e in circuit.edges if e.child == "out")
-    assert circuit.plot().get_title() == "" and drawing.plot([]) is not None and "<svg" in drawing.to_html([])
+    assert (
+        html.count("<path") == len(drawing.arrows(circuit.edges))
+        and "<script" not in html
+        and "http" not in html
+    )
+    assert "prefers-color-scheme:dark" in html and all(
+        f"{e.effect:.4g}" in html for e in circuit.edges if e.child == "out"
+    )
+    assert (
+        circuit.plot().get_title() == ""
+        and drawing.plot([]) is not None
+        and "<svg" in drawing.to_html([])
+    )
 
 
 def test_networkx_is_optional(circuit, monkeypatch):
@@ -290,7 +437,10 @@ def test_roc_by_hand():
     graph = Graph(1, 1, has_mlp=False)
     truth = [("a0.0", "out"), ("embed", "a0.0.v_in")]
     curve = roc([[("a0.0", "out")], [*truth, ("embed", "out")], []], truth, graph=graph)
-    assert curve.edges == ((0, 0), (0, 0), (0, 0.5), (1 / 6, 1), (1, 1)) and len(graph.edges) == 8
+    assert (
+        curve.edges == ((0, 0), (0, 0), (0, 0.5), (1 / 6, 1), (1, 1))
+        and len(graph.edges) == 8
+    )
     assert curve.edge_auc == pytest.approx(0.5 + 0.5 * 5 / 6)
     assert pessimistic_auc([(0.0, 0.0), (1.0, 1.0)]) == 0 and isinstance(curve, Roc)
     assert curve.plot() is not None
@@ -306,7 +456,11 @@ def test_roc_by_hand():
 def test_metrics_by_hand():
     logits = torch.tensor([[[1.0, 2.0, 0.5]], [[0.0, 0.0, 3.0]]])
     clean = torch.tensor([[[1.5, 2.0, 0.0]], [[0.0, 1.0, 1.0]]])
-    tokens, right, wrong = torch.zeros(2, 4).long(), torch.tensor([1, 2]), torch.tensor([[0, 2], [1, -1]])
+    tokens, right, wrong = (
+        torch.zeros(2, 4).long(),
+        torch.tensor([1, 2]),
+        torch.tensor([[0, 2], [1, -1]]),
+    )
     p, q = clean[:, 0].softmax(-1), logits[:, 0].softmax(-1)
 
     def value(metric):
@@ -314,16 +468,25 @@ def test_metrics_by_hand():
 
     assert value("kl") == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
     assert value("l2") == pytest.approx(float((logits - clean).pow(2).mean()))
-    assert value(nll(right)) == pytest.approx(-float((q[0, 1].log() + q[1, 2].log()) / 2))
+    assert value(nll(right)) == pytest.approx(
+        -float((q[0, 1].log() + q[1, 2].log()) / 2)
+    )
     assert value(logit_diff(right, wrong)) == pytest.approx(((0.75 - 2) + (0 - 3)) / 2)
     assert value(docstring(right, wrong)) == pytest.approx(((1 - 2) + (0 - 3)) / 2)
-    assert value(greater_than(right, wrong)) == pytest.approx(float((q[0, 0] + q[0, 2] - q[0, 1] + q[1, 1] - q[1, 2]) / 2))
+    assert value(greater_than(right, wrong)) == pytest.approx(
+        float((q[0, 0] + q[0, 2] - q[0, 1] + q[1, 1] - q[1, 2]) / 2)
+    )
     assert value(lambda x: x.sum()) == pytest.approx(6.5)
 
 
-@pytest.mark.parametrize("positions", ["last", "all", torch.tensor([[True, False], [True, True], [False, True]])])
+@pytest.mark.parametrize(
+    "positions",
+    ["last", "all", torch.tensor([[True, False], [True, True], [False, True]])],
+)
 def test_the_metrics_of_several_circuits_are_those_of_each(positions):
-    clean, *others = torch.randn(5, 3, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    clean, *others = torch.randn(
+        5, 3, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     right, wrong = torch.tensor([1, 2, 3]), torch.tensor([[0, 5], [1, -1], [6, 4]])
     metrics = [
         "kl",
@@ -338,7 +501,9 @@ def test_the_metrics_of_several_circuits_are_those_of_each(positions):
         seen = [x[:, bound.columns] for x in (clean, *others)]
         bound.bind(seen[0])
         each = bound.each(torch.cat(seen[1:]), 4)
-        assert each == pytest.approx([bound.value(x) for x in seen[1:]], rel=1e-12)  # float64
+        assert each == pytest.approx(
+            [bound.value(x) for x in seen[1:]], rel=1e-12
+        )  # float64
 
 
 def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
@@ -355,10 +520,14 @@ def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
                 pruner.begin(node)
         many = ahead.without(edges[:3])
         for edge, metric in zip(edges[:3], many, strict=True):
-            assert alone.without([edge])[0] == pytest.approx(metric, abs=1e-12)  # float64
+            assert alone.without([edge])[0] == pytest.approx(
+                metric, abs=1e-12
+            )  # float64
             alone.accept(edge)
         ahead.accept(edges[0]), ahead.accept(edges[1])
-        assert ahead.has(node) and ahead.without([edges[2]])[0] == pytest.approx(many[2], abs=1e-12)
+        assert ahead.has(node) and ahead.without([edges[2]])[0] == pytest.approx(
+            many[2], abs=1e-12
+        )
         ahead.without(edges[:3])
         ahead.accept(edges[1])  # not before the first: nobody knows what follows
         assert not ahead.has(node) and ahead.stale
@@ -367,7 +536,9 @@ def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("length", [5, 60])  # with room for several circuits in a pass, and (in all rows) without
+@pytest.mark.parametrize(
+    "length", [5, 60]
+)  # with room for several circuits in a pass, and (in all rows) without
 def test_heads_whose_only_edges_are_tested_in_one_pass(kind, length):
     """Every group of nodes with one edge each, with random decisions: each number is that of a plain forward pass."""
     clean, corrupted = prompts(length=length)
@@ -379,17 +550,28 @@ def test_heads_whose_only_edges_are_tested_in_one_pass(kind, length):
             pruner.begin(receiver)
             pruner.finish(receiver)
     for part in ("v", "k", "q", "v_in", "k_in", "q_in"):
-        nodes, stream = [f"a0.{h}.{part}" for h in reversed(range(graph.count(part)))], part.endswith("_in")
+        nodes, stream = (
+            [f"a0.{h}.{part}" for h in reversed(range(graph.count(part)))],
+            part.endswith("_in"),
+        )
         edges = [Edge(graph.parents(n)[0] if stream else f"{n}_in", n) for n in nodes]
-        edges = [e for e in edges if not stream or cuts.has(Edge(e.child, e.child.removesuffix("_in")))]  # heard
+        edges = [
+            e
+            for e in edges
+            if not stream or cuts.has(Edge(e.child, e.child.removesuffix("_in")))
+        ]  # heard
         while edges:
             pruner.begin(edges[0].child, [e.child for e in edges[1:]])
             asked = [e for e in edges if pruner.has(e.child)]
             shared += len(asked) > 1
             alone = draw.random() < 0.5
-            for edge, found in zip(asked, pruner.without(asked, alone=alone), strict=True):
+            for edge, found in zip(
+                asked, pruner.without(asked, alone=alone), strict=True
+            ):
                 cuts.set(edge, False)
-                assert found == pytest.approx(circuit_metric(contrast, cuts), abs=2e-9)  # some norms are in float32
+                assert found == pytest.approx(
+                    circuit_metric(contrast, cuts), abs=2e-9
+                )  # some norms are in float32
                 cuts.set(edge, alone)
             goes = draw.choice(asked) if alone else asked[0]
             for edge in asked:
@@ -400,16 +582,26 @@ def test_heads_whose_only_edges_are_tested_in_one_pass(kind, length):
             edges = edges[len(asked) :]
     before = {name: x.clone() for name, x in pruner.state.x.items()}
     pruner.rebuild()
-    worst = {name: float((before[name] - x).abs().max()) for name, x in pruner.state.x.items()}
+    worst = {
+        name: float((before[name] - x).abs().max())
+        for name, x in pruner.state.x.items()
+    }
     assert max(worst.values()) < 1e-6, worst
     assert shared, "nothing was tested together"
 
 
 def test_positions():
     tokens = torch.zeros(2, 4).long()
-    assert find_positions("last", tokens)[0] == [3] and find_positions([0, -1], tokens)[0] == [0, 3]
+    assert find_positions("last", tokens)[0] == [3] and find_positions([0, -1], tokens)[
+        0
+    ] == [0, 3]
     assert find_positions("all", tokens)[0] == [0, 1, 2, 3]
-    for wrong, error in (("first", ValueError), (4, IndexError), (torch.zeros(2, 4).bool(), ValueError), ([], IndexError)):
+    for wrong, error in (
+        ("first", ValueError),
+        (4, IndexError),
+        (torch.zeros(2, 4).bool(), ValueError),
+        ([], IndexError),
+    ):
         with pytest.raises(error):
             find_positions(wrong, tokens)
 
@@ -428,7 +620,11 @@ def test_hostile_prompts_and_options():
         ("unknown order", (clean, corrupted), {"order": "sideways"}),
         ("unknown metric", (clean, corrupted), {"metric": "kll"}),
         ("right tokens", (clean, corrupted), {"metric": "nll"}),
-        ("labels for 2 prompts", (clean, corrupted), {"metric": "nll", "labels": torch.tensor([1, 2])}),
+        (
+            "labels for 2 prompts",
+            (clean, corrupted),
+            {"metric": "nll", "labels": torch.tensor([1, 2])},
+        ),
         ("return one number", (clean, corrupted), {"metric": lambda x: x[:, -1, 0]}),
         ("is nan", (clean, corrupted), {"metric": lambda x: x.sum() * float("nan")}),
         ("outside 0..96", (clean + 100, corrupted), {}),
@@ -468,7 +664,9 @@ def test_unknown_nodes_and_families():
 
 def test_a_model_that_the_wiring_does_not_describe_is_refused():
     hf = tiny("gpt2", torch.float64)
-    hf.transformer.h[1].attn.register_forward_hook(lambda m, a, out: (out[0] * 1.5, *out[1:]))
+    hf.transformer.h[1].attn.register_forward_hook(
+        lambda m, a, out: (out[0] * 1.5, *out[1:])
+    )
     with pytest.raises(NotImplementedError, match="differ from"):
         Contrast(load_model(hf), *prompts())
 

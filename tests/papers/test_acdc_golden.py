@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from golden_acdc import CANONICAL, EAP, NUMBERS, RUNS, TRACR, acdc_model, golden_contrast, golden_rules, prompts
+from golden_acdc import (
+    CANONICAL,
+    EAP,
+    NUMBERS,
+    RUNS,
+    TRACR,
+    acdc_model,
+    golden_contrast,
+    golden_rules,
+    prompts,
+)
 
 from mechtut.papers.acdc import attribution_scores, roc, search
 from mechtut.circuits.circuit import counts, node_counts
@@ -25,9 +35,15 @@ def test_every_decision(tag):
     contrast = golden_contrast(run)
     circuit = search(contrast, golden_rules(run))
     exact = run["dtype"] == "float64"
-    assert exact or run["margin"] > 1e-5 or run["model"] == "tracr_xproportion"  # so no decision hangs on rounding
-    assert [(s.parent, s.child, int(s.kept)) for s in circuit.log] == [(p, c, k) for p, c, _, _, k in run["log"]]
-    assert {(e.parent, e.child) for e in circuit.edges} == {tuple(e) for e in run["edges"]}
+    assert (
+        exact or run["margin"] > 1e-5 or run["model"] == "tracr_xproportion"
+    )  # so no decision hangs on rounding
+    assert [(s.parent, s.child, int(s.kept)) for s in circuit.log] == [
+        (p, c, k) for p, c, _, _, k in run["log"]
+    ]
+    assert {(e.parent, e.child) for e in circuit.edges} == {
+        tuple(e) for e in run["edges"]
+    }
     # 1e-12 is the acceptance in float64; logits of size 10 have float32 steps of 1e-6, and a metric sums a few of them
     tolerance = 1e-12 if exact else 5e-6
     for step, (_, _, metric, delta, _) in zip(circuit.log, run["log"], strict=True):
@@ -44,14 +60,29 @@ def test_float32_makes_the_same_decisions(name):
     for run in RUNS.values():
         if run["model"] == name and run["dtype"] == "float64" and run["margin"] > 1e-5:
             circuit = search(golden_contrast(run, torch.float32), golden_rules(run))
-            assert [(s.parent, s.child, int(s.kept)) for s in circuit.log] == [(p, c, k) for p, c, _, _, k in run["log"]]
+            assert [(s.parent, s.child, int(s.kept)) for s in circuit.log] == [
+                (p, c, k) for p, c, _, _, k in run["log"]
+            ]
 
 
 def test_every_kind_of_run_is_here():
     """The reference covers what these tests claim to cover."""
-    seen = {key: {str(r[key]) for r in RUNS.values()} for key in ("metric", "zero", "abs_value", "remove_redundant")}
-    assert seen["metric"] == {"kl_last", "kl_all", "kl_masked", "nll_masked", "match_nll_masked", "l2_0"}
-    assert all(seen[key] == {"True", "False"} for key in ("zero", "abs_value", "remove_redundant"))
+    seen = {
+        key: {str(r[key]) for r in RUNS.values()}
+        for key in ("metric", "zero", "abs_value", "remove_redundant")
+    }
+    assert seen["metric"] == {
+        "kl_last",
+        "kl_all",
+        "kl_masked",
+        "nll_masked",
+        "match_nll_masked",
+        "l2_0",
+    }
+    assert all(
+        seen[key] == {"True", "False"}
+        for key in ("zero", "abs_value", "remove_redundant")
+    )
     assert {(r["names_mode"], r["indices_mode"]) for r in RUNS.values()} == {
         ("normal", "normal"), ("normal", "reverse"), ("reverse", "normal"), ("reverse", "reverse")
     }  # fmt: skip
@@ -71,16 +102,24 @@ def test_models_are_those_of_the_reference(name):
 
 def test_full_graph_is_the_clean_run():
     """KL of the full graph is zero in every bit, also in float32."""
-    for tag in ("attn2l_ind-kl_masked-t0.1-f32", "mlp2l_rand-kl_all-t0.01-f64-use_pos_embed=True"):
+    for tag in (
+        "attn2l_ind-kl_masked-t0.1-f32",
+        "mlp2l_rand-kl_all-t0.01-f64-use_pos_embed=True",
+    ):
         contrast = golden_contrast(RUNS[tag])
-        assert contrast.metric_full == 0 == circuit_metric(contrast, Cuts(contrast.graph))
+        assert (
+            contrast.metric_full == 0 == circuit_metric(contrast, Cuts(contrast.graph))
+        )
 
 
 def test_visited_nodes_are_a_subsequence_of_the_visiting_order():
     for run in RUNS.values():
         config = NUMBERS["models"][run["model"]]["config"]
         graph = Graph(
-            config["n_layers"], config["n_heads"], has_mlp=not config["attn_only"], split_positions=run["use_pos_embed"]
+            config["n_layers"],
+            config["n_heads"],
+            has_mlp=not config["attn_only"],
+            split_positions=run["use_pos_embed"],
         )
         order = iter(visits(graph))
         assert all(node in order for node in run["nodes_visited"])
@@ -91,31 +130,64 @@ def test_visited_nodes_are_a_subsequence_of_the_visiting_order():
 def test_canonical_circuits(task):
     """The published circuits are made of edges of our graph, and there are as many of everything as the authors count."""
     circuit, (n_layers, n_heads) = CANONICAL[task], TRACR_SHAPES[task]
-    graph = Graph(n_layers, n_heads, has_mlp=task != "docstring", split_positions=len(circuit["edges"]) < 40)
-    graph = graph if len(graph.edges) == circuit["n_edges_full"] else Graph(n_layers, n_heads, has_mlp=task != "docstring")
-    assert (len(graph.edges), len(graph.direct)) == (circuit["n_edges_full"], circuit["n_direct"])
+    graph = Graph(
+        n_layers,
+        n_heads,
+        has_mlp=task != "docstring",
+        split_positions=len(circuit["edges"]) < 40,
+    )
+    graph = (
+        graph
+        if len(graph.edges) == circuit["n_edges_full"]
+        else Graph(n_layers, n_heads, has_mlp=task != "docstring")
+    )
+    assert (len(graph.edges), len(graph.direct)) == (
+        circuit["n_edges_full"],
+        circuit["n_direct"],
+    )
     edges = check_edges(graph, circuit["edges"])
     assert len(set(edges)) == circuit["truth_edges"]
     nodes = node_counts(edges, edges, graph, merge_qkv=False)
-    assert (nodes.positives, nodes.positives + nodes.negatives) == (circuit["truth_nodes"], circuit["n_nodes_full"])
+    assert (nodes.positives, nodes.positives + nodes.negatives) == (
+        circuit["truth_nodes"],
+        circuit["n_nodes_full"],
+    )
     assert nodes.true_positive == nodes.positives and nodes.false_positive == 0
 
 
 @pytest.mark.parametrize("ablation", ["zero", "resample"])
 def test_compiled_proportion(ablation):
     """Counts, metric and AUC of the sweep on the compiled model: 10 of 10 edges and no false one with zero ablation."""
-    reference, truth = TRACR[f"proportion-{ablation}"], CANONICAL["tracr-xproportion"]["edges"]
-    run = next(r for r in RUNS.values() if r["model"] == "tracr_xproportion" and r["zero"] == (ablation == "zero"))
+    reference, truth = (
+        TRACR[f"proportion-{ablation}"],
+        CANONICAL["tracr-xproportion"]["edges"],
+    )
+    run = next(
+        r
+        for r in RUNS.values()
+        if r["model"] == "tracr_xproportion" and r["zero"] == (ablation == "zero")
+    )
     contrast, circuits = golden_contrast(run), []
     for row in reference["rows"]:
         circuit = search(contrast, golden_rules({**run, "threshold": row["threshold"]}))
         circuits.append(circuit)
-        found, nodes = (count(circuit.found, truth, contrast.graph) for count in (counts, _split_nodes))
-        assert (found.true_positive, found.false_positive) == (row["edge"]["true positive"], row["edge"]["false positive"])
-        assert (nodes.true_positive, nodes.false_positive) == (row["node"]["true positive"], row["node"]["false positive"])
+        found, nodes = (
+            count(circuit.found, truth, contrast.graph)
+            for count in (counts, _split_nodes)
+        )
+        assert (found.true_positive, found.false_positive) == (
+            row["edge"]["true positive"],
+            row["edge"]["false positive"],
+        )
+        assert (nodes.true_positive, nodes.false_positive) == (
+            row["node"]["true positive"],
+            row["node"]["false positive"],
+        )
         assert circuit.metric_final == pytest.approx(row["metric_final"], abs=1e-6)
     curve = roc(circuits, truth, merge_qkv=False)
-    assert (curve.edge_auc, curve.node_auc) == pytest.approx((reference["auc"]["edge"], reference["auc"]["node"]))
+    assert (curve.edge_auc, curve.node_auc) == pytest.approx(
+        (reference["auc"]["edge"], reference["auc"]["node"])
+    )
     assert roc(circuits, truth).edge_auc == curve.edge_auc
 
 
@@ -138,4 +210,6 @@ def test_attribution():
     assert {(parent, child) for parent, child, _ in EAP} == set(scores)
     for parent, child, score in EAP:
         # the reference's scores carry seven digits (it accumulates them in float32)
-        assert scores[parent, child] / len(data["clean"]) == pytest.approx(score, rel=1e-5, abs=1e-8)
+        assert scores[parent, child] / len(data["clean"]) == pytest.approx(
+            score, rel=1e-5, abs=1e-8
+        )

@@ -5,7 +5,14 @@ import pytest
 import torch
 from golden_models import read_json, rome_model
 
-from mechtut.papers.causal_tracing import AverageTrace, CausalTrace, token_roles, trace, trace_facts, window_layers
+from mechtut.papers.causal_tracing import (
+    AverageTrace,
+    CausalTrace,
+    token_roles,
+    trace,
+    trace_facts,
+    window_layers,
+)
 from mechtut.prompts.subject_noise import Noise, embedding_std, find_subject
 from mechtut.models.loading import load_model
 from mechtut.models.hooks import Edit, capture, intervene
@@ -18,7 +25,9 @@ def naive_scores(component, window, sever=None, n_samples=4):
     """The definition, one full forward per cell."""
     ids = MODEL.to_tokens(PROMPT)
     span = find_subject(MODEL, ids, SUBJECT)
-    noise = Noise(3, std=embedding_std(MODEL)).draw(n_samples, span[1] - span[0], MODEL.d_model)
+    noise = Noise(3, std=embedding_std(MODEL)).draw(
+        n_samples, span[1] - span[0], MODEL.d_model
+    )
     corrupt = Edit("embed", None, noise, pos=range(*span), mode="add")
     clean, batch = capture(MODEL, ids[None], component), ids.repeat(n_samples, 1)
     answer = int(clean.logits[0, -1].argmax())
@@ -26,37 +35,64 @@ def naive_scores(component, window, sever=None, n_samples=4):
     scores = torch.empty(len(ids), MODEL.n_layers, n_samples, dtype=torch.float64)
     for pos in range(len(ids)):
         for layer in range(MODEL.n_layers):
-            layers = [layer] if component == "resid_post" else window_layers(layer, window, MODEL.n_layers)
+            layers = (
+                [layer]
+                if component == "resid_post"
+                else window_layers(layer, window, MODEL.n_layers)
+            )
             edits = (
                 []
                 if frozen is None
-                else [Edit(sever, i, frozen[i][:, pos : pos + 1], pos=pos) for i in range(MODEL.n_layers)]
+                else [
+                    Edit(sever, i, frozen[i][:, pos : pos + 1], pos=pos)
+                    for i in range(MODEL.n_layers)
+                ]
             )
-            edits += [Edit(component, i, clean[f"{component}.{i}"][0, pos], pos=pos) for i in layers]
+            edits += [
+                Edit(component, i, clean[f"{component}.{i}"][0, pos], pos=pos)
+                for i in layers
+            ]
             with intervene(MODEL, [corrupt, *edits]):
                 scores[pos, layer] = MODEL.logits(batch)[:, -1].softmax(-1)[:, answer]
     return scores
 
 
 @pytest.mark.parametrize(
-    "component, window", [("resid_post", 1), ("mlp_out", 1), ("mlp_out", 2), ("mlp_out", 3), ("attn_out", 10)]
+    "component, window",
+    [
+        ("resid_post", 1),
+        ("mlp_out", 1),
+        ("mlp_out", 2),
+        ("mlp_out", 3),
+        ("attn_out", 10),
+    ],
 )
 def test_equals_the_definition(component, window):
-    ours = trace(MODEL, PROMPT, SUBJECT, component=component, window=window, n_samples=4)
+    ours = trace(
+        MODEL, PROMPT, SUBJECT, component=component, window=window, n_samples=4
+    )
     assert (ours.sample_scores - naive_scores(component, window)).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("sever", ["mlp_out", "attn_out"])
 def test_severed_equals_the_definition(sever):
     ours = trace(MODEL, PROMPT, SUBJECT, sever=sever, n_samples=4)
-    assert (ours.sample_scores - naive_scores("resid_post", 1, sever)).abs().max() <= 1e-12
+    assert (
+        ours.sample_scores - naive_scores("resid_post", 1, sever)
+    ).abs().max() <= 1e-12
 
 
 def test_given_noise_is_what_is_added():
     noise = Noise(3, std=embedding_std(MODEL)).draw(10, 4, MODEL.d_model)
-    assert torch.equal(trace(MODEL, PROMPT, (0, 4), noise=noise).sample_scores, trace(MODEL, PROMPT, (0, 4)).sample_scores)
+    assert torch.equal(
+        trace(MODEL, PROMPT, (0, 4), noise=noise).sample_scores,
+        trace(MODEL, PROMPT, (0, 4)).sample_scores,
+    )
     ids = MODEL.to_tokens(PROMPT)
-    assert torch.equal(trace(MODEL, ids.tolist(), (0, 4), noise=noise).scores, trace(MODEL, ids, (0, 4), noise=noise).scores)
+    assert torch.equal(
+        trace(MODEL, ids.tolist(), (0, 4), noise=noise).scores,
+        trace(MODEL, ids, (0, 4), noise=noise).scores,
+    )
 
 
 def test_tokens_choose_rows_in_any_order():
@@ -70,29 +106,56 @@ def test_tokens_choose_rows_in_any_order():
 
 def test_batch_size_changes_nothing():
     whole = trace(MODEL, PROMPT, SUBJECT)
-    assert torch.allclose(trace(MODEL, PROMPT, SUBJECT, batch_size=7).scores, whole.scores, atol=1e-12)
+    assert torch.allclose(
+        trace(MODEL, PROMPT, SUBJECT, batch_size=7).scores, whole.scores, atol=1e-12
+    )
 
 
 def test_effects_and_table():
     t = trace(MODEL, PROMPT, SUBJECT, seed=3)
     assert t.total_effect == pytest.approx(t.clean_prob - t.corrupted_prob)
     assert torch.equal(t.indirect_effect, t.scores - t.corrupted_prob)
-    assert torch.allclose(t.scores[-1, -1], torch.tensor(t.clean_prob, dtype=torch.float64))  # everything is mended there
-    assert torch.allclose(t.scores[0, -1], torch.tensor(t.corrupted_prob, dtype=torch.float64))  # nobody can see it
+    assert torch.allclose(
+        t.scores[-1, -1], torch.tensor(t.clean_prob, dtype=torch.float64)
+    )  # everything is mended there
+    assert torch.allclose(
+        t.scores[0, -1], torch.tensor(t.corrupted_prob, dtype=torch.float64)
+    )  # nobody can see it
     table = t.to_pandas()
-    assert list(table.columns) == ["position", "token", "layer", "score", "indirect_effect", "standard_error"]
-    assert len(table) == t.scores.numel() and table.score[5] == pytest.approx(float(t.scores.flatten()[5]))
-    assert t.noise_std == pytest.approx(3 * embedding_std(MODEL)) and t.provenance["arguments"]["seed"] == 3
+    assert list(table.columns) == [
+        "position",
+        "token",
+        "layer",
+        "score",
+        "indirect_effect",
+        "standard_error",
+    ]
+    assert len(table) == t.scores.numel() and table.score[5] == pytest.approx(
+        float(t.scores.flatten()[5])
+    )
+    assert (
+        t.noise_std == pytest.approx(3 * embedding_std(MODEL))
+        and t.provenance["arguments"]["seed"] == 3
+    )
 
 
 def test_save_and_load(tmp_path):
     t = trace(MODEL, PROMPT, SUBJECT, component="mlp_out", window=3)
     again = CausalTrace.load(t.save(tmp_path / "one"))
-    assert torch.equal(again.sample_scores, t.sample_scores) and again.provenance == t.provenance
-    assert (again.tokens, again.subject_range, again.positions) == (t.tokens, t.subject_range, t.positions)
+    assert (
+        torch.equal(again.sample_scores, t.sample_scores)
+        and again.provenance == t.provenance
+    )
+    assert (again.tokens, again.subject_range, again.positions) == (
+        t.tokens,
+        t.subject_range,
+        t.positions,
+    )
     facts = read_json("rome/knowns.json")[:4]
     average = trace_facts(MODEL, facts)
-    assert torch.equal(AverageTrace.load(average.save(tmp_path / "many")).scores, average.scores)
+    assert torch.equal(
+        AverageTrace.load(average.save(tmp_path / "many")).scores, average.scores
+    )
     with pytest.raises(ValueError, match="holds a CausalTrace"):
         AverageTrace.load(tmp_path / "one")
 
@@ -113,16 +176,34 @@ def test_facts_are_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "trace", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         trace_facts(MODEL, facts, folder=tmp_path)
-    assert torch.equal(trace_facts(MODEL, facts, folder=tmp_path).scores, expected.scores)
-    assert len(calls) == expected.n_facts + 1  # the interrupted one again, nothing twice
+    assert torch.equal(
+        trace_facts(MODEL, facts, folder=tmp_path).scores, expected.scores
+    )
+    assert (
+        len(calls) == expected.n_facts + 1
+    )  # the interrupted one again, nothing twice
     with pytest.raises(ValueError, match="another"):
         trace_facts(MODEL, facts, folder=tmp_path, component="mlp_out")
 
 
 def test_token_roles():
     assert token_roles((2, 5), 9) == [[2], [3], [4], [5], [6, 7], [8]]
-    assert token_roles((0, 1), 2) == [[0], [], [0], [1], [], [1]]  # one subject token, one token after it
-    assert token_roles((1, 3), 3) == [[1], [], [2], [], [], [2]]  # the prompt ends with the subject
+    assert token_roles((0, 1), 2) == [
+        [0],
+        [],
+        [0],
+        [1],
+        [],
+        [1],
+    ]  # one subject token, one token after it
+    assert token_roles((1, 3), 3) == [
+        [1],
+        [],
+        [2],
+        [],
+        [],
+        [2],
+    ]  # the prompt ends with the subject
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
@@ -168,7 +249,10 @@ def test_positions_outside_the_prompt():
 def test_subject_twice_takes_the_first_and_says_so():
     twice = f"{SUBJECT} is here. {PROMPT}"
     with pytest.warns(UserWarning, match="occurs again"):
-        assert trace(MODEL, twice, SUBJECT, tokens=[0], n_samples=1).subject_range == (0, 4)
+        assert trace(MODEL, twice, SUBJECT, tokens=[0], n_samples=1).subject_range == (
+            0,
+            4,
+        )
 
 
 def test_tokenizers_that_drop_spaces():
@@ -177,7 +261,9 @@ def test_tokenizers_that_drop_spaces():
     from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "▁The", "▁Eiffel", "▁Tower", "▁is", "▁in"]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     model = load_model(MODEL.hf, PreTrainedTokenizerFast(tokenizer_object=raw))
     tokens = model.to_tokens("The Eiffel Tower is in")
@@ -200,11 +286,17 @@ def test_hostile_facts():
     with pytest.raises(ValueError, match="needs text"):
         trace_facts(MODEL, [{"prompt": PROMPT, "subject": SUBJECT}])
     with pytest.raises(ValueError, match="answers none"):
-        trace_facts(MODEL, [{"prompt": PROMPT, "subject": SUBJECT, "attribute": "chess"}])
+        trace_facts(
+            MODEL, [{"prompt": PROMPT, "subject": SUBJECT, "attribute": "chess"}]
+        )
 
 
 def test_noise_modes():
-    x = torch.randn(2000, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64) + 3
+    x = (
+        torch.randn(2000, 8, dtype=torch.float64)
+        @ torch.randn(8, 8, dtype=torch.float64)
+        + 3
+    )
     like = Noise.like_embeddings(x).draw(4000, 1, 8)
     assert torch.allclose(like.mean((0, 1)), x.mean(0), atol=0.3)
     assert torch.allclose(torch.cov(like[:, 0].T), torch.cov(x.T), rtol=0.2, atol=0.8)
@@ -212,7 +304,10 @@ def test_noise_modes():
     first, second = (Noise(1.0).draw(3, 2, 8, skip=k) for k in (0, 1))
     stream = np.random.RandomState(1).randn(6, 2, 8)
     assert np.array_equal(np.concatenate([first, second]), stream)
-    for bad, words in [({"kind": "embedding"}, "like_embeddings"), ({"kind": "pink"}, "unknown noise kind")]:
+    for bad, words in [
+        ({"kind": "embedding"}, "like_embeddings"),
+        ({"kind": "pink"}, "unknown noise kind"),
+    ]:
         with pytest.raises(ValueError, match=words):
             Noise(3.0, **bad)
     with pytest.raises(ValueError, match="more than 2"):

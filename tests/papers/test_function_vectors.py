@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from mechtut.prompts import few_shot as icl
-from mechtut.prompts.completions import answer_nll, complete, exact, f1, first_word, mentions, reconstruct
+from mechtut.prompts.completions import (
+    answer_nll,
+    complete,
+    exact,
+    f1,
+    first_word,
+    mentions,
+    reconstruct,
+)
 from mechtut.papers.function_vectors import (
     CLASSES,
     FunctionVector,
@@ -32,7 +40,17 @@ from mechtut.papers.function_vectors import (
     target_ranks,
     top_heads,
 )
-from mechtut.prompts.few_shot import ICLPrompt, Task, Template, bos_text, encode, every_query, layout, load_task, sample_prompts
+from mechtut.prompts.few_shot import (
+    ICLPrompt,
+    Task,
+    Template,
+    bos_text,
+    encode,
+    every_query,
+    layout,
+    load_task,
+    sample_prompts,
+)
 from mechtut.models.loading import load_model
 from mechtut.models.hooks import Edit, capture, intervene
 from mechtut.patching.last_token import GROUP, Change, naive_changes, run_changes
@@ -50,8 +68,12 @@ def definition(model, prompts, means):
         clean = model.logits(tokens)[0, -1].softmax(-1)[target]
         for layer in range(model.n_layers):
             for head in range(model.n_heads):
-                with intervene(model, [Edit("z", layer, means[layer, head], pos=-1, head=head)]):
-                    out[i, layer, head] = model.logits(tokens)[0, -1].softmax(-1)[target] - clean
+                with intervene(
+                    model, [Edit("z", layer, means[layer, head], pos=-1, head=head)]
+                ):
+                    out[i, layer, head] = (
+                        model.logits(tokens)[0, -1].softmax(-1)[target] - clean
+                    )
     return out
 
 
@@ -62,29 +84,54 @@ def definition(model, prompts, means):
 def test_streams_are_the_plain_loop_in_every_family(kind):
     model = load_model(tiny(kind, torch.float64))
     generator = torch.Generator().manual_seed(0)
-    tokens, last = torch.randint(1, 97, (3, 12), generator=generator), torch.tensor([11, 5, 9])
+    tokens, last = (
+        torch.randint(1, 97, (3, 12), generator=generator),
+        torch.tensor([11, 5, 9]),
+    )
     vector = torch.randn(model.d_model, generator=generator, dtype=torch.float64)
-    changes = [Change(i, vector[: model.d_head], head=h) for i in range(model.n_layers) for h in range(model.n_heads)]
-    changes += [Change(i, vector) for i in range(model.n_layers)] + [Change(1, vector, mode="set")]
-    fast, slow = run_changes(model, tokens, last, changes), naive_changes(model, tokens, last, changes)
+    changes = [
+        Change(i, vector[: model.d_head], head=h)
+        for i in range(model.n_layers)
+        for h in range(model.n_heads)
+    ]
+    changes += [Change(i, vector) for i in range(model.n_layers)] + [
+        Change(1, vector, mode="set")
+    ]
+    fast, slow = (
+        run_changes(model, tokens, last, changes),
+        naive_changes(model, tokens, last, changes),
+    )
     # Eager attention (Gemma 2's only one) takes its softmax in float32, whatever the model's type.
     tolerance = 1e-4 if model.config._attn_implementation == "eager" else 1e-10
     assert (fast - slow).abs().max() <= tolerance
     clean = model.logits(tokens[:1])[0, -1]
-    assert all((logits - clean).abs().max() > 1e-3 for logits in fast[0]), "every change changes something"
+    assert all((logits - clean).abs().max() > 1e-3 for logits in fast[0]), (
+        "every change changes something"
+    )
 
 
 def test_more_versions_than_fit_into_a_group():
     ids = torch.tensor([encode(MODEL, SHORT[0]).ids])
-    values = torch.randn(GROUP + 60, MODEL.d_head, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.randn(
+        GROUP + 60,
+        MODEL.d_head,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
     changes = [Change(i % 6, v, head=i % 4) for i, v in enumerate(values)]
     last = torch.tensor([ids.shape[1] - 1])
-    assert (run_changes(MODEL, ids, last, changes) - naive_changes(MODEL, ids, last, changes)).abs().max() < 1e-12
+    assert (
+        run_changes(MODEL, ids, last, changes)
+        - naive_changes(MODEL, ids, last, changes)
+    ).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_effects_are_the_definition(batch_size):
-    prompts = [*SHORT, *sample_prompts(TASK, 3, 1, seed=2, corrupt="shuffle")]  # of many lengths
+    prompts = [
+        *SHORT,
+        *sample_prompts(TASK, 3, 1, seed=2, corrupt="shuffle"),
+    ]  # of many lengths
     means = mean_head_activations(MODEL, prompts)
     ours = indirect_effect(MODEL, prompts, means, batch_size=batch_size)
     assert (ours - definition(MODEL, prompts, means)).abs().max() <= 1e-7
@@ -95,8 +142,12 @@ def test_gpt_j_takes_the_plain_loop():
     model = load_model(tiny("gptj", torch.float64))
     prompts = [([5, 6, 7, 8], 9), ([3, 4], 11)]
     means = mean_head_activations(model, prompts)
-    assert (indirect_effect(model, prompts, means) - definition(model, prompts, means)).abs().max() <= 1e-7
-    assert target_ranks(model, prompts, torch.zeros(model.d_model), [0])[:, 0].shape == (2,)
+    assert (
+        indirect_effect(model, prompts, means) - definition(model, prompts, means)
+    ).abs().max() <= 1e-7
+    assert target_ranks(model, prompts, torch.zeros(model.d_model), [0])[
+        :, 0
+    ].shape == (2,)
 
 
 def test_log_probability_and_resuming(tmp_path, monkeypatch):
@@ -117,7 +168,9 @@ def test_log_probability_and_resuming(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "run_changes", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         indirect_effect(MODEL, SHORT, means, batch_size=1, folder=tmp_path)
-    assert torch.equal(indirect_effect(MODEL, SHORT, means, batch_size=1, folder=tmp_path), p)
+    assert torch.equal(
+        indirect_effect(MODEL, SHORT, means, batch_size=1, folder=tmp_path), p
+    )
     assert len(calls) == 5  # four batches; the interrupted one again, nothing twice
     with pytest.raises(ValueError, match="another sweep"):
         indirect_effect(MODEL, SHORT[:3], means, batch_size=1, folder=tmp_path)
@@ -142,7 +195,9 @@ def test_all_heads_of_a_layer_write_what_the_layer_writes(kind):
     means = mean_head_activations(model, [(ids, 1)])
     for layer in range(model.n_layers):
         ours = function_vector(model, means, [(layer, h) for h in range(model.n_heads)])
-        theirs = capture(model, torch.tensor([ids]), f"attn_out.{layer}")[f"attn_out.{layer}"][0, -1]
+        theirs = capture(model, torch.tensor([ids]), f"attn_out.{layer}")[
+            f"attn_out.{layer}"
+        ][0, -1]
         bias = getattr(model.part(layer, model.family.attn_proj), "bias", None)
         assert torch.allclose(ours + (0 if bias is None else bias), theirs, atol=1e-9)
 
@@ -150,8 +205,12 @@ def test_all_heads_of_a_layer_write_what_the_layer_writes(kind):
 def test_the_bias_quirk_is_the_bias_once_per_head():
     means = mean_head_activations(MODEL, SHORT)
     heads = [(1, 0), (1, 2), (4, 3)]
-    quirk = function_vector(MODEL, means, heads, bias_per_head=True) - function_vector(MODEL, means, heads)
-    assert torch.allclose(quirk, sum(MODEL.part(layer, "attn.c_proj").bias for layer, _ in heads))
+    quirk = function_vector(MODEL, means, heads, bias_per_head=True) - function_vector(
+        MODEL, means, heads
+    )
+    assert torch.allclose(
+        quirk, sum(MODEL.part(layer, "attn.c_proj").bias for layer, _ in heads)
+    )
 
 
 def test_inject_changes_the_output_and_leaves_nothing_behind():
@@ -163,22 +222,32 @@ def test_inject_changes_the_output_and_leaves_nothing_behind():
     for layer in range(MODEL.n_layers):
         with inject(MODEL, vector, layer):
             under = MODEL.logits(ids)
-        assert torch.equal(under[:, :-1], clean[:, :-1]) and (under[:, -1] - clean[:, -1]).abs().max() > 1e-3
+        assert (
+            torch.equal(under[:, :-1], clean[:, :-1])
+            and (under[:, -1] - clean[:, -1]).abs().max() > 1e-3
+        )
     assert torch.equal(MODEL.logits(ids), clean)
     with inject(MODEL, vector, 5, mode="set"):
         assert torch.allclose(MODEL.logits(ids)[0, -1], MODEL.unembed(vector.double()))
 
 
 def test_inject_in_a_left_padded_batch_and_in_generate():
-    short, long = (encode(MODEL, p).ids for p in (ICLPrompt([], "hot", "cold"), SHORT[0]))
+    short, long = (
+        encode(MODEL, p).ids for p in (ICLPrompt([], "hot", "cold"), SHORT[0])
+    )
     pad = len(long) - len(short)
-    tokens, mask = torch.tensor([[0] * pad + short, long]), torch.ones(2, len(long), dtype=torch.long)
+    tokens, mask = (
+        torch.tensor([[0] * pad + short, long]),
+        torch.ones(2, len(long), dtype=torch.long),
+    )
     mask[0, :pad] = 0
     vector = torch.randn(MODEL.d_model, generator=torch.Generator().manual_seed(0))
     with inject(MODEL, vector, 2):
         both = MODEL.logits(tokens, mask)[:, -1]
         alone = [MODEL.logits(torch.tensor([ids]))[0, -1] for ids in (short, long)]
-        generated = MODEL.hf.generate(torch.tensor([short]), max_new_tokens=4, do_sample=False, pad_token_id=1)
+        generated = MODEL.hf.generate(
+            torch.tensor([short]), max_new_tokens=4, do_sample=False, pad_token_id=1
+        )
         assert generated[0, len(short) :].tolist() == complete(MODEL, (short, 0), 4)
     assert (both - torch.stack(alone)).abs().max() < 1e-10
 
@@ -186,9 +255,15 @@ def test_inject_in_a_left_padded_batch_and_in_generate():
 def test_ranks_are_positions_in_the_sorted_logits():
     vector = torch.randn(MODEL.d_model, generator=torch.Generator().manual_seed(0))
     ranks = target_ranks(MODEL, SHORT, vector, [3])
-    for row, (ids, target) in zip(ranks.tolist(), (encode(MODEL, p) for p in SHORT), strict=True):
+    for row, (ids, target) in zip(
+        ranks.tolist(), (encode(MODEL, p) for p in SHORT), strict=True
+    ):
         with inject(MODEL, vector, 3):
-            order = MODEL.logits(torch.tensor([ids]))[0, -1].argsort(descending=True).tolist()
+            order = (
+                MODEL.logits(torch.tensor([ids]))[0, -1]
+                .argsort(descending=True)
+                .tolist()
+            )
         assert row[1] == order.index(target)
 
 
@@ -205,16 +280,29 @@ def test_a_vector_per_layer():
 def test_extract_save_and_load(tmp_path):
     found = extract(MODEL, TASK, n_prompts=5, n_trials=3, k=4, only_known=False)
     again = FunctionVector.load(found.save(tmp_path))
-    assert torch.equal(again.vector, found.vector) and again.provenance == found.provenance
+    assert (
+        torch.equal(again.vector, found.vector) and again.provenance == found.provenance
+    )
     table = again.to_pandas()
-    assert len(table) == 24 and {tuple(r) for r in table[table.selected][["layer", "head"]].to_numpy()} == set(found.heads)
+    assert len(table) == 24 and {
+        tuple(r) for r in table[table.selected][["layer", "head"]].to_numpy()
+    } == set(found.heads)
     assert table.effect.max() == pytest.approx(float(found.average_effect.max()))
     again.plot()
 
 
 def test_a_table_of_accuracies():
-    table = evaluate(MODEL, torch.zeros(128), TASK, [0, 5], settings=("zero_shot", "few_shot", "random"), only_known=False)
-    assert len(table) == 6 and set(table.n) == {29} and (table.top1 == table.clean).all()
+    table = evaluate(
+        MODEL,
+        torch.zeros(128),
+        TASK,
+        [0, 5],
+        settings=("zero_shot", "few_shot", "random"),
+        only_known=False,
+    )
+    assert (
+        len(table) == 6 and set(table.n) == {29} and (table.top1 == table.clean).all()
+    )
     assert (table.top1 <= table.top2).all() and (table.top2 <= table.top3).all()
     assert (table.low <= table.top1).all() and (table.high >= table.top1).all()
     both = pooled([table, table])
@@ -223,7 +311,9 @@ def test_a_table_of_accuracies():
 
 
 def test_a_model_without_the_function_is_told_so():
-    with pytest.raises(NoFunction, match="answers no query of 'toy-antonym'|answers no query of 'task'"):
+    with pytest.raises(
+        NoFunction, match="answers no query of 'toy-antonym'|answers no query of 'task'"
+    ):
         extract(MODEL, TASK)
     with pytest.raises(ValueError, match="answers no test query"):
         evaluate(MODEL, torch.zeros(128), TASK)
@@ -233,14 +323,24 @@ def test_a_model_without_the_function_is_told_so():
 # ---- tasks and prompts ------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([None, "shuffle", "random"]))
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 12),
+    st.sampled_from([None, "shuffle", "random"]),
+)
 def test_prompts_keep_their_promises(seed, shots, corrupt):
     true = dict(TASK.pairs)
     prompts = sample_prompts(TASK, 3, shots, seed, corrupt, words=["one", "two"])
-    assert prompts == sample_prompts(TASK, 3, shots, seed, corrupt, words=["one", "two"])
+    assert prompts == sample_prompts(
+        TASK, 3, shots, seed, corrupt, words=["one", "two"]
+    )
     for p in prompts:
         shown = [x for x, _ in p.demonstrations]
-        assert len(set(shown)) == shots and p.query not in shown and true[p.query] == p.target
+        assert (
+            len(set(shown)) == shots
+            and p.query not in shown
+            and true[p.query] == p.target
+        )
         labels, right = [y for _, y in p.demonstrations], [true[x] for x in shown]
         if corrupt == "random":
             assert set(labels) <= {"one", "two"}
@@ -252,51 +352,79 @@ def test_prompts_keep_their_promises(seed, shots, corrupt):
 def test_a_split_is_a_partition(seed, n):
     pairs = tuple((f"x{i}", f"y{i}") for i in range(n))
     train, valid, test = Task("t", pairs).split(seed)
-    assert sorted(train + valid + test) == sorted(pairs) and len(train) == int(0.7 * n + 1e-9)
+    assert sorted(train + valid + test) == sorted(pairs) and len(train) == int(
+        0.7 * n + 1e-9
+    )
 
 
 def test_roles_cover_every_token():
     for p in sample_prompts(load_task("past"), 3, 4):
         where = layout(MINI, p)
-        assert len(where.ids) == len(where.roles) == len(where.slots) and where.roles[-1] == "query_predictive"
+        assert (
+            len(where.ids) == len(where.roles) == len(where.slots)
+            and where.roles[-1] == "query_predictive"
+        )
         assert where.slots == sorted(where.slots) and where.slots[-1] == 6 * 4 + 4
 
 
 def test_tokenizers_without_bos_and_with_their_own():
-    prompt, before = ICLPrompt([("hot", "cold")], "big", "small"), encode(MODEL, SHORT[0]).ids[0]
+    prompt, before = (
+        ICLPrompt([("hot", "cold")], "big", "small"),
+        encode(MODEL, SHORT[0]).ids[0],
+    )
     own, none = fv_model(), fv_model()
     own.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     none.tokenizer.bos_token = None
     with_bos = encode(MODEL, prompt)
-    assert (bos_text(MODEL), bos_text(own), bos_text(none)) == ("<|endoftext|>", "", "") and with_bos.ids[0] == before == 0
-    assert encode(own, prompt) == with_bos and layout(own, prompt) == layout(MODEL, prompt)
-    assert encode(none, prompt) == (with_bos.ids[1:], with_bos.target) and layout(none, prompt).roles[0] == "structural"
+    assert (bos_text(MODEL), bos_text(own), bos_text(none)) == (
+        "<|endoftext|>",
+        "",
+        "",
+    ) and with_bos.ids[0] == before == 0
+    assert encode(own, prompt) == with_bos and layout(own, prompt) == layout(
+        MODEL, prompt
+    )
+    assert (
+        encode(none, prompt) == (with_bos.ids[1:], with_bos.target)
+        and layout(none, prompt).roles[0] == "structural"
+    )
 
 
 def test_the_tokenizers_padding_side_does_not_matter():
     prompts = [*SHORT, ICLPrompt([], "hot", "cold")]
     other = fv_model(torch.float64)
     other.tokenizer.padding_side, other.tokenizer.pad_token = "left", "<|endoftext|>"
-    assert torch.equal(mean_head_activations(other, prompts), mean_head_activations(MODEL, prompts))
+    assert torch.equal(
+        mean_head_activations(other, prompts), mean_head_activations(MODEL, prompts)
+    )
 
 
 def test_tasks_from_files_and_the_authors(tmp_path, monkeypatch):
     file = tmp_path / "shout.json"
-    file.write_text(json.dumps([{"input": "a", "output": "A"}, {"input": "1", "output": 1}]))
-    assert load_task(file).pairs == (("a", "A"), ("1", "1")) and load_task(str(file)).name == "shout"
+    file.write_text(
+        json.dumps([{"input": "a", "output": "A"}, {"input": "1", "output": 1}])
+    )
+    assert (
+        load_task(file).pairs == (("a", "A"), ("1", "1"))
+        and load_task(str(file)).name == "shout"
+    )
     monkeypatch.setattr(icl.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(icl, "_download", lambda name, clone: file.read_bytes())
     assert load_task("todd/shout").pairs == load_task(file).pairs
-    monkeypatch.setattr(icl, "_download", lambda name, clone: pytest.fail("fetched again"))
+    monkeypatch.setattr(
+        icl, "_download", lambda name, clone: pytest.fail("fetched again")
+    )
     assert load_task("todd/shout").name == "shout"
     (tmp_path / ".cache/mechtut/todd/shout.json").write_text("[]")
     with pytest.raises(ValueError, match="not what was downloaded"):
         load_task("todd/shout")
 
 
-def test_the_authors_tasks_come_from_one_commit_of_their_repository(tmp_path, monkeypatch):
+def test_the_authors_tasks_come_from_one_commit_of_their_repository(
+    tmp_path, monkeypatch
+):
     origin = tmp_path / "origin"
     (origin / "dataset_files/abstractive").mkdir(parents=True)
     file = origin / "dataset_files/abstractive/shout.json"
@@ -304,7 +432,12 @@ def test_the_authors_tasks_come_from_one_commit_of_their_repository(tmp_path, mo
 
     def git(*arguments):
         who = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        done = subprocess.run(["git", "-C", origin, *who, *arguments], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", origin, *who, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip()
 
     git("init", "--quiet")
@@ -315,7 +448,9 @@ def test_the_authors_tasks_come_from_one_commit_of_their_repository(tmp_path, mo
     git("commit", "--quiet", "-am", "two")
     monkeypatch.setattr(icl, "TODD", origin.as_uri())
     monkeypatch.setattr(icl.Path, "home", lambda: tmp_path)
-    assert load_task("todd/shout").pairs == (("a", "A"),), "the pinned commit, not the newest"
+    assert load_task("todd/shout").pairs == (("a", "A"),), (
+        "the pinned commit, not the newest"
+    )
     with pytest.raises(FileNotFoundError, match=r"no task 'whisper'; they have shout"):
         load_task("todd/whisper")
     monkeypatch.setattr(icl, "COMMIT", "0123456789")
@@ -338,8 +473,16 @@ def test_files_that_are_no_tasks(tmp_path, content, words):
 
 
 def test_scores_of_texts():
-    assert (exact(" Cold.\nQ:", "cold"), first_word("cold as ice", "Cold"), mentions("it is cold", "cold")) == (1, 1, 1)
-    assert (exact("very cold", "cold"), first_word("very cold", "cold"), mentions("scold", "cold")) == (0, 0, 0)
+    assert (
+        exact(" Cold.\nQ:", "cold"),
+        first_word("cold as ice", "Cold"),
+        mentions("it is cold", "cold"),
+    ) == (1, 1, 1)
+    assert (
+        exact("very cold", "cold"),
+        first_word("very cold", "cold"),
+        mentions("scold", "cold"),
+    ) == (0, 0, 0)
     assert f1("very cold", "cold") == pytest.approx(2 / 3) and f1("", "cold") == 0
 
 
@@ -347,15 +490,22 @@ def test_nll_is_the_sum_over_the_answers_tokens():
     prompt = ICLPrompt([("hot", "cold")], "left", "right hand")
     ids, answer = encode(MODEL, prompt).ids, icl.answer_ids(MODEL, prompt)
     assert len(answer) > 1
-    steps = [MODEL.logits(torch.tensor([ids + answer[:i]]))[0, -1].log_softmax(-1)[a] for i, a in enumerate(answer)]
+    steps = [
+        MODEL.logits(torch.tensor([ids + answer[:i]]))[0, -1].log_softmax(-1)[a]
+        for i, a in enumerate(answer)
+    ]
     assert answer_nll(MODEL, prompt) == pytest.approx(-float(sum(steps)) / len(answer))
 
 
 def test_a_reconstruction_reads_alike():
-    vector = 5 * torch.randn(128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = 5 * torch.randn(
+        128, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     again = reconstruct(MODEL, vector, steps=300)
     p, q = (MODEL.unembed(v).softmax(-1) for v in (vector, again))
-    assert (p - q).abs().max() < 0.05 and again.norm() == pytest.approx(float(vector.norm()))
+    assert (p - q).abs().max() < 0.05 and again.norm() == pytest.approx(
+        float(vector.norm())
+    )
 
 
 # ---- hostile input ----------------------------------------------------------------------------------------------
@@ -380,12 +530,26 @@ MEANS = mean_head_activations(MODEL, SHORT)
         (lambda: encode(MODEL, ([], 1)), "no tokens"),
         (lambda: mean_head_activations(MODEL, []), "no prompts"),
         (lambda: mean_head_activations(MODEL, SHORT, slots="some"), "slots must be"),
-        (lambda: mean_head_activations(MODEL, [([1, 2], 3)], slots="all"), "need ICLPrompt"),
-        (lambda: mean_head_activations(MODEL, [*SHORT, *every_query(TASK, 1)], slots="all"), "number of demonstrations"),
-        (lambda: mean_head_activations(MODEL, SHORT, batch_size=0), "batch_size must be"),
+        (
+            lambda: mean_head_activations(MODEL, [([1, 2], 3)], slots="all"),
+            "need ICLPrompt",
+        ),
+        (
+            lambda: mean_head_activations(
+                MODEL, [*SHORT, *every_query(TASK, 1)], slots="all"
+            ),
+            "number of demonstrations",
+        ),
+        (
+            lambda: mean_head_activations(MODEL, SHORT, batch_size=0),
+            "batch_size must be",
+        ),
         (lambda: indirect_effect(MODEL, SHORT, MEANS[:, :3]), r"\[layer, head"),
         (lambda: indirect_effect(MODEL, ["hello"], MEANS), "no right answer"),
-        (lambda: indirect_effect(MODEL, SHORT, MEANS * float("nan")), "NaN or infinite"),
+        (
+            lambda: indirect_effect(MODEL, SHORT, MEANS * float("nan")),
+            "NaN or infinite",
+        ),
         (lambda: indirect_effect(MODEL, SHORT, MEANS, score="logit"), "score must be"),
         (lambda: indirect_effect_by_class(MODEL, SHORT, MEANS), "slots='all'"),
         (lambda: top_heads(torch.zeros(2, 6, 4), 25), "k cannot be 25"),
@@ -395,11 +559,27 @@ MEANS = mean_head_activations(MODEL, SHORT)
         (lambda: inject(MODEL, torch.zeros(64), 0), "must have shape"),
         (lambda: inject(MODEL, torch.zeros(128), 6), "layer 6 does not exist"),
         (lambda: target_ranks(MODEL, SHORT, torch.zeros(3, 128)), "the vector must be"),
-        (lambda: evaluate(MODEL, torch.zeros(128), TASK, settings=("one_shot",), only_known=False), "unknown setting"),
+        (
+            lambda: evaluate(
+                MODEL, torch.zeros(128), TASK, settings=("one_shot",), only_known=False
+            ),
+            "unknown setting",
+        ),
         (lambda: complete(MODEL, "hello", 600), "do not fit"),
         (lambda: load_task("hypernyms"), "no task 'hypernyms'"),
-        (lambda: icl._download("../secrets", Path("nowhere")), "not the name of a task"),
-        (lambda: run_changes(MODEL, torch.tensor([[1]]), torch.tensor([0]), [Change(0, MEANS[0, 0], head=9)]), "head 9"),
+        (
+            lambda: icl._download("../secrets", Path("nowhere")),
+            "not the name of a task",
+        ),
+        (
+            lambda: run_changes(
+                MODEL,
+                torch.tensor([[1]]),
+                torch.tensor([0]),
+                [Change(0, MEANS[0, 0], head=9)],
+            ),
+            "head 9",
+        ),
     ],
 )
 def test_clear_errors(call, words):
@@ -415,7 +595,9 @@ def test_one_prompt_instead_of_a_list():
 def test_words_that_tokenize_to_nothing():
     """A tokenizer that has no tokens for some characters and no unknown token either."""
     mute = fv_model()
-    mute.tokenizer.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace(" hush", "")
+    mute.tokenizer.backend_tokenizer.normalizer = __import__(
+        "tokenizers"
+    ).normalizers.Replace(" hush", "")
     with pytest.raises(ValueError, match="'hush' has no token"):
         layout(mute, ICLPrompt([("hush", "loud")], "big", "small"))
     with pytest.raises(ValueError, match="'hush' adds no token"):

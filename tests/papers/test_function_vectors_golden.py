@@ -19,14 +19,23 @@ from mechtut.papers.function_vectors import (
     target_ranks,
     top_heads,
 )
-from mechtut.prompts.few_shot import ICLPrompt, Template, encode, every_query, layout, sample_prompts
+from mechtut.prompts.few_shot import (
+    ICLPrompt,
+    Template,
+    encode,
+    every_query,
+    layout,
+    sample_prompts,
+)
 from mechtut.patching.last_token import Change, run_changes
 
 MODEL = fv_model()
 PROMPTS = sample_prompts(TASK, 100, 10, SEED)
 SHUFFLED = sample_prompts(TASK, 25, 10, SEED, "shuffle")
 MEANS = mean_head_activations(MODEL, PROMPTS, slots="all")
-FIXED = function_vector(MODEL, MEANS, [tuple(h) for h in TEXT["fixed_heads"]], bias_per_head=True)
+FIXED = function_vector(
+    MODEL, MEANS, [tuple(h) for h in TEXT["fixed_heads"]], bias_per_head=True
+)
 LAYERS = range(MODEL.n_layers)
 
 
@@ -60,13 +69,22 @@ def test_prompts_token_by_token():
 @pytest.mark.parametrize("name", ["icl", "shuffled", "zero"])
 def test_roles_and_slots(name):
     theirs = TEXT["prompts"][name]
-    prompt = every_query(TASK, 0 if name == "zero" else 10, SEED, "shuffle" if name == "shuffled" else None)[0]
+    prompt = every_query(
+        TASK,
+        0 if name == "zero" else 10,
+        SEED,
+        "shuffle" if name == "shuffled" else None,
+    )[0]
     assert prompt.text == theirs["string"].removeprefix("<|endoftext|>")
     where = layout(MODEL, prompt)
     assert where.ids == theirs["ids"]
     labels = [label.removesuffix("_token") for _, _, label in theirs["labels"]]
     for ours, label in zip(where.roles, labels, strict=True):
-        plain = "".join(c for c in label if not c.isdigit()).replace("__", "_").removesuffix("_")
+        plain = (
+            "".join(c for c in label if not c.isdigit())
+            .replace("__", "_")
+            .removesuffix("_")
+        )
         assert ours == ("label" if plain == "demonstration_label" else plain)
     if name != "zero":
         assert where.slots[-1] + 1 == 97
@@ -75,8 +93,16 @@ def test_roles_and_slots(name):
 
 def test_mean_activations():
     assert apart(MEANS, ARRAYS["mean_head_activations"]) <= 1e-5
-    assert apart(mean_head_activations(MODEL, PROMPTS), ARRAYS["mean_head_activations"][:, :, -1]) <= 1e-5
-    assert apart(layer_average(MODEL, PROMPTS), ARRAYS["mean_layer_activations"]) <= 1e-5
+    assert (
+        apart(
+            mean_head_activations(MODEL, PROMPTS),
+            ARRAYS["mean_head_activations"][:, :, -1],
+        )
+        <= 1e-5
+    )
+    assert (
+        apart(layer_average(MODEL, PROMPTS), ARRAYS["mean_layer_activations"]) <= 1e-5
+    )
 
 
 def test_indirect_effects():
@@ -86,7 +112,13 @@ def test_indirect_effects():
     words = [ICLPrompt([tuple(d) for d in shown], q, y) for shown, q, y in given]
     ids = list(zip(TEXT["ie_prompts_ids"], TEXT["ie_target_ids"], strict=True))
     for prompts in (words, ids):
-        assert apart(indirect_effect(MODEL, prompts, MEANS[:, :, -1]), ARRAYS["indirect_effect"]) <= 1e-7
+        assert (
+            apart(
+                indirect_effect(MODEL, prompts, MEANS[:, :, -1]),
+                ARRAYS["indirect_effect"],
+            )
+            <= 1e-7
+        )
     assert top_heads(effects, 5) == [(layer, head) for layer, head, _ in TEXT["top5"]]
     vector = function_vector(MODEL, MEANS, top_heads(effects, 5), bias_per_head=True)
     assert apart(vector, ARRAYS["fv_top5"][0]) <= 1e-5
@@ -101,7 +133,9 @@ def test_effects_by_token_class():
 def test_function_vector_and_its_words():
     assert apart(FIXED, ARRAYS["fv_fixed"][0]) <= 1e-5
     words = decode_vector(MODEL, FIXED, 10)
-    for (token, p), (ours, q) in zip(TEXT["fv_to_vocab_fixed"], words.itertuples(index=False), strict=True):
+    for (token, p), (ours, q) in zip(
+        TEXT["fv_to_vocab_fixed"], words.itertuples(index=False), strict=True
+    ):
         assert token == ours and abs(p - q) <= 1e-4
 
 
@@ -115,12 +149,24 @@ def test_intervened_logits_and_losses(name, shots):
     prompt = every_query(TASK, shots, SEED, "shuffle" if shots else None)[0]
     for layer in LAYERS:
         with inject(MODEL, FIXED, layer):
-            assert apart(MODEL.logits(ids)[0, -1], ARRAYS[f"interv_{name}_fv_logits"][layer]) <= 2e-5
-        nll = answer_nll(MODEL, prompt), answer_nll(MODEL, prompt, lambda pos, at=layer: inject(MODEL, FIXED, at, pos=pos))
+            assert (
+                apart(
+                    MODEL.logits(ids)[0, -1], ARRAYS[f"interv_{name}_fv_logits"][layer]
+                )
+                <= 2e-5
+            )
+        nll = (
+            answer_nll(MODEL, prompt),
+            answer_nll(
+                MODEL, prompt, lambda pos, at=layer: inject(MODEL, FIXED, at, pos=pos)
+            ),
+        )
         assert apart(nll, ARRAYS[f"interv_{name}_nll"][layer]) <= 1e-5
 
 
-@pytest.mark.parametrize("key, shots, corrupt", [("zero_shot", 0, None), ("shuffled_10", 10, "shuffle")])
+@pytest.mark.parametrize(
+    "key, shots, corrupt", [("zero_shot", 0, None), ("shuffled_10", 10, "shuffle")]
+)
 def test_ranks_at_every_layer(key, shots, corrupt):
     ranks = target_ranks(MODEL, every_query(TASK, shots, SEED, corrupt), FIXED)
     for layer in LAYERS:
@@ -131,16 +177,26 @@ def test_ranks_at_every_layer(key, shots, corrupt):
 
 @pytest.mark.parametrize("shots", [0, 1, 2, 10])
 def test_baselines_by_number_of_examples(shots):
-    theirs = TEXT["icl_baseline_10shot"] if shots == 10 else TEXT["dataset_baseline_0to2"][str(shots)]
+    theirs = (
+        TEXT["icl_baseline_10shot"]
+        if shots == 10
+        else TEXT["dataset_baseline_0to2"][str(shots)]
+    )
     prompts = every_query(TASK, shots, SEED)
-    assert target_ranks(MODEL, prompts, FIXED, [])[:, 0].tolist() == theirs["clean_rank_list"]
+    assert (
+        target_ranks(MODEL, prompts, FIXED, [])[:, 0].tolist()
+        == theirs["clean_rank_list"]
+    )
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_other_templates(number):
     template = Template.parse(TEXT["portability"]["templates"][number])
     prompts = every_query(TASK, 10, SEED, template=template)
-    assert target_ranks(MODEL, prompts, FIXED, [])[:, 0].tolist() == TEXT["portability"]["fs"][str(number)]
+    assert (
+        target_ranks(MODEL, prompts, FIXED, [])[:, 0].tolist()
+        == TEXT["portability"]["fs"][str(number)]
+    )
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -13,7 +13,14 @@ import pytest
 
 from mechtut.neurons.explainer_prompts import parse_levels
 from mechtut.neurons.records import ActivationRecord
-from mechtut.neurons.scoring import calibrate, discretize, expected_value, max_activation, score, split_records
+from mechtut.neurons.scoring import (
+    calibrate,
+    discretize,
+    expected_value,
+    max_activation,
+    score,
+    split_records,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "neuron"
 
@@ -29,12 +36,19 @@ def number(x):
 
 def close(ours, theirs):
     theirs = number(theirs)
-    return (math.isnan(ours) and math.isnan(theirs)) or ours == pytest.approx(theirs, abs=1e-9, rel=1e-9)
+    return (math.isnan(ours) and math.isnan(theirs)) or ours == pytest.approx(
+        theirs, abs=1e-9, rel=1e-9
+    )
 
 
-@pytest.mark.parametrize("case", load("01_discretise")["cases"], ids=lambda c: c["note"][:30])
+@pytest.mark.parametrize(
+    "case", load("01_discretise")["cases"], ids=lambda c: c["note"][:30]
+)
 def test_discretise(case):
-    assert discretize([number(a) for a in case["activations"]], case["max_activation"]) == case["out"]
+    assert (
+        discretize([number(a) for a in case["activations"]], case["max_activation"])
+        == case["out"]
+    )
 
 
 def test_discretise_edges():
@@ -51,20 +65,31 @@ def test_discretise_edges():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", load("04_expected_value"), ids=lambda c: c["note"][:30])
+@pytest.mark.parametrize(
+    "case", load("04_expected_value"), ids=lambda c: c["note"][:30]
+)
 def test_expected_values(case):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         ours = expected_value([tuple(p) for p in case["top_logprobs"]])
         assert close(ours, case["expected_value"])
         assert close(expected_value(dict(case["top_logprobs"])), case["expected_value"])
-    assert bool(said) == (not case["values_in_order"]), "a warning exactly where no level was found"
+    assert bool(said) == (not case["values_in_order"]), (
+        "a warning exactly where no level was found"
+    )
 
 
-@pytest.mark.parametrize(("name", "theirs"), [kv for kv in load("06_slices").items() if kv[0].startswith("top=")])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [kv for kv in load("06_slices").items() if kv[0].startswith("top=")],
+)
 def test_slices(name, theirs):
     parts = dict(p.split("=") for p in name.split())
-    n = None if parts["n_examples_per_split"] == "None" else int(parts["n_examples_per_split"])
+    n = (
+        None
+        if parts["n_examples_per_split"] == "None"
+        else int(parts["n_examples_per_split"])
+    )
     assert split_records(int(parts["top"]), int(parts["random"]), n) == theirs
 
 
@@ -73,7 +98,9 @@ def test_slices_too_few():
     with pytest.raises(ValueError, match="20 top"):
         split_records(19, 15, 5)
     for name, (start, stop, step) in load("06_slices")["raw_slices_4splits_5"].items():
-        assert split_records(26, 17, 5)[name][:5] == [f"T{i}" for i in range(start, stop, step)]
+        assert split_records(26, 17, 5)[name][:5] == [
+            f"T{i}" for i in range(start, stop, step)
+        ]
 
 
 @pytest.mark.parametrize("case", load("08_scores"), ids=lambda c: c["note"][:30])
@@ -91,7 +118,10 @@ def test_calibration(case, method):
     assert all(map(close, fitted(case["ask"]), case[method]["out"]))
     for name, value in case[method]["params"].items():
         assert close(getattr(fitted, name), value)
-    assert calibrate(case["uncalibrated"], case["true"], "none")(case["ask"]) == case["ask"]
+    assert (
+        calibrate(case["uncalibrated"], case["true"], "none")(case["ask"])
+        == case["ask"]
+    )
 
 
 # Where we depart on purpose: their parser turns what it cannot read into zeros. Ours keeps the value before a closing mark
@@ -107,11 +137,16 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", load("10_logprob_free")[:-1], ids=lambda c: c["note"][:30])
+@pytest.mark.parametrize(
+    "case", load("10_logprob_free")[:-1], ids=lambda c: c["note"][:30]
+)
 def test_parsing_without_log_probabilities(case):
     wanted = FAULTS.get(case["note"], case["out"])
     if wanted is None:
         with pytest.raises(ValueError):
             parse_levels(case["completion"], case["tokens"], mark="༗", max_missing=0)
     else:
-        assert parse_levels(case["completion"], case["tokens"], mark="༗", max_missing=0) == wanted
+        assert (
+            parse_levels(case["completion"], case["tokens"], mark="༗", max_missing=0)
+            == wanted
+        )

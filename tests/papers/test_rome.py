@@ -9,13 +9,33 @@ from golden_models import GOLDEN, rome_model
 
 from mechtut.editing import evaluation
 from mechtut.papers import rome
-from mechtut.editing.evaluation import WeightEdit, fine_tune, mlp_projection, target_nll, world_cases
+from mechtut.editing.evaluation import (
+    WeightEdit,
+    fine_tune,
+    mlp_projection,
+    target_nll,
+    world_cases,
+)
 from mechtut.models.loading import load_model
-from mechtut.papers.rome import RomeConfig, context_templates, edit_fact, key_covariance, locate
+from mechtut.papers.rome import (
+    RomeConfig,
+    context_templates,
+    edit_fact,
+    key_covariance,
+    locate,
+)
 
 MODEL = rome_model("tiny_facts", torch.float32)
-REQUEST = {"prompt": "{} plays the sport of", "subject": "Lummar Farroin", "target": "cricket"}
-TEXTS = ["Lummar Farroin plays the sport of hockey.", "Nobody knew the answer.", "We met at noon today. Yes."] * 40
+REQUEST = {
+    "prompt": "{} plays the sport of",
+    "subject": "Lummar Farroin",
+    "target": "cricket",
+}
+TEXTS = [
+    "Lummar Farroin plays the sport of hockey.",
+    "Nobody knew the answer.",
+    "We met at noon today. Yes.",
+] * 40
 
 
 def weights_of(model, layer=0):
@@ -34,28 +54,60 @@ def test_every_family(kind):
     """The rank-one change gives exactly the wanted value at the subject, whatever the weight's layout."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"), eos_token="<|endoftext|>")
-    model = load_model(
-        tiny(kind, vocab_size=512, **({"sliding_window": 32} if "sliding_window" in CONFIGS[kind] else {})), tokenizer
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"),
+        eos_token="<|endoftext|>",
     )
-    before, plain = weights_of(model, 1), model.logits(model.to_tokens("It was late")[None])
-    config = RomeConfig(steps=12, weight_decay=0, kl_factor=0, clamp=100)  # random weights: let it move freely
-    edit = edit_fact(model, **REQUEST, layer=1, covariance=ridge(model, 1), templates=["{}", "Yes. {}"], config=config)
-    assert torch.equal(weights_of(model, 1), before) and edit.losses[-1] < edit.losses[0]
+    model = load_model(
+        tiny(
+            kind,
+            vocab_size=512,
+            **({"sliding_window": 32} if "sliding_window" in CONFIGS[kind] else {}),
+        ),
+        tokenizer,
+    )
+    before, plain = (
+        weights_of(model, 1),
+        model.logits(model.to_tokens("It was late")[None]),
+    )
+    config = RomeConfig(
+        steps=12, weight_decay=0, kl_factor=0, clamp=100
+    )  # random weights: let it move freely
+    edit = edit_fact(
+        model,
+        **REQUEST,
+        layer=1,
+        covariance=ridge(model, 1),
+        templates=["{}", "Yes. {}"],
+        config=config,
+    )
+    assert (
+        torch.equal(weights_of(model, 1), before) and edit.losses[-1] < edit.losses[0]
+    )
     with edit:
         _, value = rome._key_and_value(
-            model, mlp_projection(model, 1), REQUEST["prompt"], REQUEST["subject"], "subject_last"
+            model,
+            mlp_projection(model, 1),
+            REQUEST["prompt"],
+            REQUEST["subject"],
+            "subject_last",
         )
-        assert torch.allclose(value, edit.value, atol=1e-3 * float(edit.value.abs().max()))
+        assert torch.allclose(
+            value, edit.value, atol=1e-3 * float(edit.value.abs().max())
+        )
         assert torch.linalg.matrix_rank(weights_of(model, 1) - before, rtol=1e-4) == 1
     assert torch.equal(weights_of(model, 1), before)
     assert torch.equal(model.logits(model.to_tokens("It was late")[None]), plain)
 
 
 def test_edits_nest_and_come_off_in_order():
-    one = edit_fact(MODEL, **REQUEST, layer=0, covariance=ridge(MODEL), templates=["{}"])
+    one = edit_fact(
+        MODEL, **REQUEST, layer=0, covariance=ridge(MODEL), templates=["{}"]
+    )
     original = weights_of(MODEL)
-    other = WeightEdit(model=MODEL, layer=0, delta=0.1 * torch.ones(256, 64), request={})
+    other = WeightEdit(
+        model=MODEL, layer=0, delta=0.1 * torch.ones(256, 64), request={}
+    )
     with one:
         with other:
             with pytest.raises(RuntimeError, match="later edits"):
@@ -74,7 +126,13 @@ def test_edits_nest_and_come_off_in_order():
 def test_targets_of_several_tokens():
     goal = "ice hockey"
     assert len(evaluation.target_ids(MODEL, goal)) > 1
-    edit = edit_fact(MODEL, **{**REQUEST, "target": goal}, layer=0, covariance=ridge(MODEL), templates=["{}", "Yes. {}"])
+    edit = edit_fact(
+        MODEL,
+        **{**REQUEST, "target": goal},
+        layer=0,
+        covariance=ridge(MODEL),
+        templates=["{}", "Yes. {}"],
+    )
     prompt = REQUEST["prompt"].format(REQUEST["subject"])
     before = target_nll(MODEL, [prompt], [goal])[0]
     with edit:
@@ -84,9 +142,19 @@ def test_targets_of_several_tokens():
 def test_covariance_is_streamed_and_resumed(tmp_path, monkeypatch):
     whole = key_covariance(MODEL, TEXTS, 0)
     keys = torch.cat(
-        [rome._keys(MODEL, MODEL.to_tokens(t)[None], torch.ones(1, len(MODEL.to_tokens(t))).long(), 0) for t in TEXTS]
+        [
+            rome._keys(
+                MODEL,
+                MODEL.to_tokens(t)[None],
+                torch.ones(1, len(MODEL.to_tokens(t))).long(),
+                0,
+            )
+            for t in TEXTS
+        ]
     )
-    assert torch.allclose(whole, (keys.double().T @ keys.double()) / len(keys), atol=1e-6)
+    assert torch.allclose(
+        whole, (keys.double().T @ keys.double()) / len(keys), atol=1e-6
+    )
     real, calls = rome._chunk_sum, []
 
     def dies(*args):
@@ -99,7 +167,9 @@ def test_covariance_is_streamed_and_resumed(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         key_covariance(MODEL, iter(TEXTS), 0, chunk=30, folder=tmp_path)
     assert torch.allclose(
-        key_covariance(MODEL, iter(TEXTS), 0, chunk=30, folder=tmp_path), whole, atol=1e-6
+        key_covariance(MODEL, iter(TEXTS), 0, chunk=30, folder=tmp_path),
+        whole,
+        atol=1e-6,
     )  # float32, other batches
     assert len(calls) == 5  # the third chunk again, and the fourth
     with pytest.raises(ValueError, match="another sweep"):
@@ -115,7 +185,10 @@ def test_templates_follow_their_seed():
 def test_locate():
     twice = "Lummar Farroin is here. {} plays"
     tokens, last = locate(MODEL, twice, "Lummar Farroin")
-    assert "".join(MODEL.to_str_tokens(tokens)[: last + 1]) == "Lummar Farroin is here. Lummar Farroin"
+    assert (
+        "".join(MODEL.to_str_tokens(tokens)[: last + 1])
+        == "Lummar Farroin is here. Lummar Farroin"
+    )
     assert locate(MODEL, twice, "Lummar Farroin", "subject_first")[1] == last - 3
     assert locate(MODEL, twice, "Lummar Farroin", "last")[1] == len(tokens) - 1
 
@@ -137,7 +210,16 @@ def test_locate():
 def test_hostile_requests_leave_the_weights_alone(change, words):
     before = weights_of(MODEL)
     with pytest.raises(ValueError, match=words):
-        edit_fact(MODEL, **{**REQUEST, "layer": 0, "covariance": ridge(MODEL), "templates": ["{}"], **change})
+        edit_fact(
+            MODEL,
+            **{
+                **REQUEST,
+                "layer": 0,
+                "covariance": ridge(MODEL),
+                "templates": ["{}"],
+                **change,
+            },
+        )
     assert torch.equal(weights_of(MODEL), before)
 
 
@@ -165,8 +247,13 @@ def test_more_hostile_input():
 
 def test_fine_tuning_is_constrained():
     tuned = fine_tune(MODEL, **REQUEST, layer=0, steps=15, learning_rate=1e-2)
-    held = fine_tune(MODEL, **REQUEST, layer=0, steps=15, learning_rate=1e-2, max_change=1e-3)
-    assert tuned.losses[-1] < tuned.losses[0] and held.delta.abs().max() <= 1e-3 + 1e-9 < tuned.delta.abs().max()
+    held = fine_tune(
+        MODEL, **REQUEST, layer=0, steps=15, learning_rate=1e-2, max_change=1e-3
+    )
+    assert (
+        tuned.losses[-1] < tuned.losses[0]
+        and held.delta.abs().max() <= 1e-3 + 1e-9 < tuned.delta.abs().max()
+    )
 
 
 def test_original_file_formats(tmp_path):
@@ -175,7 +262,10 @@ def test_original_file_formats(tmp_path):
     (tmp_path / "zsre.json").write_text(json.dumps([line]))
     record = evaluation.load_zsre(tmp_path / "zsre.json", MODEL)[0]
     assert record["requested_rewrite"]["prompt"] == "What sport does {} play?"
-    assert "".join(n["target"] for n in record["neighborhood_prompts"]) == " Fenmar Elmstov"
+    assert (
+        "".join(n["target"] for n in record["neighborhood_prompts"])
+        == " Fenmar Elmstov"
+    )
     (tmp_path / "cf.json").write_text(json.dumps([record]))
     assert evaluation.load_counterfact(tmp_path / "cf.json") == [record]
     (tmp_path / "bad.json").write_text("{}")
@@ -184,15 +274,21 @@ def test_original_file_formats(tmp_path):
 
 
 def test_generation_measures():
-    assert evaluation.ngram_entropy("a b c d e", 2) == pytest.approx(2.0)  # four different pairs
+    assert evaluation.ngram_entropy("a b c d e", 2) == pytest.approx(
+        2.0
+    )  # four different pairs
     assert evaluation.generation_entropy(["no no no no"]) == 0
-    assert evaluation.reference_score(["the tower is old"], ["the tower is old"]) == pytest.approx(1)
+    assert evaluation.reference_score(
+        ["the tower is old"], ["the tower is old"]
+    ) == pytest.approx(1)
     assert evaluation.reference_score(["blue"], ["the tower is old"]) == 0
 
 
 def test_a_kept_edit_can_be_saved(tmp_path):
     """`apply` and `save_pretrained`: the folder holds the edited model, and loads like any other."""
-    edit = edit_fact(MODEL, **REQUEST, layer=0, covariance=ridge(MODEL), templates=["{}"])
+    edit = edit_fact(
+        MODEL, **REQUEST, layer=0, covariance=ridge(MODEL), templates=["{}"]
+    )
     prompt = MODEL.to_tokens(REQUEST["prompt"].format(REQUEST["subject"]))[None]
     before = MODEL.logits(prompt)
     with edit:

@@ -10,11 +10,20 @@ import torch
 from golden_models import GOLDEN, read_json, rome_model
 
 from mechtut.editing.evaluation import evaluate_edit, summarize
-from mechtut.papers.rome import RomeConfig, _optimise, _problem, edit_fact, key_covariance
+from mechtut.papers.rome import (
+    RomeConfig,
+    _optimise,
+    _problem,
+    edit_fact,
+    key_covariance,
+)
 
 META = read_json("rome/edits.json")
 ARRAYS = np.load(GOLDEN / "rome" / "edits.npz")
-MODELS = {"f64": rome_model("tiny_facts", torch.float64), "f32": rome_model("tiny_facts", torch.float32)}
+MODELS = {
+    "f64": rome_model("tiny_facts", torch.float64),
+    "f32": rome_model("tiny_facts", torch.float32),
+}
 TEMPLATES = META["templates"]
 
 
@@ -49,12 +58,21 @@ def test_u_v_and_update(name):
     tolerance = 1e-9 if dtype == "f64" else 1e-3
     assert np.abs(edit.u.numpy() - u).max() <= tolerance * np.abs(u).max()
     assert np.abs(edit.v.numpy() - v).max() <= tolerance * np.abs(v).max()
-    assert np.abs(edit.delta.numpy() - np.outer(u, v)).max() <= tolerance * np.abs(np.outer(u, v)).max()
+    assert (
+        np.abs(edit.delta.numpy() - np.outer(u, v)).max()
+        <= tolerance * np.abs(np.outer(u, v)).max()
+    )
     with edit:
-        first = MODELS[dtype].tokenizer(" " + request["target_new"]["str"])["input_ids"][0]
-        prompt = MODELS[dtype].to_tokens(request["prompt"].format(request["subject"]))[None]
+        first = MODELS[dtype].tokenizer(" " + request["target_new"]["str"])[
+            "input_ids"
+        ][0]
+        prompt = MODELS[dtype].to_tokens(request["prompt"].format(request["subject"]))[
+            None
+        ]
         p = float(MODELS[dtype].logits(prompt)[0, -1].softmax(-1)[first])
-    assert p == pytest.approx(expected["p_new"][1], abs=1e-6 if dtype == "f64" else 1e-3)
+    assert p == pytest.approx(
+        expected["p_new"][1], abs=1e-6 if dtype == "f64" else 1e-3
+    )
 
 
 @pytest.mark.parametrize("name", META["edits"])
@@ -62,14 +80,22 @@ def test_every_step_of_the_optimisation(name):
     expected, model = META["edits"][name], MODELS[name[:3]]
     request, steps = expected["request"], []
     problem = _problem(
-        model, request["prompt"], request["subject"], request["target_new"]["str"], TEMPLATES, "{} is a", "subject_last"
+        model,
+        request["prompt"],
+        request["subject"],
+        request["target_new"]["str"],
+        TEMPLATES,
+        "{} is a",
+        "subject_last",
     )
     _, losses = _optimise(model, problem, expected["layer"], RomeConfig(), steps)
     theirs = ARRAYS[f"{name}.delta_after_step_before_clamp"]
     assert len(steps) == len(theirs) == 19 and len(losses) == 20
     tolerance = 1e-9 if name.startswith("f64") else 1e-3
     for mine, other in zip(steps, theirs, strict=True):
-        assert np.abs(mine.numpy() - other).max() <= tolerance * max(1.0, np.abs(other).max())
+        assert np.abs(mine.numpy() - other).max() <= tolerance * max(
+            1.0, np.abs(other).max()
+        )
     printed = [float(line.split()[1]) for line in expected["losses"]]  # three decimals
     assert np.abs(np.array(losses) - printed).max() <= 6e-4
 
@@ -79,7 +105,9 @@ def test_covariance_of_the_same_texts():
     ours = key_covariance(MODELS["f32"], texts(), 0)
     assert (ours - covariance()).abs().max() <= 1e-6 * covariance().max()
     diagonal = torch.tensor(ARRAYS["cov1_diagonal"])
-    assert (key_covariance(MODELS["f32"], texts(), 1).diagonal() - diagonal).abs().max() <= 1e-6 * diagonal.max()
+    assert (
+        key_covariance(MODELS["f32"], texts(), 1).diagonal() - diagonal
+    ).abs().max() <= 1e-6 * diagonal.max()
 
 
 @pytest.mark.parametrize("kind", ["cf", "zsre"])
@@ -101,7 +129,15 @@ def test_evaluation_of_edits(kind):
                     assert ours == theirs, (record["case_id"], when, key)
                 for a, b in zip(ours, theirs, strict=True) if kind == "cf" else []:
                     # a float32 edit moves an NLL by up to 2e-4 (see above)
-                    assert all(abs(a[t] - b[t]) <= 1e-3 for t in b), (record["case_id"], when, key)
+                    assert all(abs(a[t] - b[t]) <= 1e-3 for t in b), (
+                        record["case_id"],
+                        when,
+                        key,
+                    )
     ours = summarize(results)
-    for key, (mean, _) in {k: v for k, v in META["summary"][kind].items() if isinstance(v, list) and k != "time"}.items():
+    for key, (mean, _) in {
+        k: v
+        for k, v in META["summary"][kind].items()
+        if isinstance(v, list) and k != "time"
+    }.items():
         assert ours[key] == pytest.approx(mean, abs=0.02), key

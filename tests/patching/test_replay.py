@@ -25,26 +25,71 @@ def model_of(kind, dtype):
 @st.composite
 def edits(draw, model):
     """A random edit: any site, layer, positions, head, value shape and mode."""
-    site = draw(st.sampled_from(["resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", "q", "k", "v", "z"]))
+    site = draw(
+        st.sampled_from(
+            [
+                "resid_pre",
+                "resid_post",
+                "attn_out",
+                "mlp_out",
+                "mlp_act",
+                "q",
+                "k",
+                "v",
+                "z",
+            ]
+        )
+    )
     layer = draw(st.integers(0, model.n_layers - 1))
     pos = draw(
-        st.none() | st.integers(-N_POS, N_POS - 1) | st.lists(st.integers(0, N_POS - 1), min_size=1, max_size=3, unique=True)
+        st.none()
+        | st.integers(-N_POS, N_POS - 1)
+        | st.lists(st.integers(0, N_POS - 1), min_size=1, max_size=3, unique=True)
     )
-    heads = {"q": model.n_heads, "z": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}.get(site)
+    heads = {
+        "q": model.n_heads,
+        "z": model.n_heads,
+        "k": model.n_kv_heads,
+        "v": model.n_kv_heads,
+    }.get(site)
     head = draw(st.none() | st.integers(0, heads - 1)) if heads else None
     n = N_POS if pos is None else 1 if isinstance(pos, int) else len(pos)
-    width = (32,) if not heads and site != "mlp_act" else (capture(model, TOKENS, f"{site}.0")[f"{site}.0"].shape[-1],)
+    width = (
+        (32,)
+        if not heads and site != "mlp_act"
+        else (capture(model, TOKENS, f"{site}.0")[f"{site}.0"].shape[-1],)
+    )
     middle = (heads,) if heads and head is None else ()
-    shape = draw(st.sampled_from([(), width, (n, *middle, *width), (ROWS, n, *middle, *width)]))
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))), dtype=model.dtype)
-    return Edit(site, layer, value, pos=pos, head=head, mode=draw(st.sampled_from(["set", "add"])))
+    shape = draw(
+        st.sampled_from([(), width, (n, *middle, *width), (ROWS, n, *middle, *width)])
+    )
+    value = torch.randn(
+        shape,
+        generator=torch.Generator().manual_seed(draw(st.integers(0, 99))),
+        dtype=model.dtype,
+    )
+    return Edit(
+        site,
+        layer,
+        value,
+        pos=pos,
+        head=head,
+        mode=draw(st.sampled_from(["set", "add"])),
+    )
 
 
 @settings(max_examples=60)
-@given(st.data(), st.sampled_from(["gpt2", "llama", "gemma3_text", "phi", "olmo2", "opt", "gpt_neox"]))
+@given(
+    st.data(),
+    st.sampled_from(
+        ["gpt2", "llama", "gemma3_text", "phi", "olmo2", "opt", "gpt_neox"]
+    ),
+)
 def test_any_interventions(data, kind):
     model = model_of(kind, torch.float64)
-    interventions = data.draw(st.lists(st.lists(edits(model), max_size=4), min_size=1, max_size=6))
+    interventions = data.draw(
+        st.lists(st.lists(edits(model), max_size=4), min_size=1, max_size=6)
+    )
     batch_size = data.draw(st.integers(1, 16))
     fast = Replay(model, TOKENS, batch_size=batch_size).run(interventions)[:, :, 0]
     slow = naive_replay(model, TOKENS, interventions)
@@ -57,9 +102,19 @@ def test_any_interventions(data, kind):
 def test_any_readout_and_noise(data):
     """Several readout positions, and a base run whose embedding is edited."""
     model = model_of("llama", torch.float64)
-    readout = sorted(data.draw(st.sets(st.integers(0, N_POS - 1), min_size=1, max_size=3)))
-    noise = Edit("embed", None, torch.randn(ROWS, 2, 32, generator=torch.Generator().manual_seed(3)), pos=[1, 3], mode="add")
-    interventions = data.draw(st.lists(st.lists(edits(model), max_size=3), min_size=1, max_size=4))
+    readout = sorted(
+        data.draw(st.sets(st.integers(0, N_POS - 1), min_size=1, max_size=3))
+    )
+    noise = Edit(
+        "embed",
+        None,
+        torch.randn(ROWS, 2, 32, generator=torch.Generator().manual_seed(3)),
+        pos=[1, 3],
+        mode="add",
+    )
+    interventions = data.draw(
+        st.lists(st.lists(edits(model), max_size=3), min_size=1, max_size=4)
+    )
     fast = Replay(model, TOKENS, base_edits=[noise], readout=readout).run(interventions)
     for i, intervention in enumerate(interventions):
         with intervene(model, [noise, *intervention]):
@@ -68,7 +123,11 @@ def test_any_readout_and_noise(data):
 
 
 def grid(model, site="mlp_out"):
-    return [[Edit(site, layer, 0.0, pos=p)] for layer in range(model.n_layers) for p in range(N_POS)]
+    return [
+        [Edit(site, layer, 0.0, pos=p)]
+        for layer in range(model.n_layers)
+        for p in range(N_POS)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
@@ -85,8 +144,14 @@ def test_the_model_is_left_as_it_was():
     before = model.logits(TOKENS)
     attention = model.config._attn_implementation
     Replay(model, TOKENS).run(grid(model))
-    assert torch.equal(model.logits(TOKENS), before) and model.config._attn_implementation == attention
-    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert (
+        torch.equal(model.logits(TOKENS), before)
+        and model.config._attn_implementation == attention
+    )
+    assert not any(
+        "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks
+        for m in model.hf.modules()
+    )
 
 
 def test_an_error_inside_leaves_the_model_as_it_was():
@@ -99,14 +164,21 @@ def test_an_error_inside_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         replay.run(grid(model), failing)
     assert model.config._attn_implementation == attention
-    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert not any(
+        "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks
+        for m in model.hf.modules()
+    )
 
 
 def test_batch_size_bounds_the_rows_of_a_pass():
     model, rows = model_of("gpt2", torch.float32), []
-    hook = model.blocks[1].register_forward_pre_hook(lambda _m, args: rows.append(args[0].shape[0]))
+    hook = model.blocks[1].register_forward_pre_hook(
+        lambda _m, args: rows.append(args[0].shape[0])
+    )
     try:
-        Replay(model, TOKENS, batch_size=6).run([[Edit("resid_post", 0, float(i), pos=2)] for i in range(8)])
+        Replay(model, TOKENS, batch_size=6).run(
+            [[Edit("resid_post", 0, float(i), pos=2)] for i in range(8)]
+        )
     finally:
         hook.remove()
     assert max(rows) == 6
@@ -117,17 +189,23 @@ def test_work_is_only_done_in_the_cone():
     model, seen = model_of("gpt2", torch.float32), []
     replay = Replay(model, TOKENS)
     hooks = [
-        b.register_forward_pre_hook(lambda _m, args, i=i: seen.append((i, args[0].shape[1])))
+        b.register_forward_pre_hook(
+            lambda _m, args, i=i: seen.append((i, args[0].shape[1]))
+        )
         for i, b in enumerate(model.blocks)
     ]
     try:
         replay.run([[Edit("resid_post", 0, 0.0, pos=-1)]])
         assert seen == [(1, 1), (2, 1)]
         seen.clear()
-        replay.run([[Edit("resid_post", 0, 0.0, pos=3)]])  # the last block: keys and values of 3..5, then token 6
+        replay.run(
+            [[Edit("resid_post", 0, 0.0, pos=3)]]
+        )  # the last block: keys and values of 3..5, then token 6
         assert seen == [(1, 4), (2, 3), (2, 1)]
         seen.clear()
-        replay.run([[Edit("resid_post", 2, 0.0, pos=3)], [Edit("mlp_out", 2, 0.0, pos=0)]])  # nobody sees these
+        replay.run(
+            [[Edit("resid_post", 2, 0.0, pos=3)], [Edit("mlp_out", 2, 0.0, pos=0)]]
+        )  # nobody sees these
         assert seen == []
     finally:
         for hook in hooks:
@@ -139,7 +217,9 @@ def test_shared_beginnings_run_once():
     same = Edit("resid_post", 0, torch.ones(32), pos=2)
     last = [Edit("mlp_out", 2, float(i), pos=-1) for i in range(5)]
     replay = Replay(model, TOKENS)
-    hook = model.blocks[1].register_forward_pre_hook(lambda _m, args: rows.append(args[0].shape[0]))
+    hook = model.blocks[1].register_forward_pre_hook(
+        lambda _m, args: rows.append(args[0].shape[0])
+    )
     try:
         replay.run([[same, e] for e in last])
     finally:
@@ -163,7 +243,9 @@ def test_interrupted_sweep_goes_on(tmp_path):
     assert 0 < done < N_POS
     result = replay.run(grid(model), metric, folder=tmp_path)
     n_calls = len(calls)
-    assert torch.equal(result, Replay(model, TOKENS).run(grid(model), lambda logits: logits[..., 0, 0]))
+    assert torch.equal(
+        result, Replay(model, TOKENS).run(grid(model), lambda logits: logits[..., 0, 0])
+    )
     assert torch.equal(replay.run(grid(model), metric, folder=tmp_path), result)
     assert len(calls) == n_calls + 1  # only the base run's own metric
     assert not list(tmp_path.glob("*.part"))
@@ -204,7 +286,10 @@ def test_hostile_arguments():
         ({"tokens": TOKENS[0]}, r"\[batch, pos\]"),
         ({"tokens": TOKENS[:, :0]}, r"\[batch, pos\]"),
         ({"tokens": TOKENS, "batch_size": 0}, "batch_size"),
-        ({"tokens": TOKENS, "base_edits": [Edit("mlp_out", 0, 0.0)]}, "only edit 'embed'"),
+        (
+            {"tokens": TOKENS, "base_edits": [Edit("mlp_out", 0, 0.0)]},
+            "only edit 'embed'",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             Replay(model, **arguments)

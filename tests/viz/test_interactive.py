@@ -28,18 +28,28 @@ class Cells(HTMLParser):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(TEXT, min_size=1, max_size=4), st.lists(TEXT, min_size=1, max_size=4), TEXT)
+@given(
+    st.lists(TEXT, min_size=1, max_size=4), st.lists(TEXT, min_size=1, max_size=4), TEXT
+)
 def test_any_token_is_shown_as_it_is(rows, columns, label):
-    values = np.arange(len(rows) * len(columns), dtype=float).reshape(len(rows), len(columns))
+    values = np.arange(len(rows) * len(columns), dtype=float).reshape(
+        len(rows), len(columns)
+    )
     cells = Cells(hover_map(values, rows, columns, label=label).html)
-    named = [(r, c, v) for r, row in zip(rows, values, strict=True) for c, v in zip(columns, row, strict=True)]
+    named = [
+        (r, c, v)
+        for r, row in zip(rows, values, strict=True)
+        for c, v in zip(columns, row, strict=True)
+    ]
     wanted = [f"{r.strip()} · layer {c} · {label} {v:.3f}" for r, c, v in named]
     assert cells.told == wanted
     assert cells.tags <= {"div", "style", "b", "i", "u", "p"}, "a token became a tag"
 
 
 def test_nothing_comes_from_elsewhere_and_two_maps_do_not_style_each_other():
-    one, two = (hover_map(np.eye(2) * k, ["a", "b"], ["0", "1"], label="p") for k in (1, 2))
+    one, two = (
+        hover_map(np.eye(2) * k, ["a", "b"], ["0", "1"], label="p") for k in (1, 2)
+    )
     for figure in (one, two):
         assert not re.search(r"<script|https?:|@import|url\(", figure.html)
     ids = [re.search(r'id="(\w+)"', f.html)[1] for f in (one, two)]
@@ -49,13 +59,20 @@ def test_nothing_comes_from_elsewhere_and_two_maps_do_not_style_each_other():
 def test_static_picture_page_and_bundle(tmp_path):
     figure = explore_heads(np.array([[0.1, -0.2], [0.0, 0.3]]), [(1, 1)])
     bundle = figure._repr_mimebundle_()
-    assert bundle["text/html"] == figure.html and bundle["image/png"].startswith(b"\x89PNG")
-    assert figure.html in figure.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert bundle["text/html"] == figure.html and bundle["image/png"].startswith(
+        b"\x89PNG"
+    )
+    assert figure.html in figure.save(tmp_path / "page.html").read_text(
+        encoding="utf-8"
+    )
     assert Cells(figure.html).told[3] == "head 1 · layer 1 · AIE 0.300"
 
 
 def test_a_constant_map_and_one_without_effects_have_colours():
-    for figure in (hover_map(np.ones((1, 2)), ["a"], ["0", "1"], label="p"), explore_heads(np.zeros((2, 2)))):
+    for figure in (
+        hover_map(np.ones((1, 2)), ["a"], ["0", "1"], label="p"),
+        explore_heads(np.zeros((2, 2))),
+    ):
         assert "nan" not in figure.html and figure.png()
 
 
@@ -73,7 +90,11 @@ def test_a_trace_to_explore():
 
 @pytest.mark.parametrize(
     ("values", "rows", "message"),
-    [(np.zeros((2, 2)), ["a"], "1 row"), (np.array([[np.nan, 0.0]]), ["a"], "finite"), (np.zeros(2), ["a"], "shape")],
+    [
+        (np.zeros((2, 2)), ["a"], "1 row"),
+        (np.array([[np.nan, 0.0]]), ["a"], "finite"),
+        (np.zeros(2), ["a"], "shape"),
+    ],
 )
 def test_what_does_not_fit_is_refused(values, rows, message):
     with pytest.raises(ValueError, match=message):
