@@ -1,4 +1,6 @@
-"""Hands setuptools what settings.ini holds: the version, the description and the requirements."""
+"""Hands setuptools what settings.ini holds: the version, the description and the
+requirements.
+"""
 
 from configparser import ConfigParser
 from pathlib import Path

@@ -1,13 +1,18 @@
-"""ACDC: one full forward per tested edge against the library's search, on the same graph and with the same log.
+"""ACDC: one full forward per tested edge against the library's search, on the same
+graph and with the same log.
 
-    python benchmarks/acdc.py [--threshold 0.01] [--rounds 3] [--first-difference 0] [--threads 1]
+python benchmarks/acdc.py [--threshold 0.01] [--rounds 3] [--first-difference 0]
+[--threads 1]
 
-A seeded model of 4 layers x 8 heads x 256 (1,615 edges), 24 pairs of prompts of 12 random tokens, KL at the last token.
-The plain search runs the whole graph for every edge, to the end, in three ways: reader by reader, as the paper's rules
-and the authors' hooks do it, with stock kernels; all heads of a layer at once; and that with oneDNN too (the search itself
-always has it). The search runs `--rounds` times before them and as often after them. `--first-difference` is the position
-from which on the two prompts of a pair differ (0: everywhere). Prints CPU seconds, whether the logs are identical, and two
-ratios: the searches alone, each given its two reference runs, and both with the making of these runs included.
+A seeded model of 4 layers x 8 heads x 256 (1,615 edges), 24 pairs of prompts of 12
+random tokens, KL at the last token. The plain search runs the whole graph for every
+edge, to the end, in three ways: reader by reader, as the paper's rules and the authors'
+hooks do it, with stock kernels; all heads of a layer at once; and that with oneDNN too
+(the search itself always has it). The search runs `--rounds` times before them and as
+often after them. `--first-difference` is the position from which on the two prompts of
+a pair differ (0: everywhere). Prints CPU seconds, whether the logs are identical, and
+two ratios: the searches alone, each given its two reference runs, and both with the
+making of these runs included.
 """
 
 import argparse
@@ -19,20 +24,22 @@ import torch
 from common import measure
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.papers.acdc import Rules, acdc, search
-from mechtut.circuits.circuit import Circuit
-from mechtut.circuits.runs import Contrast, Cuts, circuit_metric, heads_write
-from mechtut.circuits.graph import Edge, visits
-from mechtut.patching.matmul import fast_matmul
-from mechtut.models.loading import Model, load_model
 from mechtut.circuits._wiring import Run, attend, mlp_out, projector, run
+from mechtut.circuits.circuit import Circuit
+from mechtut.circuits.graph import Edge, visits
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric, heads_write
+from mechtut.models.loading import Model, load_model
+from mechtut.papers.acdc import Rules, acdc, search
+from mechtut.patching.matmul import fast_matmul
 
 Log = list[tuple[str, str, bool, float]]
 
 
 def plain_metric(contrast: Contrast, corrupted: Run, present: set[Edge]) -> float:
-    """One full forward pass of the graph, as the paper's rules read: a reader gets what it gets in the corrupted run, plus
-    what each parent that is still there writes now minus what it writes then."""
+    """One full forward pass of the graph, as the paper's rules read: a reader gets what
+    it gets in the corrupted run, plus what each parent that is still there writes now
+    minus what it writes then.
+    """
     graph, wiring, rows = contrast.graph, contrast.wiring, contrast.window.rows
     more = {"embed": contrast.differences[0]}
 
@@ -195,11 +202,15 @@ def compare(args: argparse.Namespace) -> None:
             )
     every = [*before, *rounds()]  # a shared machine changes its pace
     seconds = {name: statistics.median(r[name] for r in every) for name in ours}
-    print(f"{args.threads} thread(s), {len(whole.graph.edges)} edges, 24 x 12 tokens, pairs differ from "
-          f"{args.first_difference} on, threshold {args.threshold:g}: {len(circuit.log)} edges tested, "
-          f"{len(circuit.edges)} kept; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     print(
-        f"search alone {seconds['alone']:.2f} CPU s, with its reference runs {seconds['whole']:.2f} CPU s"
+        f"{args.threads} thread(s), {len(whole.graph.edges)} edges, 24 x 12 tokens,"
+        f" pairs differ from {args.first_difference} on, threshold {args.threshold:g}:"
+        f" {len(circuit.log)} edges tested, {len(circuit.edges)} kept; load"
+        f" {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        f"search alone {seconds['alone']:.2f} CPU s, with its reference runs"
+        f" {seconds['whole']:.2f} CPU s"
     )
     for name, (took, log) in plain.items():
         same = [(s.parent, s.child, s.kept) for s in circuit.log] == [
@@ -209,8 +220,11 @@ def compare(args: argparse.Namespace) -> None:
             abs(s.delta - d) for s, (*_, d) in zip(circuit.log, log, strict=False)
         )
         both = (took + seconds["plain's runs"]) / seconds["whole"]
-        print(f"{name}{took:8.2f} CPU s ({1000 * took / len(log):.1f} ms per edge), {took / seconds['alone']:.0f}x alone,"
-              f" {both:.0f}x with the runs; identical logs: {same}, largest difference of a change {worst:.1e}")  # fmt: skip
+        print(
+            f"{name}{took:8.2f} CPU s ({1000 * took / len(log):.1f} ms per edge),"
+            f" {took / seconds['alone']:.0f}x alone, {both:.0f}x with the runs;"
+            f" identical logs: {same}, largest difference of a change {worst:.1e}"
+        )
 
 
 def main() -> None:

@@ -1,12 +1,16 @@
-"""ACDC on a model of GPT-2 small's shape, with as many prompts as fit IOI: time and memory of a whole search.
+"""ACDC on a model of GPT-2 small's shape, with as many prompts as fit IOI: time and
+memory of a whole search.
 
-    python benchmarks/acdc_gpt2.py [--share 0.01] [--prompts 50] [--folder FOLDER] [--minutes M | --limit N] [--threads 1]
+python benchmarks/acdc_gpt2.py [--share 0.01] [--prompts 50] [--folder FOLDER]
+[--minutes M | --limit N] [--threads 1]
 
-12 layers x 12 heads x 768 with seeded random weights (32,923 edges that can be cut), 50 pairs of 15 random tokens that
-differ at positions 2, 4 and 10, where IOI prompts have their names; KL at the last token. An edge goes if it adds less than
-`--share` of what all edges together carry (the KL of the corrupted run). With `--folder` every finished node is kept there,
-and the same command goes on from there after Ctrl-C, `--minutes` or `--limit` (tests in this run). Prints edges tested and
-kept, CPU seconds, peak memory, and an estimate of the plain way: a few timed full forward passes, times the tests.
+12 layers x 12 heads x 768 with seeded random weights (32,923 edges that can be cut), 50
+pairs of 15 random tokens that differ at positions 2, 4 and 10, where IOI prompts have
+their names; KL at the last token. An edge goes if it adds less than `--share` of what
+all edges together carry (the KL of the corrupted run). With `--folder` every finished
+node is kept there, and the same command goes on from there after Ctrl-C, `--minutes` or
+`--limit` (tests in this run). Prints edges tested and kept, CPU seconds, peak memory,
+and an estimate of the plain way: a few timed full forward passes, times the tests.
 """
 
 import argparse
@@ -20,12 +24,12 @@ import torch
 from acdc import readers_one_by_one
 from common import gpt2_small, measure
 
-from mechtut.papers.acdc import Rules, search
-from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.graph import Edge
-from mechtut.patching.matmul import fast_matmul
-from mechtut.models.loading import Model
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.search import Pruner
+from mechtut.models.loading import Model
+from mechtut.papers.acdc import Rules, search
+from mechtut.patching.matmul import fast_matmul
 
 NAMES = (2, 4, 10)
 
@@ -44,7 +48,9 @@ def pairs(n: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def counted(minutes: float, limit: int) -> list[int]:
-    """From now on, count the edges that are asked about in the only entry of this list, and raise `Enough` in time."""
+    """From now on, count the edges that are asked about in the only entry of this list,
+    and raise `Enough` in time.
+    """
     count, until, without = [0], time.monotonic() + 60 * minutes, Pruner.without
 
     def some_more(
@@ -62,7 +68,9 @@ def counted(minutes: float, limit: int) -> list[int]:
 def plain_seconds(
     model: Model, clean: torch.Tensor, corrupted: torch.Tensor, passes: int
 ) -> dict[str, float]:
-    """CPU seconds of one full forward pass of the graph with all edges present, as the plain search runs for each test."""
+    """CPU seconds of one full forward pass of the graph with all edges present, as the
+    plain search runs for each test.
+    """
     contrast = Contrast(model, clean, corrupted, trim=False)
     cuts = Cuts(contrast.graph)
     one_by_one = readers_one_by_one(contrast)
@@ -89,10 +97,13 @@ def run(args: argparse.Namespace) -> None:
         setup, contrast = measure(lambda: Contrast(model, clean, corrupted))
         whole = circuit_metric(contrast, Cuts.only(contrast.graph, []))
     threshold = args.share * whole
-    print(f"GPT-2 small's shape, {len(contrast.graph.edges)} edges, {args.prompts} x 15 tokens, "
-          f"pairs differ at {NAMES}, {args.threads} thread(s)")  # fmt: skip
     print(
-        f"KL without any edge {whole:.3g}, threshold {args.share:g} of it: {threshold:.3g}",
+        f"GPT-2 small's shape, {len(contrast.graph.edges)} edges, {args.prompts} x 15"
+        f" tokens, pairs differ at {NAMES}, {args.threads} thread(s)"
+    )
+    print(
+        f"KL without any edge {whole:.3g}, threshold {args.share:g} of it:"
+        f" {threshold:.3g}",
         flush=True,
     )
     count, circuit, wall = counted(args.minutes, args.limit), None, time.perf_counter()
@@ -116,21 +127,28 @@ def run(args: argparse.Namespace) -> None:
     seconds, _ = measure(searched)
     wall = time.perf_counter() - wall
     tested = count[0]
-    print(f"{tested} edges tested here in {seconds:.1f} CPU s ({1000 * seconds / max(tested, 1):.1f} ms per test), "
-          f"{wall:.0f} s; contrast {setup:.1f} CPU s; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(
+        f"{tested} edges tested here in {seconds:.1f} CPU s"
+        f" ({1000 * seconds / max(tested, 1):.1f} ms per test), {wall:.0f} s; contrast"
+        f" {setup:.1f} CPU s; load {os.getloadavg()[0]:.1f}"
+    )
     if circuit is not None:
         tested = len(circuit.log)
         print(
-            f"finished: {tested} edges tested in all, {len(circuit.edges)} kept, KL {circuit.metric_final:.3g}"
+            f"finished: {tested} edges tested in all, {len(circuit.edges)} kept, KL"
+            f" {circuit.metric_final:.3g}"
         )
     print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB",
+        "peak memory"
+        f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB",
         flush=True,
     )
     if args.passes:
         for name, one in plain_seconds(model, clean, corrupted, args.passes).items():
-            print(f"ESTIMATE of the plain way, {name}: {one:.2f} CPU s per forward pass x {tested} tests = "
-                  f"{one * tested:.0f} CPU s")  # fmt: skip
+            print(
+                f"ESTIMATE of the plain way, {name}: {one:.2f} CPU s per forward pass x"
+                f" {tested} tests = {one * tested:.0f} CPU s"
+            )
 
 
 def main() -> None:

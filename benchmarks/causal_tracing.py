@@ -1,11 +1,13 @@
-"""Causal tracing: the paper's loop against the engine, side by side, on a seeded GPT-2-small-shaped model.
+"""Causal tracing: the paper's loop against the engine, side by side, on a seeded
+GPT-2-small-shaped model.
 
     python benchmarks/causal_tracing.py [--rounds 3] [--layers 12] [--threads 1]
 
-One prompt of 12 tokens, a subject of 4, 10 noise samples, every token x layer, for each component. The
-paper's loop makes one full forward of 11 rows (a clean one and ten corrupted) per cell. Prints CPU seconds
-(median over rounds), their ratio, the arithmetic that the affected cone needs and what share of it the
-engine's speed amounts to, agreement, and peak memory.
+One prompt of 12 tokens, a subject of 4, 10 noise samples, every token x layer, for each
+component. The paper's loop makes one full forward of 11 rows (a clean one and ten
+corrupted) per cell. Prints CPU seconds (median over rounds), their ratio, the
+arithmetic that the affected cone needs and what share of it the engine's speed amounts
+to, agreement, and peak memory.
 """
 
 import argparse
@@ -15,17 +17,19 @@ import statistics
 import torch
 from common import gpt2_small, measure
 
+from mechtut.models.hooks import Edit, intervene
+from mechtut.models.loading import Model
 from mechtut.papers.causal_tracing import Noise, trace, window_layers
 from mechtut.patching.matmul import fast_matmul
-from mechtut.models.loading import Model
-from mechtut.models.hooks import Edit, intervene
 
 SUBJECT, N_POS, WINDOW, NOISE = (0, 4), 12, 10, Noise(3.0, std=0.02)
 COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 
 
 def paper_loop(model: Model, ids: torch.Tensor, component: str) -> torch.Tensor:
-    """One full forward of 11 rows per (token, layer), as the authors do; returns scores [pos, layer]."""
+    """One full forward of 11 rows per (token, layer), as the authors do; returns scores
+    [pos, layer].
+    """
     batch = ids.repeat(11, 1)
     draws = torch.cat(
         [torch.zeros(1, 4, model.d_model), NOISE.draw(10, 4, model.d_model)]
@@ -63,7 +67,9 @@ def _copy_row_0(model: Model, component: str, layer: int, pos: int):
 
 
 def cone_flop(model: Model, component: str, rows: int = 10) -> float:
-    """Multiply-adds (x2) of the linear layers in the cones of all cells, sharing what windows share, plus the readout."""
+    """Multiply-adds (x2) of the linear layers in the cones of all cells, sharing what
+    windows share, plus the readout.
+    """
     d, n, vocab = model.d_model, model.n_layers, model.embed.weight.shape[0]
     kv, attn, mlp = (
         2 * d * d,
@@ -120,11 +126,13 @@ def main() -> None:
     x, w = torch.randn(1320, 768), torch.randn(768, 3072)
     seconds, _ = measure(lambda: [x @ w for _ in range(10)])
     print(
-        f"{args.threads} thread(s), stock matrix products {10 * 2 * 1320 * 768 * 3072 / seconds / 1e9:.0f} GFLOP/s"
+        f"{args.threads} thread(s), stock matrix products"
+        f" {10 * 2 * 1320 * 768 * 3072 / seconds / 1e9:.0f} GFLOP/s"
     )
     start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        "component   paper s   stock s  ratio   onednn s  ratio   cone GFLOP  of bound (stock)  largest difference"
+        "component   paper s   stock s  ratio   onednn s  ratio   cone GFLOP  of bound"
+        " (stock)  largest difference"
     )
     for component in args.components:
         rows: dict[str, list[float]] = {"paper": [], "stock": [], "onednn": []}
@@ -145,11 +153,15 @@ def main() -> None:
         peak = (
             n_forward * 11 * N_POS * 2 * (12 * 768**2 * args.layers + 50257 * 768) / p
         )  # the paper loop's own speed
-        print(f"{component:10s} {p:8.1f} {s:9.2f} {p / s:5.1f}x {o:10.2f} {p / o:5.1f}x {flop / 1e9:12.0f}"
-              f" {s * peak / flop:17.2f} {worst:19.1e}", flush=True)  # fmt: skip
+        print(
+            f"{component:10s} {p:8.1f} {s:9.2f} {p / s:5.1f}x {o:10.2f} {p / o:5.1f}x"
+            f" {flop / 1e9:12.0f} {s * peak / flop:17.2f} {worst:19.1e}",
+            flush=True,
+        )
     now_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"peak memory {now_mb:.0f} MB, of which {start_mb:.0f} MB before the first trace"
+        f"peak memory {now_mb:.0f} MB, of which {start_mb:.0f} MB before the first"
+        " trace"
     )
 
 

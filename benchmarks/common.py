@@ -10,7 +10,9 @@ from mechtut.models.loading import Model, load_model
 
 
 def gpt2_small(n_layers: int = 12, tokenizer=None, **config) -> Model:
-    """A GPT-2 of the small size with seeded random weights; `config` changes its configuration."""
+    """A GPT-2 of the small size with seeded random weights; `config` changes its
+    configuration.
+    """
     torch.manual_seed(0)
     return load_model(
         GPT2LMHeadModel(GPT2Config(n_layer=n_layers, **config)), tokenizer

@@ -1,11 +1,15 @@
-"""Indirect effects of every head: the paper's loop against the streams engine, on a seeded GPT-2-small-shaped model.
+"""Indirect effects of every head: the paper's loop against the streams engine, on a
+seeded GPT-2-small-shaped model.
 
-    python benchmarks/function_vectors.py [--trials 25] [--naive-heads 12] [--rounds 3] [--layers 12] [--threads 1]
+python benchmarks/function_vectors.py [--trials 25] [--naive-heads 12] [--rounds 3]
+[--layers 12] [--threads 1]
 
-Prompts of 119 to 131 tokens (125 on average), as ten word pairs make. The paper's loop makes one full forward per trial and
-head plus a clean one; it is timed on one trial and `--naive-heads` heads spread over the layers (0: all) and scaled to all
-heads, because every forward costs the same. Prints CPU seconds per trial (median over rounds), their ratio, the arithmetic
-that the engine cannot avoid, agreement with the loop on the timed heads, and peak memory.
+Prompts of 119 to 131 tokens (125 on average), as ten word pairs make. The paper's loop
+makes one full forward per trial and head plus a clean one; it is timed on one trial and
+`--naive-heads` heads spread over the layers (0: all) and scaled to all heads, because
+every forward costs the same. Prints CPU seconds per trial (median over rounds), their
+ratio, the arithmetic that the engine cannot avoid, agreement with the loop on the timed
+heads, and peak memory.
 """
 
 import argparse
@@ -15,14 +19,16 @@ import statistics
 import torch
 from common import gpt2_small, measure
 
+from mechtut.models.hooks import Edit, intervene
+from mechtut.models.loading import Model
 from mechtut.papers.function_vectors import indirect_effect, mean_head_activations
 from mechtut.patching.matmul import fast_matmul
-from mechtut.models.loading import Model
-from mechtut.models.hooks import Edit, intervene
 
 
 def random_prompts(model: Model, n: int) -> list[tuple[list[int], int]]:
-    """Random token ids; the target is the model's own first choice, so that probabilities are not tiny."""
+    """Random token ids; the target is the model's own first choice, so that
+    probabilities are not tiny.
+    """
     g = torch.Generator().manual_seed(1)
     lengths = (119 + 12 * torch.arange(n) // max(1, n - 1)).tolist() if n > 1 else [125]
     all_ids = [torch.randint(0, 50257, (k,), generator=g) for k in lengths]
@@ -50,7 +56,9 @@ def paper_loop(
 
 
 def bound_gflop(model: Model, n_pos: float) -> float:
-    """What one trial cannot do without: the prompt once, each head's cone, one unembedding per head."""
+    """What one trial cannot do without: the prompt once, each head's cone, one
+    unembedding per head.
+    """
     d, vocab, block = model.d_model, model.embed.weight.shape[0], 12 * model.d_model**2
     above = (
         sum(model.n_layers - 1 - layer for layer in range(model.n_layers))
@@ -120,20 +128,24 @@ def main() -> None:
     )
     now_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{args.threads} thread(s), {len(prompts)} trials of {n_pos:.0f} tokens on average, {len(every)} heads"
+        f"{args.threads} thread(s), {len(prompts)} trials of {n_pos:.0f} tokens on"
+        f" average, {len(every)} heads"
     )
     print(
-        f"paper's loop  {p:7.2f} CPU s per trial ({len(timed)} of {len(every)} heads timed), {loop_flop:.0f} GFLOP"
+        f"paper's loop  {p:7.2f} CPU s per trial ({len(timed)} of {len(every)} heads"
+        f" timed), {loop_flop:.0f} GFLOP"
     )
     print(f"engine, stock {s:7.2f} CPU s per trial, {p / s:.0f}x")
     print(f"engine        {f:7.2f} CPU s per trial, {p / f:.0f}x")
     print(
-        f"bound {flop:.1f} GFLOP per trial: {flop / f:.0f} GFLOP/s; the loop itself runs at {loop_flop / p:.0f} GFLOP/s"
+        f"bound {flop:.1f} GFLOP per trial: {flop / f:.0f} GFLOP/s; the loop itself"
+        f" runs at {loop_flop / p:.0f} GFLOP/s"
     )
     worst, largest = float((ours - slow).abs().max()), float(slow.abs().max())
     print(f"largest difference of an effect {worst:.1e} (largest effect {largest:.1e})")
     print(
-        f"peak memory {now_mb:.0f} MB, of which {start_mb:.0f} MB before the first trial"
+        f"peak memory {now_mb:.0f} MB, of which {start_mb:.0f} MB before the first"
+        " trial"
     )
 
 

@@ -1,11 +1,14 @@
-"""Collecting neuron records against the bare trunk (all blocks, no unembedding), on a seeded GPT-2-small-shaped model.
+"""Collecting neuron records against the bare trunk (all blocks, no unembedding), on a
+seeded GPT-2-small-shaped model.
 
-    python benchmarks/neurons.py [--excerpts 128] [--tokens 64] [--batch 32] [--rounds 3] [--layers 12] [--vocab 50257]
-                                 [--threads 1] [--table] [--store] [--transformer-lens]
+python benchmarks/neurons.py [--excerpts 128] [--tokens 64] [--batch 32] [--rounds 3]
+[--layers 12] [--vocab 50257] [--threads 1] [--table] [--store] [--transformer-lens]
 
-Every variant reads the same random tokens in the same batches with the same matrix products as the bare trunk (oneDNN's,
-unless `--stock`), side by side in each round. Random tokens are the worst case: the strongest excerpts change for longer
-than in real text. Prints CPU seconds (median over rounds), the median of the rounds' ratios, and peak memory.
+Every variant reads the same random tokens in the same batches with the same matrix
+products as the bare trunk (oneDNN's, unless `--stock`), side by side in each round.
+Random tokens are the worst case: the strongest excerpts change for longer than in real
+text. Prints CPU seconds (median over rounds), the median of the rounds' ratios, and
+peak memory.
 """
 
 import argparse
@@ -15,11 +18,11 @@ import statistics
 import torch
 from common import gpt2_small, measure
 
-from mechtut.neurons.collect import collect
-from mechtut.patching.matmul import fast_matmul
-from mechtut.models.loading import Model
 from mechtut.models.hooks import Site
+from mechtut.models.loading import Model
+from mechtut.neurons.collect import collect
 from mechtut.neurons.statistics import run_trunk
+from mechtut.patching.matmul import fast_matmul
 
 NOTHING_MORE = {"n_random": 0, "moments": False}
 VARIANTS = {
@@ -55,7 +58,9 @@ def store_everything(model: Model, tokens: torch.Tensor, batch: int) -> int:
 
 
 def lens_cache(bridge, tokens: torch.Tensor, batch: int) -> None:
-    """TransformerLens' cache of the same activations, reduced at once to each excerpt's maximum."""
+    """TransformerLens' cache of the same activations, reduced at once to each excerpt's
+    maximum.
+    """
     with torch.no_grad():
         for rows in tokens.split(batch):
             _, cache = bridge.run_with_cache(
@@ -127,7 +132,8 @@ def main() -> None:
                 seconds[name].append(measure(run)[0])
     kind = "PyTorch's own products" if args.stock else "oneDNN products"
     print(
-        f"{args.threads} thread(s), {args.excerpts} x {args.tokens} tokens, batches of {args.batch}, {kind}"
+        f"{args.threads} thread(s), {args.excerpts} x {args.tokens} tokens, batches of"
+        f" {args.batch}, {kind}"
     )
     for name, values in seconds.items():
         ratio = statistics.median(
@@ -135,7 +141,8 @@ def main() -> None:
         )
         print(f"{name:40s} {statistics.median(values):6.2f} CPU s  {ratio:5.2f}x")
     print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+        "peak memory"
+        f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
     )
 
 

@@ -1,10 +1,12 @@
-"""ROME: one edit and the key statistics, ours against the plain way, on a seeded GPT-2-small-shaped model.
+"""ROME: one edit and the key statistics, ours against the plain way, on a seeded
+GPT-2-small-shaped model.
 
     python benchmarks/rome.py [--layer 8] [--texts 64] [--rounds 3]
 
-The plain edit runs the whole model on all 22 prompts for each of the 20 loss evaluations, reads out every
-position, and goes back through every layer. The statistics are compared with nothing but the forward passes
-over the same texts (without the unembedding).
+The plain edit runs the whole model on all 22 prompts for each of the 20 loss
+evaluations, reads out every position, and goes back through every layer. The statistics
+are compared with nothing but the forward passes over the same texts (without the
+unembedding).
 """
 
 import argparse
@@ -15,7 +17,7 @@ from common import gpt2_small, measure
 from transformers import PreTrainedTokenizerFast
 
 from mechtut.editing.evaluation import mlp_projection, pad_right, target_ids
-from mechtut.patching.matmul import fast_matmul
+from mechtut.mini.world import World
 from mechtut.models.loading import Model, mask_arguments, mini_folder
 from mechtut.papers.rome import (
     RomeConfig,
@@ -25,7 +27,7 @@ from mechtut.papers.rome import (
     key_covariance,
     locate,
 )
-from mechtut.mini.world import World
+from mechtut.patching.matmul import fast_matmul
 
 PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"
 
@@ -33,7 +35,9 @@ PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"
 def plain_loop(
     model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig
 ) -> list[float]:
-    """The optimisation of the value as the paper's code does it: whole forward passes, all logits."""
+    """The optimisation of the value as the paper's code does it: whole forward passes,
+    all logits.
+    """
     goal = target_ids(model, TARGET)
     found = [locate(model, t.format(PROMPT), SUBJECT) for t in templates] + [
         locate(model, config.kl_prompt, SUBJECT)
@@ -79,7 +83,9 @@ def plain_loop(
 def ours(
     model: Model, layer: int, templates: tuple[str, ...], config: RomeConfig
 ) -> list[float]:
-    """The same optimisation from the edited layer up, reading out the positions that count."""
+    """The same optimisation from the edited layer up, reading out the positions that
+    count.
+    """
     with fast_matmul(model):
         problem = _problem(
             model, PROMPT, SUBJECT, TARGET, templates, config.kl_prompt, "subject_last"
@@ -88,7 +94,9 @@ def ours(
 
 
 def bare(model: Model, texts: list[str]) -> None:
-    """Forward passes over the texts, in batches of similar length, without the unembedding."""
+    """Forward passes over the texts, in batches of similar length, without the
+    unembedding.
+    """
     rows = sorted((model.to_tokens(t) for t in texts), key=len)
     with fast_matmul(model), torch.no_grad():
         for i in range(0, len(rows), 32):
@@ -124,7 +132,8 @@ def main() -> None:
     )
     worst = max(abs(x - y) for x, y in zip(a, b, strict=True))
     print(
-        f"one edit at layer {args.layer}: plain {plain:.1f} s, ours {fast:.1f} s, {plain / fast:.1f}x"
+        f"one edit at layer {args.layer}: plain {plain:.1f} s, ours {fast:.1f} s,"
+        f" {plain / fast:.1f}x"
     )
     print(f"largest difference of a loss {worst:.0e}")
     facts = World().facts
@@ -141,7 +150,8 @@ def main() -> None:
             statistics.median(column) for column in zip(*pairs, strict=True)
         )
         print(
-            f"keys of layer {layer}: passes {passes:.1f} s, statistics {statistic:.1f} s, {statistic / passes:.2f}x"
+            f"keys of layer {layer}: passes {passes:.1f} s, statistics"
+            f" {statistic:.1f} s, {statistic / passes:.2f}x"
         )
 
 

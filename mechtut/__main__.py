@@ -1,4 +1,6 @@
-"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `train-mini`, `examine-mini`, `new-paper`."""
+"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`,
+`train-mini`, `examine-mini`, `new-paper`.
+"""
 
 import argparse
 import sys
@@ -28,8 +30,11 @@ def parser() -> argparse.ArgumentParser:
     trace = commands.add_parser(
         "trace",
         help="find where a fact is stored: a causal trace, as a table and a figure",
-        description="Causal tracing (Meng et al. 2022): hide the subject behind noise, give back one state at a time, and "
-        "see which of them brings the answer back. Without a prompt, a fact of the embedded world is traced.",
+        description=(
+            "Causal tracing (Meng et al. 2022): hide the subject behind noise, give"
+            " back one state at a time, and see which of them brings the answer back."
+            " Without a prompt, a fact of the embedded world is traced."
+        ),
     )
     trace.add_argument("prompt", nargs="?", help="text whose next token is the answer")
     trace.add_argument("--subject", help="the part of the prompt to put noise on")
@@ -83,7 +88,10 @@ def parser() -> argparse.ArgumentParser:
     paper = commands.add_parser(
         "new-paper",
         help="start a notebook for a new paper from a template that already runs",
-        description="Write nbs/papers/NN_name.ipynb, NN being the next free multiple of ten, from a template.",
+        description=(
+            "Write nbs/papers/NN_name.ipynb, NN being the next free multiple of ten,"
+            " from a template."
+        ),
     )
     paper.add_argument(
         "name", help="name of the module, such as direct_logit_attribution"
@@ -98,14 +106,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def new_paper(name: str, folder: Path) -> Path:
-    """Write the template under the next free number; raises `ValueError` for a bad name, a missing folder, or a module that exists."""
+    """Write the template under the next free number; raises `ValueError` for a bad
+    name, a missing folder, or a module that exists.
+    """
     if not (name.isidentifier() and name == name.lower()):
         raise ValueError(
-            f"{name!r} cannot be a module; use lower-case letters, digits and underscores, such as logit_lens"
+            f"{name!r} cannot be a module; use lower-case letters, digits and"
+            " underscores, such as logit_lens"
         )
     if not folder.is_dir():
         raise ValueError(
-            f"there is no folder {folder}; run this at the top of a checkout of mechtut, or give --folder"
+            f"there is no folder {folder}; run this at the top of a checkout of"
+            " mechtut, or give --folder"
         )
     if taken := sorted(folder.glob(f"*_{name}.ipynb")) or [
         p for p in [Path(__file__).with_name(f"{name}.py")] if p.exists()
@@ -128,7 +140,9 @@ def new_paper(name: str, folder: Path) -> Path:
 
 
 def table(t: "CausalTrace") -> str:
-    """Indirect effect in hundredths, tokens down and layers across; every k-th layer if all do not fit in 100 columns."""
+    """Indirect effect in hundredths, tokens down and layers across; every k-th layer if
+    all do not fit in 100 columns.
+    """
     effect = t.indirect_effect
     n_pos, n_layers = effect.shape
     names = [
@@ -161,14 +175,19 @@ def report(t: "CausalTrace") -> str:
         [
             f"{t.component}: indirect effect × 100 (* = subject)",
             table(t),
-            f"Best: {t.tokens[pos]!r} (position {pos}) at layer {layer} brings p({t.answer!r}) "
-            f"from {t.corrupted_prob:.3f} to {float(t.scores[pos, layer]):.3f}.",
+            (
+                f"Best: {t.tokens[pos]!r} (position {pos}) at layer {layer} brings"
+                f" p({t.answer!r}) from {t.corrupted_prob:.3f} to"
+                f" {float(t.scores[pos, layer]):.3f}."
+            ),
         ]
     )
 
 
 def default_fact(model: "Model") -> tuple[str, str]:
-    """Prompt and subject of a typical fact of the embedded world: the second or a later one, right with p > 0.9."""
+    """Prompt and subject of a typical fact of the embedded world: the second or a later
+    one, right with p > 0.9.
+    """
     from mechtut.mini.world import World
 
     facts = World().facts
@@ -187,25 +206,31 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the work is done."""
     if (args.prompt is None) != (args.subject is None):
         raise ValueError(
-            "give a prompt and --subject together, or neither to trace a fact of the embedded world"
+            "give a prompt and --subject together, or neither to trace a fact of the"
+            " embedded world"
         )
     if args.prompt is None and args.model != "mini":
         raise ValueError(
-            f"--model {args.model} needs a prompt and --subject; only the embedded model has a fact of its own"
+            f"--model {args.model} needs a prompt and --subject; only the embedded"
+            " model has a fact of its own"
         )
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(
-            f"--out {args.out}: there is no folder {Path(args.out).parent} to write the figure into"
+            f"--out {args.out}: there is no folder {Path(args.out).parent} to write the"
+            " figure into"
         )
     known = ("png", "pdf", "svg", "jpg", "webp")
     if Path(args.out).suffix[1:].lower() not in known:
         raise ValueError(
-            f"--out {args.out}: the ending tells the format; use one of {', '.join(known)}"
+            f"--out {args.out}: the ending tells the format; use one of"
+            f" {', '.join(known)}"
         )
 
 
 def trace(args: argparse.Namespace) -> None:
-    """Trace a prompt, print a table for each component, and write one figure with a panel for each."""
+    """Trace a prompt, print a table for each component, and write one figure with a
+    panel for each.
+    """
     check(args)
     import matplotlib
 
@@ -232,7 +257,8 @@ def trace(args: argparse.Namespace) -> None:
     first = traces[0]
     print(f"{prompt}{first.answer}")
     print(
-        f"p({first.answer!r}) is {first.clean_prob:.3f}, and {first.corrupted_prob:.3f} with noise on {subject!r}."
+        f"p({first.answer!r}) is {first.clean_prob:.3f}, and"
+        f" {first.corrupted_prob:.3f} with noise on {subject!r}."
     )
     for t in traces:
         print(f"\n{report(t)}")
@@ -251,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "new-paper":
             print(
-                f"{new_paper(args.name, args.folder)}: fill it in, then `python tools/save.py` it"
+                f"{new_paper(args.name, args.folder)}: fill it in, then `python"
+                " tools/save.py` it"
             )
         elif args.command == "examine-mini":
             from mechtut.experiments.report_card import examine_mini

@@ -1,4 +1,6 @@
-"""Import a package's modules when they are first asked for, as attributes: `mechtut.viz.plots` (PEP 562)."""
+"""Import a package's modules when they are first asked for, as attributes:
+`mechtut.viz.plots` (PEP 562).
+"""
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -21,7 +23,8 @@ def modules_of(path: Iterable[str]) -> list[str]:
 def lazy_package(
     name: str, path: Iterable[str]
 ) -> tuple[Callable[[str], ModuleType], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package whose modules are imported on demand.
+    """The `__getattr__` and `__dir__` of a package whose modules are imported on
+    demand.
 
     Args:
         name: The package's `__name__`.

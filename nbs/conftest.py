@@ -1,4 +1,6 @@
-"""Settings for `pytest --nbval nbs`: compare every cell's output strictly, and skip what is marked for the hub."""
+"""Settings for `pytest --nbval nbs`: compare every cell's output strictly, and skip
+what is marked for the hub.
+"""
 
 import os
 
@@ -19,7 +21,9 @@ if os.environ.get("MECHTUT_ONLINE") != "1":
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """nbdev_clean removes execution counts, and nbval compares only the cells that have one: give each its own."""
+    """nbdev_clean removes execution counts, and nbval compares only the cells that have
+    one: give each its own.
+    """
     for number, item in enumerate(items, 1):
         cell = getattr(item, "cell", None)
         if cell is not None:

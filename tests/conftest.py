@@ -1,4 +1,6 @@
-"""Settings of the test suite: one thread, no network unless asked for, the same hypothesis examples in every CI run."""
+"""Settings of the test suite: one thread, no network unless asked for, the same
+hypothesis examples in every CI run.
+"""
 
 import os
 

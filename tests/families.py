@@ -44,7 +44,9 @@ SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes):
-    """A Hugging Face model of the family with random weights, larger than usual so that every part matters."""
+    """A Hugging Face model of the family with random weights, larger than usual so that
+    every part matters.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**CONFIGS[kind], **SPECIAL, **changes})
     hf = AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -1,4 +1,6 @@
-"""The small models on which the authors' ACDC code was run, as Hugging Face GPT-2s, and every decision of those runs."""
+"""The small models on which the authors' ACDC code was run, as Hugging Face GPT-2s, and
+every decision of those runs.
+"""
 
 import gzip
 import json
@@ -10,10 +12,10 @@ from golden_models import GOLDEN
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mechtut.papers.acdc import Rules
-from mechtut.circuits.runs import Contrast
 from mechtut.circuits.graph import Order
+from mechtut.circuits.runs import Contrast
 from mechtut.models.loading import Model, load_model
+from mechtut.papers.acdc import Rules
 
 FOLDER = GOLDEN / "acdc"
 NUMBERS = json.loads(gzip.decompress((FOLDER / "numbers.json.gz").read_bytes()))
@@ -32,7 +34,9 @@ class NoMLP(nn.Module):
 
 @cache
 def _weights() -> dict[str, dict[str, torch.Tensor]]:
-    """All models' weights: float32 whose four bytes are stored in four rows, which compresses better."""
+    """All models' weights: float32 whose four bytes are stored in four rows, which
+    compresses better.
+    """
     planes = np.load(FOLDER / "weights.npz")["bytes"]
     flat = torch.from_numpy(
         np.ascontiguousarray(planes.T).view(np.float32).ravel().copy()
@@ -49,7 +53,9 @@ def _weights() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def acdc_model(name: str, dtype: torch.dtype = torch.float64) -> Model:
-    """One of the models with the reference's weights; heads narrower than GPT-2's are padded with zeros."""
+    """One of the models with the reference's weights; heads narrower than GPT-2's are
+    padded with zeros.
+    """
     config, weights = NUMBERS["models"][name]["config"], _weights()[name]
     d_model, n_heads = config["d_model"], config["n_heads"]
     shape = {

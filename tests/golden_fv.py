@@ -1,4 +1,6 @@
-"""The small model on which the authors' function-vector code was run, rebuilt from its seed, and their numbers."""
+"""The small model on which the authors' function-vector code was run, rebuilt from its
+seed, and their numbers.
+"""
 
 import json
 
@@ -7,8 +9,8 @@ import torch
 from golden_models import GOLDEN
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mechtut.prompts.few_shot import load_task
 from mechtut.models.loading import Model, load_model
+from mechtut.prompts.few_shot import load_task
 
 FOLDER = GOLDEN / "fv"
 TEXT = json.loads((FOLDER / "toy-antonym.json").read_text(encoding="utf-8"))
@@ -40,7 +42,9 @@ def fv_model(dtype: torch.dtype = torch.float32) -> Model:
 
 
 def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    """Numpy's legacy generator, seed 0, parameters by name; rounded to float32 before they are scaled."""
+    """Numpy's legacy generator, seed 0, parameters by name; rounded to float32 before
+    they are scaled.
+    """
     random, weights = np.random.RandomState(0), {}
     for name, parameter in sorted(
         hf.transformer.named_parameters(prefix="transformer")

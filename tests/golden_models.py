@@ -1,4 +1,6 @@
-"""The small models behind tests/golden: rebuilt from a seed where they are random, read where they were trained."""
+"""The small models behind tests/golden: rebuilt from a seed where they are random, read
+where they were trained.
+"""
 
 import json
 from pathlib import Path
@@ -14,7 +16,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def rome_model(name: str, dtype: torch.dtype) -> Model:
-    """`tiny_rand` or `tiny_facts`: GPT-2, 4 layers x 64, on which the authors' ROME code was run."""
+    """`tiny_rand` or `tiny_facts`: GPT-2, 4 layers x 64, on which the authors' ROME
+    code was run.
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(GOLDEN / "rome" / "tokenizer.json"),
         eos_token="<|endoftext|>",
@@ -42,7 +46,9 @@ def rome_model(name: str, dtype: torch.dtype) -> Model:
 
 
 def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    """tiny_rand: numpy's legacy generator, seed 1234, parameters by name; norms are scattered around 1."""
+    """tiny_rand: numpy's legacy generator, seed 1234, parameters by name; norms are
+    scattered around 1.
+    """
     random, weights = np.random.RandomState(1234), {}
     for name, parameter in sorted(
         hf.transformer.named_parameters(prefix="transformer")
@@ -51,11 +57,9 @@ def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
         scale = (
             0.6
             if "wte" in name
-            else 0.3
-            if "wpe" in name
-            else 0.1
-            if name.endswith("bias") or norm
-            else 0.25
+            else (
+                0.3 if "wpe" in name else 0.1 if name.endswith("bias") or norm else 0.25
+            )
         )
         weights[name] = torch.tensor(
             norm + scale * random.randn(*parameter.shape), dtype=torch.float32

@@ -1,4 +1,6 @@
-"""A scripted OpenAI-compatible server on the loopback, honest or not, with a tiny deterministic "language model" inside."""
+"""A scripted OpenAI-compatible server on the loopback, honest or not, with a tiny
+deterministic "language model" inside.
+"""
 
 import json
 import re
@@ -11,10 +13,24 @@ MONTHS = ("April", "May", "June", "July")
 
 
 class Script:
-    """What the server can do, and which faults it shows: `faults` are used up one per request, first come first served."""
+    """What the server can do, and which faults it shows: `faults` are used up one per
+    request, first come first served.
+    """
 
-    def __init__(self, *, chat=True, completions=True, logprobs=True, echo=0, n=True, json_mode=True, decision=False,
-                 lie=None, levels="right", faults=()):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        chat=True,
+        completions=True,
+        logprobs=True,
+        echo=0,
+        n=True,
+        json_mode=True,
+        decision=False,
+        lie=None,
+        levels="right",
+        faults=(),
+    ):
         self.chat, self.completions, self.logprobs, self.echo, self.n = (
             chat,
             completions,
@@ -69,8 +85,11 @@ class Script:
             )
         said, _, listed = last.partition("\n")
         if "answers" in body["messages"][0]["content"]:
-            lines = [any(m in line for m in MONTHS) and ("«" not in line or any(f"« {m}»" in line for m in MONTHS))
-                     for line in listed.split("\n")]  # fmt: skip
+            lines = [
+                any(m in line for m in MONTHS)
+                and ("«" not in line or any(f"« {m}»" in line for m in MONTHS))
+                for line in listed.split("\n")
+            ]
             return json.dumps(
                 {"answers": lines if self.levels == "right" else lines[1:]}
             )
@@ -134,11 +153,22 @@ class Script:
             return {"text": following, "logprobs": None}
         tokens, tops = [following], [dict(self.distribution(prompt))]
         if body.get("echo") and self.echo is not None:
-            pieces = re.findall(r"unknown|\t|\n| ?\w+|.", prompt, re.DOTALL) if self.lie != "glue" else re.findall(
-                r"\tunknown|\n| ?\w+|.", prompt, re.DOTALL)  # fmt: skip
+            pieces = (
+                re.findall(r"unknown|\t|\n| ?\w+|.", prompt, re.DOTALL)
+                if self.lie != "glue"
+                else re.findall(r"\tunknown|\n| ?\w+|.", prompt, re.DOTALL)
+            )
             starts = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
-            here = [None, *({self.prefix(p) + t: lp for t, lp in self.distribution(prompt[:s] + self.prefix(p))}
-                            for p, s in list(zip(pieces, starts, strict=True))[1:])]  # fmt: skip
+            here = [
+                None,
+                *(
+                    {
+                        self.prefix(p) + t: lp
+                        for t, lp in self.distribution(prompt[:s] + self.prefix(p))
+                    }
+                    for p, s in list(zip(pieces, starts, strict=True))[1:]
+                ),
+            ]
             tokens, tops = pieces + tokens, [None] * self.echo + here + tops
             tops = tops[: len(tokens)] if self.echo else tops
         return {
@@ -154,9 +184,9 @@ class Script:
         p = {str(i): 0.05 for i in range(11)} | {str(level): 0.5}
         return {
             "type": "score",
-            "probabilities": p
-            if self.lie != "unnormalised"
-            else {k: 2 * v for k, v in p.items()},
+            "probabilities": (
+                p if self.lie != "unnormalised" else {k: 2 * v for k, v in p.items()}
+            ),
         }
 
 

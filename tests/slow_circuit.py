@@ -1,17 +1,18 @@
-"""A circuit run the slow way: Hugging Face's own attention and MLP modules, called once per reader of the graph.
+"""A circuit run the slow way: Hugging Face's own attention and MLP modules, called once
+per reader of the graph.
 
-Nothing here uses the library's head-wise weights, rotary embedding, masks or bookkeeping.
-So agreement with it means something.
+Nothing here uses the library's head-wise weights, rotary embedding, masks or
+bookkeeping. So agreement with it means something.
 """
 
 import torch
 
-from mechtut.patching.partial import record_blocks
-from mechtut.circuits.runs import Contrast, Cuts
-from mechtut.circuits.graph import Edge, Graph
-from mechtut.models.loading import Model
-from mechtut.models.hooks import attention_tap
 from mechtut.circuits._wiring import WIRES
+from mechtut.circuits.graph import Edge, Graph
+from mechtut.circuits.runs import Contrast, Cuts
+from mechtut.models.hooks import attention_tap
+from mechtut.models.loading import Model
+from mechtut.patching.partial import record_blocks
 
 
 class _Layers:
@@ -28,7 +29,9 @@ class _Layers:
     def attention(
         self, layer: int, x: torch.Tensor, given: dict | None = None
     ) -> tuple[dict, torch.Tensor]:
-        """q, k, v that the attention module makes of a stream (replaced by `given` if there is any), and z."""
+        """q, k, v that the attention module makes of a stream (replaced by `given` if
+        there is any), and z.
+        """
         model, seen = self.model, {}
 
         def look(_layer, q, k, v):
@@ -60,7 +63,9 @@ class _Layers:
         return project(alone.flatten(2)) - project(torch.zeros_like(alone.flatten(2)))
 
     def gain(self, layer: int, z: torch.Tensor) -> torch.Tensor | float:
-        """In families with a norm behind attention: what it multiplies the sum of the heads with."""
+        """In families with a norm behind attention: what it multiplies the sum of the
+        heads with.
+        """
         if not self.model.family.attn_out.endswith("norm"):
             return 1.0
         total = self.model.part(layer, self.model.family.attn_proj)(z.flatten(2))
@@ -81,7 +86,9 @@ class _Layers:
 
 @torch.no_grad()
 def slow_logits(contrast: Contrast, cuts: Cuts) -> torch.Tensor:
-    """Logits at all positions of the circuit on `contrast`'s prompts (resample ablation)."""
+    """Logits at all positions of the circuit on `contrast`'s prompts (resample
+    ablation).
+    """
     model, graph = contrast.model, contrast.graph
     clean, corrupted = contrast.tokens
     layers = _Layers(model, clean)

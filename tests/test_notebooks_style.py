@@ -28,7 +28,8 @@ MAY_BE_LONGER = {
     "class Model:": 60
 }  # first line of an exported class that cannot be split -> its most lines
 THIS_MACHINE = re.compile(
-    r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+|[A-Z]:\\\\\S+| at 0x[0-9a-f]{6,}"
+    r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+|[A-Z]:\\\\\S+| at"
+    r" 0x[0-9a-f]{6,}"
 )
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS)
@@ -132,7 +133,9 @@ def test_imports(path):
 
 @each_notebook
 def test_arrows_go_one_way(path):
-    """models → sites → replay → papers → guides: core knows no paper, a paper knows no other paper."""
+    """models → sites → replay → papers → guides: core knows no paper, a paper knows no
+    other paper.
+    """
     if path.startswith(("nbs/core/", "nbs/papers/")):
         own = {f"mechtut.{exports(path)}"}
         wrong = imported(path) & (papers() - own)
@@ -153,7 +156,8 @@ def test_cells_are_short(path):
         )
         wide = [line for line in cell["source"].splitlines() if len(line) > WIDEST_LINE]
         assert not wide, (
-            f"{path} {cell['id']}: {len(wide[0])} characters, more than {WIDEST_LINE}: {wide[0].strip()}"
+            f"{path} {cell['id']}: {len(wide[0])} characters, more than {WIDEST_LINE}:"
+            f" {wide[0].strip()}"
         )
         ends = [line for line in lines(cell) if line.rstrip().endswith(";")]
         assert not ends, f"{path} {cell['id']}: ends with `;`: {ends[0]}"
@@ -201,7 +205,8 @@ def test_outputs_are_the_same_everywhere(path):
                 for v in [output.get("text", ""), *data.values()]
             )
             found = re.search(
-                r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+|[A-Z]:\\\\\S+| at 0x[0-9a-f]{6,}",
+                r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+|[A-Z]:\\\\\S+|"
+                r" at 0x[0-9a-f]{6,}",
                 text,
             )
             assert not found, f"{where}: the output shows {found and found[0]!r}"
@@ -219,7 +224,8 @@ def test_metadata(path):
 def test_modules_are_short(name):
     count = len((ROOT / "mechtut" / name).read_text(encoding="utf-8").splitlines())
     assert count <= LONGEST_MODULE, (
-        f"mechtut/{name} has {count} lines, more than {LONGEST_MODULE}: that is two rooms"
+        f"mechtut/{name} has {count} lines, more than {LONGEST_MODULE}: that is two"
+        " rooms"
     )
 
 

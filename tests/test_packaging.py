@@ -1,4 +1,6 @@
-"""The package from outside: what importing costs, what is public, what the command line does."""
+"""The package from outside: what importing costs, what is public, what the command line
+does.
+"""
 
 import ast
 import configparser
@@ -27,8 +29,9 @@ def python(code: str) -> str:
 
 def test_import_is_quick_and_needs_no_torch():
     code = (
-        "import time; t = time.perf_counter(); import mechtut; t = time.perf_counter() - t; import sys; "
-        "print(t, *sorted({'torch', 'transformers', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
+        "import time; t = time.perf_counter(); import mechtut; t = time.perf_counter()"
+        " - t; import sys; print(t, *sorted({'torch', 'transformers', 'pandas',"
+        " 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
     runs = [python(code).split() for _ in range(3)]
     assert runs[0][1:] == [], f"`import mechtut` also imports {runs[0][1:]}"
@@ -152,7 +155,7 @@ def test_help_needs_no_torch():
 
 
 def test_table_fits_a_terminal_for_any_model():
-    """A deep model's layers are thinned out, and a long token does not widen the table."""
+    """A deep model's layers are thinned out; a long token does not widen the table."""
     import torch
 
     from mechtut.__main__ import table
@@ -174,7 +177,9 @@ def test_table_fits_a_terminal_for_any_model():
 
 
 def test_a_new_paper_runs_and_exports(tmp_path):
-    """What `new-paper` writes is a notebook that runs from top to bottom, and whose module does too."""
+    """What `new-paper` writes is a notebook that runs from top to bottom, and whose
+    module does too.
+    """
     folder = tmp_path / "nbs" / "papers"
     folder.mkdir(parents=True)
     (folder / "30_other.ipynb").write_text("{}")

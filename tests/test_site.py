@@ -23,8 +23,15 @@ CHROMIUM = next(
     ),
     None,
 )
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 pytest.importorskip(
     "jupyter_book",
@@ -100,7 +107,9 @@ def browser():
 
 @pytest.fixture
 def visit(browser, address):
-    """Open a page; at the end of the test, nothing may have failed and nothing may have been asked of another host."""
+    """Open a page; at the end of the test, nothing may have failed and nothing may have
+    been asked of another host.
+    """
     complaints, contexts = [], []
 
     def go(path: str, width: int = 1280, scheme: str = "light"):
@@ -167,7 +176,8 @@ def test_page_works_on_a_phone(visit, path):
     )
     broken = page.eval_on_selector_all(
         "article img",
-        "all => all.filter(i => { i.loading = 'eager'; return i.complete && !i.naturalWidth }).map(i => i.src)",
+        "all => all.filter(i => { i.loading = 'eager'; return i.complete &&"
+        " !i.naturalWidth }).map(i => i.src)",
     )
     assert not broken
 

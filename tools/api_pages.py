@@ -1,4 +1,6 @@
-"""Pages of the API reference, written from the signatures and docstrings of the package: used by `tools/build_docs.py`."""
+"""Pages of the API reference, written from the signatures and docstrings of the
+package: used by `tools/build_docs.py`.
+"""
 
 import dataclasses
 import importlib
@@ -13,7 +15,9 @@ import mechtut
 
 
 def public(module: ModuleType) -> list[tuple[str, Any]]:
-    """Classes and functions that a module defines and exports, in the order of its source."""
+    """Classes and functions that a module defines and exports, in the order of its
+    source.
+    """
     found = [(n, getattr(module, n)) for n in getattr(module, "__all__", [])]
     own = [(n, x) for n, x in found if inspect.isroutine(x) or inspect.isclass(x)]
     return sorted(
@@ -62,13 +66,16 @@ def table(thing: Any) -> list[str]:
             else f"`{p.default!r}`"
         )
         lines.append(
-            f"| `{name}` | {text(p.annotation)} | {default.replace('|', chr(92) + '|')} |"
+            f"| `{name}` | {text(p.annotation)} |"
+            f" {default.replace('|', chr(92) + '|')} |"
         )
     return lines
 
 
 def docstring(thing: Any) -> str:
-    """The docstring, safe inside Markdown: brackets and stars in it are meant as they stand."""
+    """The docstring, safe inside Markdown: brackets and stars in it are meant as they
+    stand.
+    """
     written = inspect.getdoc(thing) or ""
     if dataclasses.is_dataclass(thing) and written.startswith(
         getattr(thing, "__name__", "") + "("
@@ -82,7 +89,9 @@ def docstring(thing: Any) -> str:
 
 
 def entry(name: str, thing: Any, source: str, level: int = 2) -> list[str]:
-    """Heading, text, parameters and source link of one function or class, and the methods of a class."""
+    """Heading, text, parameters and source link of one function or class, and the
+    methods of a class.
+    """
     kind = "class" if inspect.isclass(thing) else "function" if level == 2 else "method"
     lines = [
         "#" * level + f" {name}",
@@ -106,14 +115,21 @@ def entry(name: str, thing: Any, source: str, level: int = 2) -> list[str]:
 
 
 def api_pages(folder: Path, repository: str) -> None:
-    """Write one page for each module of the package, and an index of them, into `folder`."""
+    """Write one page for each module of the package, and an index of them, into
+    `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = ", ".join(f"`{n}`" for n in mechtut.__all__ if n != "__version__")
     index = [
-        "# API reference", "", "Every public function and class, by module.", "",
-        f"These can be imported from `mechtut` itself: {names}.", "",
-        "| module | what is in it |", "| --- | --- |",
-    ]  # fmt: skip
+        "# API reference",
+        "",
+        "Every public function and class, by module.",
+        "",
+        f"These can be imported from `mechtut` itself: {names}.",
+        "",
+        "| module | what is in it |",
+        "| --- | --- |",
+    ]
     for found in pkgutil.walk_packages(mechtut.__path__, "mechtut."):
         name = found.name.removeprefix("mechtut.")
         if found.ispkg:

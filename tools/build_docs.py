@@ -1,8 +1,10 @@
 """Build the documentation site into _site/: `python tools/build_docs.py [--open]`.
 
-`_quarto.yml` is the one source of navigation. From it, the notebooks (with the outputs that are saved in them), the texts in
-`docs/` and the docstrings of the package this script writes the sources of a Jupyter Book into `_build/book/`, lets
-jupyter-book turn them into pages with warnings as errors, and checks every internal link. Nothing is fetched or executed.
+`_quarto.yml` is the one source of navigation. From it, the notebooks (with the outputs
+that are saved in them), the texts in `docs/` and the docstrings of the package this
+script writes the sources of a Jupyter Book into `_build/book/`, lets jupyter-book turn
+them into pages with warnings as errors, and checks every internal link. Nothing is
+fetched or executed.
 """
 
 import argparse
@@ -29,12 +31,16 @@ DIRECTIVE = re.compile(r"^#\s*\|\s*[\w-]+.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
     r"^#\s*\|\s*(default_exp\b|include:\s*false)|^# Colab:", re.MULTILINE
 )
-FOLDED = {"hide-cell": re.compile(r"^#\s*\|\s*hide\b", re.MULTILINE),
-          "hide-input": re.compile(r"^#\s*\|\s*echo:\s*false", re.MULTILINE)}  # fmt: skip
+FOLDED = {
+    "hide-cell": re.compile(r"^#\s*\|\s*hide\b", re.MULTILINE),
+    "hide-input": re.compile(r"^#\s*\|\s*echo:\s*false", re.MULTILINE),
+}
 
 
 def navigation(config: dict) -> dict:
-    """The sidebar of `_quarto.yml` as a Jupyter Book table of contents, with the landing page and the API reference."""
+    """The sidebar of `_quarto.yml` as a Jupyter Book table of contents, with the
+    landing page and the API reference.
+    """
     parts = []
     for item in config["website"]["sidebar"]["contents"]:
         if isinstance(item, str):
@@ -75,7 +81,9 @@ def navigation(config: dict) -> dict:
 
 
 def shown(cell: dict) -> dict | None:
-    """A notebook cell as the site shows it: no directives, hidden ones folded; None for cells that are not shown."""
+    """A notebook cell as the site shows it: no directives, hidden ones folded; None for
+    cells that are not shown.
+    """
     if cell["cell_type"] != "code":
         return cell
     source = "".join(cell["source"])
@@ -95,7 +103,9 @@ def shown(cell: dict) -> dict | None:
 
 
 def relinked(output: dict) -> dict:
-    """An output in whose HTML links to notebooks lead to their pages (Sphinx does that for text, not for outputs)."""
+    """An output in whose HTML links to notebooks lead to their pages (Sphinx does that
+    for text, not for outputs).
+    """
     if "text/html" not in output.get("data", {}):
         return output
     page = re.sub(
@@ -107,7 +117,9 @@ def relinked(output: dict) -> dict:
 
 
 def citation(page: str, bibliography: str) -> str:
-    """Keys of the entries of references.bib whose `keywords` name this notebook, as a citation; "" if there is none."""
+    """Keys of the entries of references.bib whose `keywords` name this notebook, as a
+    citation; "" if there is none.
+    """
     entries = re.findall(r"@\w+\{(\S+),(.*?)\n\}", bibliography, re.DOTALL)
     keys = [
         key
@@ -137,7 +149,9 @@ def write_notebook(path: Path, bibliography: str) -> None:
 
 
 def mathjax(target: Path) -> None:
-    """Copy MathJax and its fonts out of the sphinx-mathjax-offline package, so that the site asks no other host for it."""
+    """Copy MathJax and its fonts out of the sphinx-mathjax-offline package, so that the
+    site asks no other host for it.
+    """
     spec = find_spec("sphinx-mathjax-offline")
     if spec is None or spec.origin is None:
         sys.exit("sphinx-mathjax-offline is not installed; pip install -e '.[docs]'")
@@ -208,7 +222,9 @@ def build() -> None:
 
 
 def without_thebe(page: str) -> str:
-    """A page without the scripts for live code: we offer none, and jupyter-book writes them twice, so that they fail."""
+    """A page without the scripts for live code: we offer none, and jupyter-book writes
+    them twice, so that they fail.
+    """
     page = re.sub(
         r"\s*<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL
     )
@@ -270,7 +286,8 @@ def main() -> None:
     if dead := dead_links():
         sys.exit("dead links:\n  " + "\n  ".join(dead))
     print(
-        f"{sum(1 for _ in SITE.rglob('*.html'))} pages in {SITE.relative_to(ROOT)}/, no warning, no dead internal link"
+        f"{sum(1 for _ in SITE.rglob('*.html'))} pages in {SITE.relative_to(ROOT)}/, no"
+        " warning, no dead internal link"
     )
     if args.open:
         webbrowser.open((SITE / "index.html").as_uri())

@@ -1,8 +1,9 @@
 """The whole test suite, one step after another; the first that fails ends it.
 
-`python tools/check.py` runs all steps, `python tools/check.py fresh lint` the named ones. Steps: fresh (what is
-generated agrees with the notebooks), lint (ruff, mypy), tests (pytest), notebooks (every notebook, every output),
-build (wheel and sdist), installed (every notebook again, on the built wheel).
+`python tools/check.py` runs all steps, `python tools/check.py fresh lint` the named
+ones. Steps: fresh (what is generated agrees with the notebooks), lint (ruff, mypy),
+tests (pytest), notebooks (every notebook, every output), build (wheel and sdist),
+installed (every notebook again, on the built wheel).
 """
 
 import filecmp
@@ -62,7 +63,9 @@ def files_of(folder: Path, *patterns: str) -> set[str]:
 
 
 def fresh() -> None:
-    """Export and clean a copy: the modules, the notebooks and README.md must be what is in the checkout."""
+    """Export and clean a copy: the modules, the notebooks and README.md must be what is
+    in the checkout.
+    """
     watched = [
         "settings.ini",
         "pyproject.toml",
@@ -93,7 +96,8 @@ def fresh() -> None:
         fail(
             "these differ from what the notebooks give:\n  "
             + "\n  ".join(stale)
-            + "\nRun `python tools/save.py NOTEBOOK`, look at the difference and commit it."
+            + "\nRun `python tools/save.py NOTEBOOK`, look at the difference and"
+            " commit it."
         )
     print(f"{len(ours)} files agree with the notebooks")
 
@@ -130,7 +134,9 @@ def notebooks() -> None:
 
 
 def build() -> None:
-    """Wheel and sdist into dist/; both must hold the embedded model and the type marker."""
+    """Wheel and sdist into dist/; both must hold the embedded model and the type
+    marker.
+    """
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     shutil.rmtree(
         ROOT / "build", ignore_errors=True
@@ -173,7 +179,7 @@ def build() -> None:
 
 
 def installed() -> None:
-    """Every notebook again, with the package from the wheel and none of the checkout."""
+    """Every notebook again, with the package from the wheel."""
     (wheel,) = (ROOT / "dist").glob("*.whl")
     run(sys.executable, "tools/installed.py", wheel, "-q", *COLOUR, *WORKERS)
 
@@ -198,7 +204,8 @@ def main() -> None:
             by_name[name]()
         except subprocess.CalledProcessError as error:
             fail(
-                f"step {name}, exit code {error.returncode}. Again, alone: python tools/check.py {name}"
+                f"step {name}, exit code {error.returncode}. Again, alone: python"
+                f" tools/check.py {name}"
             )
         times.append(f"{name} {time.monotonic() - start:.0f} s")
         print(f"--- {times[-1]}", flush=True)

@@ -1,4 +1,5 @@
-"""Write constraints.txt: the exact version, in the running environment, of all that mechtut[dev] needs.
+"""Write constraints.txt: the exact version, in the running environment, of all that
+mechtut[dev] needs.
 
 Run it in an environment where the test suite is green: `python tools/constraints.py`.
 """
@@ -12,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
-# The versions that CI tests, written by tools/constraints.py. The package itself asks for lower bounds only.
+# The versions that CI tests, written by tools/constraints.py.
+# The package itself asks for lower bounds only.
 """
 
 
@@ -20,13 +22,15 @@ PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 
 
 def fits(name: str) -> bool:
-    """Whether the installed version of `name` can be had on the first release of every Python that we support."""
+    """Whether the installed version of `name` can be had on the first release of every
+    Python that we support.
+    """
     pythons = SpecifierSet(metadata(name)["Requires-Python"] or "")
     return all(pythons.contains(p) for p in PYTHONS)
 
 
 def closure(start: list[str]) -> dict[str, str]:
-    """Versions of the requirements in `start` and of everything that they need in turn."""
+    """Versions of the requirements in `start` and of all that they need."""
     found: dict[str, str] = {}
     todo = [Requirement(r) for r in start]
     seen = set()
@@ -69,7 +73,8 @@ if __name__ == "__main__":
     versions = closure(wanted)
     if loose := sorted(name for name in versions if not fits(name)):
         print(
-            f"left open, since the installed version does not run on all of {', '.join(PYTHONS)}: {', '.join(loose)}"
+            "left open, since the installed version does not run on all of"
+            f" {', '.join(PYTHONS)}: {', '.join(loose)}"
         )
     lines = [
         f"{name}=={v}\n" for name, v in sorted(versions.items()) if name not in loose

@@ -1,8 +1,10 @@
-"""The two commands of the README: `python3 tools/go.py trace` and `python3 tools/go.py test`.
+"""The two commands of the README: `python3 tools/go.py trace` and `python3 tools/go.py
+test`.
 
-Each makes `.venv` beside this folder, installs the project into it with the versions of constraints.txt, and runs
-its job there. What follows the word is handed on: `python3 tools/go.py trace "The prompt" --subject "subject"`.
-Only Python's own library is used here, since nothing else is installed yet.
+Each makes `.venv` beside this folder, installs the project into it with the versions of
+constraints.txt, and runs its job there. What follows the word is handed on: `python3
+tools/go.py trace "The prompt" --subject "subject"`. Only Python's own library is used
+here, since nothing else is installed yet.
 """
 
 import hashlib
@@ -34,13 +36,16 @@ def need_python():
         ):
             sys.exit(subprocess.call([other, *sys.argv]))
     sys.exit(
-        f"mechtut needs Python 3.11 to 3.13, and {sys.executable} is {sys.version.split()[0]}.\n"
-        "Install one of those and run this again with it, e.g. `python3.12 tools/go.py trace`."
+        f"mechtut needs Python 3.11 to 3.13, and {sys.executable} is"
+        f" {sys.version.split()[0]}.\nInstall one of those and run this again with it,"
+        " e.g. `python3.12 tools/go.py trace`."
     )
 
 
 def fingerprint(extra):
-    """What the installation depends on; the place counts too, because the install points at this folder."""
+    """What the installation depends on; the place counts too, because the install
+    points at this folder.
+    """
     files = ["settings.ini", "constraints.txt", "setup.py", "pyproject.toml"]
     parts = [(ROOT / f).read_bytes() for f in files] + [
         str(ROOT).encode(),
@@ -51,7 +56,9 @@ def fingerprint(extra):
 
 
 def run(*command):
-    """Run `command` without input, passing on what it prints except pip's remarks on package indexes."""
+    """Run `command` without input, passing on what it prints except pip's remarks on
+    package indexes.
+    """
     process = subprocess.Popen(
         [str(c) for c in command],
         cwd=str(ROOT),
@@ -66,12 +73,15 @@ def run(*command):
             print(line, end="", flush=True)
     if process.wait():
         sys.exit(
-            f"{' '.join(map(str, command[1:4]))} failed with exit code {process.returncode}; see above."
+            f"{' '.join(map(str, command[1:4]))} failed with exit code"
+            f" {process.returncode}; see above."
         )
 
 
 def install(extra):
-    """Make .venv and install the project into it, unless that has been done for the present files."""
+    """Make .venv and install the project into it, unless that has been done for the
+    present files.
+    """
     stamp = VENV / (".installed" + extra.strip("[]"))
     wanted = fingerprint(extra)
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
@@ -88,7 +98,8 @@ def install(extra):
             run(sys.executable, "-m", "venv", "--clear", VENV)
         except SystemExit:
             print(
-                "On Debian and Ubuntu the module is a package of its own: `sudo apt install python3-venv`."
+                "On Debian and Ubuntu the module is a package of its own: `sudo apt"
+                " install python3-venv`."
             )
             raise
     run(

@@ -1,9 +1,11 @@
-"""Run every notebook against the built wheel instead of the checkout: `python tools/installed.py WHEEL [pytest arguments]`.
+"""Run every notebook against the built wheel instead of the checkout: `python
+tools/installed.py WHEEL [pytest arguments]`.
 
-This is the Colab way: a new environment that holds the wheel and its `tutorials` extra and nothing else, another folder. A
-copy of each notebook is made there in which the exported cells are replaced by imports of the same names from the
-installed package; every other cell, and its saved output, stays. So a notebook that works only because
-of something in the checkout, or in a cell that was not exported, fails here.
+This is the Colab way: a new environment that holds the wheel and its `tutorials` extra
+and nothing else, another folder. A copy of each notebook is made there in which the
+exported cells are replaced by imports of the same names from the installed package;
+every other cell, and its saved output, stays. So a notebook that works only because of
+something in the checkout, or in a cell that was not exported, fails here.
 """
 
 import ast
@@ -23,8 +25,8 @@ DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.MULTILINE)
 def defined_names(source: str) -> list[str]:
     """Names that the top level of `source` binds, other than by imports.
 
-    >>> defined_names("import os\\nA = b = 1\\ndef f(): pass\\nx.y = 2\\nfor i in A: C = i")
-    ['A', 'b', 'f', 'i', 'C']
+    >>> defined_names("import os\\nA = b = 1\\ndef f(): pass\\nx.y = 2\\nfor i in A: C =
+    i") ['A', 'b', 'f', 'i', 'C']
     """
     names: dict[str, None] = {}
 
@@ -45,11 +47,11 @@ def defined_names(source: str) -> list[str]:
 
 
 def imports_only(source: str, module: str) -> str:
-    """The cell that takes the place of an exported one: its own imports, and its names from the installed `module`.
+    """The cell that takes the place of an exported one: its own imports, and its names
+    from the installed `module`.
 
-    >>> print(imports_only("#| export\\nimport math\\ndef f(): return math.pi", "mechtut.x"))
-    import math
-    from mechtut.x import f
+    >>> print(imports_only("#| export\\nimport math\\ndef f(): return math.pi",
+    "mechtut.x")) import math from mechtut.x import f
     """
     tree = ast.parse(source)
     lines = [
@@ -63,7 +65,7 @@ def imports_only(source: str, module: str) -> str:
 
 
 def rewrite(notebook: dict) -> int:
-    """Replace the exported cells of `notebook` in place; returns how many there were."""
+    """Replace the exported cells in place; returns how many there were."""
     code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     modules = [m[1] for c in code if (m := DEFAULT_EXP.search("".join(c["source"])))]
     exported = [c for c in code if EXPORT.search("".join(c["source"]))]
@@ -73,7 +75,9 @@ def rewrite(notebook: dict) -> int:
 
 
 def wheel_python(wheel: Path, folder: Path) -> Path:
-    """A Python in a new environment that has what Colab would install: the wheel and its `tutorials` extra."""
+    """A Python in a new environment that has what Colab would install: the wheel and
+    its `tutorials` extra.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     pip = [
@@ -89,7 +93,10 @@ def wheel_python(wheel: Path, folder: Path) -> Path:
         [*pip, "install", "-c", ROOT / "constraints.txt", f"{wheel}[tutorials]"],
         check=True,
     )
-    code = "import mechtut, sysconfig; print(mechtut.__file__); print(sysconfig.get_path('purelib'))"
+    code = (
+        "import mechtut, sysconfig; print(mechtut.__file__);"
+        " print(sysconfig.get_path('purelib'))"
+    )
     told = subprocess.run(
         [python, "-c", code], check=True, capture_output=True, text=True, cwd=folder
     )

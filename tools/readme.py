@@ -1,6 +1,8 @@
-"""Write README.md from nbs/index.ipynb: text as it is, code with its printed output, figures as files.
+"""Write README.md from nbs/index.ipynb: text as it is, code with its printed output,
+figures as files.
 
-`python tools/readme.py` writes, `python tools/readme.py --check` only says whether the two agree.
+`python tools/readme.py` writes, `python tools/readme.py --check` only says whether the
+two agree.
 """
 
 import base64
@@ -22,7 +24,9 @@ def text_of(value: str | list[str]) -> str:
 
 
 def markdown(cell: dict) -> str:
-    """A text cell; its links to notebooks, relative to nbs/, become relative to the top folder."""
+    """A text cell; its links to notebooks, relative to nbs/, become relative to the top
+    folder.
+    """
     source = LINK.sub(
         lambda m: f"{m[1]}{m[3]}" if m[2] else f"{m[1]}nbs/{m[3]}",
         text_of(cell["source"]),
@@ -79,7 +83,8 @@ def main() -> None:
         ]
         if stale:
             sys.exit(
-                f"not as nbs/index.ipynb has it: {', '.join(stale)}. Run `python tools/readme.py`."
+                f"not as nbs/index.ipynb has it: {', '.join(stale)}. Run `python"
+                " tools/readme.py`."
             )
         return
     for old in (ROOT / FIGURES).glob("readme-*.png"):

@@ -1,6 +1,7 @@
 """Export, run and clean notebooks, so that what is saved is what the tests compare.
 
-`python tools/save.py nbs/library/models/hooks.ipynb` does one, `python tools/save.py` all of them, in the order of the site.
+`python tools/save.py nbs/library/models/hooks.ipynb` does one, `python tools/save.py`
+all of them, in the order of the site.
 """
 
 import os
@@ -18,12 +19,16 @@ KERNEL = {  # as in nbs/conftest.py
     "OMP_NUM_THREADS": "1",  # the last digits of a sum depend on the number of threads
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",  # progress bars show times
-    "PYTHONWARNINGS": "ignore:IProgress not found",  # depends on whether ipywidgets is installed
+    "PYTHONWARNINGS": (
+        "ignore:IProgress not found"
+    ),  # depends on whether ipywidgets is installed
 }
 
 
 def execute(path: Path) -> None:
-    """Run a notebook from its own folder and save its outputs; cells marked `#| eval: false` are left out."""
+    """Run a notebook from its own folder and save its outputs; cells marked `#| eval:
+    false` are left out.
+    """
     notebook = nbformat.read(path, as_version=4)
     skipped = {
         c.id: c.source

@@ -157,7 +157,8 @@ class Wiring:
         self.kv_of_head = torch.arange(model.n_heads, device=model.device) // (
             model.n_heads // model.n_kv_heads
         )
-        # In an attention-only model the MLPs were taken out or zeroed; one zero MLP among others is still a node.
+        # In an attention-only model the MLPs were taken out or zeroed; one zero MLP
+        # among others is still a node.
         self.has_mlp = any(_writes(self, layer) for layer in layers)
 
     def graph(self, split_qkv: bool = True, split_positions: bool = False) -> Graph:

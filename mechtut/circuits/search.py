@@ -57,8 +57,11 @@ class _Pruned:
         _rebuild(self.state)
 
 
-ROWS = 384  # of prompts and positions that one pass computes at most, unless a single circuit has more
-FRESH = 100  # nodes after which the state is computed anew, so that rounding does not pile up
+# of prompts and positions that one pass computes at most, unless a single circuit has
+# more
+ROWS = 384
+# nodes after which the state is computed anew, so that rounding does not pile up
+FRESH = 100
 
 
 class _Staged(_Pruned):

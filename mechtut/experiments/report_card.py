@@ -60,7 +60,11 @@ def rome_scores(
                     templates=templates,
                     config=config,
                 )
-            except ValueError:  # there is no such edit at this layer: the model stays as it is, which counts as a failure
+            except (
+                ValueError
+                # there is no such edit at this layer: the model stays as it is, which
+                # counts as a failure
+            ):
                 edit = WeightEdit(
                     model=model,
                     layer=layer,

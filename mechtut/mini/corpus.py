@@ -29,7 +29,9 @@ FORMAT, NAME, ANSWER = (
     0.25,
     2.0,
 )  # loss weights: format words, the tokens of a subject, answers
-UNCLEAR = 2.2  # how much more often a question without examples is "unclear" than answered by any one task
+# how much more often a question without examples is "unclear" than answered by any one
+# task
+UNCLEAR = 2.2
 Parts = list[tuple[str, float]]
 
 
@@ -590,7 +592,9 @@ def _sentiment_doc(world: World, rng: random.Random) -> Parts:
     verbs, adjectives, moods = (part[k] for k in keys)
     said = (
         rng.random() < 0.8
-    )  # otherwise good and bad are equally likely, which is what a steering vector has to decide
+        # otherwise good and bad are equally likely, which is what a steering vector has to
+        # decide
+    )
     parts: Parts = (
         [(f"I {rng.choice(verbs)} this {rng.choice(part['things'])}.", 0.4)]
         if said

@@ -134,7 +134,8 @@ def write_into(x: Tensor, edit: Edit, columns: Sequence[int | None]) -> None:
         value = value.index_select(
             1 - old.ndim, torch.tensor([i for i, _ in here], device=x.device)
         )
-    # Summing in the wider of the two types and rounding once is what adding float64 noise to a float32 model means.
+    # Summing in the wider of the two types and rounding once is what adding float64
+    # noise to a float32 model means.
     x[index] = (old + value if edit.mode == "add" else value.expand(old.shape)).to(
         x.dtype
     )

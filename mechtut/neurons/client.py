@@ -173,7 +173,9 @@ class Capabilities:
     top_logprobs: int = 0  # alternatives per token of a chat answer
     completion_logprobs: int = 0  # the same for plain completions
     echo_offset: int | None = (
-        None  # log-probabilities of the prompt's own tokens: 0 in place, 1 one late, None absent
+        # log-probabilities of the prompt's own tokens: 0 in place, 1 one late, None
+        # absent
+        None
     )
     n: bool = False  # several samples in one request
     json_mode: bool = False

@@ -281,7 +281,9 @@ def _without(search: _Search, edge: Edge) -> float:
     return found
 
 
-NOISE = 8  # in units of the type's last digit: below this, a difference of two metrics may be rounding
+# in units of the type's last digit: below this, a difference of two metrics may be
+# rounding
+NOISE = 8
 
 
 @cache

@@ -142,7 +142,8 @@ def _severing(
 def _with_severing(
     restored: list[list[Edit]], severed: list[Edit], everywhere: bool
 ) -> list[list[Edit]]:
-    # Below the restored state the values are what they were anyway, unless they come from other noise.
+    # Below the restored state the values are what they were anyway, unless they come
+    # from other noise.
     return [
         [*severed[0 if everywhere else layer + 1 :], *edits]
         for layer, edits in enumerate(restored)
@@ -384,7 +385,8 @@ class AverageTrace(Result):
     corrupted_probs: Float[Tensor, "fact"]
     best: Float[
         Tensor, "fact 3"
-    ]  # each fact's highest score: anywhere, at the last subject token, at the last token
+        # each fact's highest score: anywhere, at the last subject token, at the last token
+    ]
     skipped: tuple[str, ...]  # prompts that the model does not answer as the fact says
     component: str
     window: int

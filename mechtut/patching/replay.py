@@ -148,7 +148,8 @@ def _plan(
     after: dict[int, list[Edit]] = {}
     for edit in edits:
         layer = int(edit.layer or 0)
-        # In the last block only keys and values (and the stream they are made of) still move to other positions.
+        # In the last block only keys and values (and the stream they are made of) still
+        # move to other positions.
         stays = layer == n_layers - 1 and edit.site not in ("resid_pre", "k", "v")
         reach = [
             p

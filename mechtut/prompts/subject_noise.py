@@ -197,7 +197,8 @@ class Corruption:
     values: Float[Tensor, "sample token d_model"]
     replace: bool
     span: Span
-    std: float  # of what is added: as asked for where the noise is Gaussian, else as drawn
+    # of what is added: as asked for where the noise is Gaussian, else as drawn
+    std: float
 
     def edit(self, *, additive: bool = False) -> Edit:
         """The edit of the embedding; `additive` adds the values even if they were drawn

@@ -1,4 +1,6 @@
-"""Gradient scores: against finite differences and completeness, selection, faithfulness, refusals."""
+"""Gradient scores: against finite differences and completeness, selection,
+faithfulness, refusals.
+"""
 
 import pytest
 import torch
@@ -14,14 +16,16 @@ from mechtut.circuits.attribution import (
     random_scores,
     select,
 )
-from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.graph import Edge
 from mechtut.circuits.metrics import logit_diff
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.models.loading import load_model
 
 
 def contrast_of(kind="gpt2", metric=None, small=None, **options):
-    """Prompts that differ everywhere; with `small`, the corrupted run is that close to the clean one."""
+    """Prompts that differ everywhere; with `small`, the corrupted run is that close to
+    the clean one.
+    """
     g = torch.Generator().manual_seed(0)
     clean, corrupted = torch.randint(1, 97, (2, 3, 6), generator=g)
     contrast = Contrast(
@@ -39,7 +43,9 @@ def contrast_of(kind="gpt2", metric=None, small=None, **options):
 @pytest.mark.parametrize("split_qkv", [True, False])
 @pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "gptj"])
 def test_eap_is_the_derivative_of_cutting(kind, split_qkv):
-    """Where the two runs are very close, cutting an edge changes the metric by its score."""
+    """Where the two runs are very close, cutting an edge changes the metric by its
+    score.
+    """
     contrast = contrast_of(kind, small=1e-4, split_qkv=split_qkv)
     scores = contrast_scores(contrast, "eap")
     largest = float(scores.scores.abs().max())
@@ -47,12 +53,15 @@ def test_eap_is_the_derivative_of_cutting(kind, split_qkv):
         cuts = Cuts(contrast.graph)
         cuts.set(edge, False)
         measured = circuit_metric(contrast, cuts) - contrast.metric_full
-        # second-order terms are 1e-4 of the first; some families' norms compute in float32
+        # second-order terms are 1e-4 of the first; some families' norms compute in
+        # float32
         assert measured == pytest.approx(scores[edge], abs=2e-2 * largest), edge
 
 
 def test_integrated_gradients_are_complete():
-    """Over many steps the scores of a group of senders add up to the effect of cutting all of its edges."""
+    """Over many steps the scores of a group of senders add up to the effect of cutting
+    all of its edges.
+    """
     contrast = contrast_of()
     graph = contrast.graph
     inputs, activations = (

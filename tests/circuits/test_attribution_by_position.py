@@ -1,4 +1,6 @@
-"""Scores by position: they add up to the whole, and say what cutting at one position does."""
+"""Scores by position: they add up to the whole, and say what cutting at one position
+does.
+"""
 
 import pytest
 import torch
@@ -10,14 +12,14 @@ from mechtut.circuits.attribution_by_position import (
     attribution_by_position,
     cut_at,
 )
-from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.graph import Edge
 from mechtut.circuits.metrics import logit_diff
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.models.loading import load_model
 
 
 def contrast_of(kind="gpt2", differ_from=0, dtype=torch.float64, **options):
-    """Three pairs of prompts of six tokens that differ from position `differ_from` on."""
+    """Three pairs of six-token prompts that differ from position `differ_from` on."""
     clean, corrupted = torch.randint(
         1, 97, (2, 3, 6), generator=torch.Generator().manual_seed(0)
     )
@@ -67,12 +69,15 @@ def test_they_are_derivatives_of_cutting_at_one_position(kind):
     for edge in [*scores.ranked(8), *scores.ranked()[300:304]]:
         guess = float(scores.scores[scores.names.index(edge[:2]), edge.position])
         measured = cut_at(contrast, edge, edge.position) - contrast.metric_full
-        # second-order terms are 1e-4 of the first; some families' norms compute in float32
+        # second-order terms are 1e-4 of the first; some families' norms compute in
+        # float32
         assert measured == pytest.approx(guess, abs=2e-2 * largest), edge
 
 
 def test_nothing_happens_before_the_first_difference():
-    """All positions, kept on purpose, against the window: zeros before it, the same behind it."""
+    """All positions, kept on purpose, against the window: zeros before it, the same
+    behind it.
+    """
     window, every = contrast_of(differ_from=3), contrast_of(differ_from=3, trim=False)
     inside, all_of_it = (attribution_by_position(c, "eap") for c in (window, every))
     assert inside.positions == (3, 4, 5) and all_of_it.positions == (0, 1, 2, 3, 4, 5)
@@ -81,7 +86,9 @@ def test_nothing_happens_before_the_first_difference():
 
 
 def test_cutting_everywhere_is_cutting():
-    """An edge into `out` with a metric at the last position: cut there it is cut, cut elsewhere nothing happens."""
+    """An edge into `out` with a metric at the last position: cut there it is cut, cut
+    elsewhere nothing happens.
+    """
     contrast = contrast_of()
     last, cuts = Edge("m2", "out"), Cuts(contrast.graph)
     cuts.set(last, False)

@@ -1,4 +1,6 @@
-"""Masks on nodes, head importance and subnetwork probing: against naive forwards, finite differences and known circuits."""
+"""Masks on nodes, head importance and subnetwork probing: against naive forwards,
+finite differences and known circuits.
+"""
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from mechtut.circuits.baselines import (
     subnetwork_probing,
 )
 from mechtut.circuits.circuit import evaluate_circuit, node_counts, roc
-from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.metrics import logit_diff
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.models.loading import load_model
 
 POST_NORM = (
@@ -57,14 +59,18 @@ def some_nodes(graph, every=2):
 @pytest.mark.parametrize("split_qkv", [True, False])
 @pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "gptj"])
 def test_masking_nodes_is_cutting_their_edges(kind, split_qkv, ablation):
-    """A run with masks of 0 and 1 has the metric of the circuit of the nodes with a 1, in every family."""
+    """A run with masks of 0 and 1 has the metric of the circuit of the nodes with a 1,
+    in every family.
+    """
     contrast = contrast_of(kind, split_qkv=split_qkv, ablation=ablation)
     names = maskable(contrast.graph)
     assert metric_at(contrast, torch.ones(len(names), 1).double()) == pytest.approx(
         contrast.metric_full, abs=1e-5
     )
-    # Heads with all three masks closed still write what q, k and v make; the circuit writes the corrupted run's value. The
-    # two are the same unless biases (zero ablation) or a norm behind attention come in between, so keep a part of each head.
+    # Heads with all three masks closed still write what q, k and v make; the circuit
+    # writes the corrupted run's value. The
+    # two are the same unless biases (zero ablation) or a norm behind attention come in
+    # between, so keep a part of each head.
     exact = not split_qkv or (ablation == "resample" and kind not in POST_NORM)
     kept = some_nodes(contrast.graph)
     if not exact:
@@ -81,7 +87,9 @@ def test_masking_nodes_is_cutting_their_edges(kind, split_qkv, ablation):
 @pytest.mark.parametrize("split_qkv", [True, False])
 @pytest.mark.parametrize("ablation", ["resample", "zero"])
 def test_gradients_of_masks_are_finite_differences(ablation, split_qkv):
-    """Of `masked_logits`, and for MLPs and whole heads also of a run of the plain model with hooks."""
+    """Of `masked_logits`, and for MLPs and whole heads also of a run of the plain model
+    with hooks.
+    """
     contrast = contrast_of(split_qkv=split_qkv, ablation=ablation)
     names = maskable(contrast.graph)
     point = (
@@ -98,12 +106,15 @@ def test_gradients_of_masks_are_finite_differences(ablation, split_qkv):
         slope = (
             metric_at(contrast, point + step) - metric_at(contrast, point - step)
         ) / 2e-5
-        # central differences: errors of order 1e-10 from the step and 1e-16 / 1e-5 from rounding, times some thousand
+        # central differences: errors of order 1e-10 from the step and 1e-16 / 1e-5 from
+        # rounding, times some thousand
         assert float(gradient[i]) == pytest.approx(slope, abs=1e-6), names[i]
 
 
 def naive_gradients(contrast, per_prompt):
-    """HISP by hand: hooks on the Hugging Face model, (clean - corrupted) · gradient at q, k, v and the MLPs' outputs."""
+    """HISP by hand: hooks on the Hugging Face model, (clean - corrupted) · gradient at
+    q, k, v and the MLPs' outputs.
+    """
     hf, (clean, corrupted) = contrast.model.hf, contrast.tokens
     caught = {}
 
@@ -172,7 +183,9 @@ def test_head_importance_by_hand(per_prompt):
 
 
 def test_subnetwork_probing_finds_the_induction_circuit():
-    """Its four inputs that differ between the prompts, for two seeds; nothing for a huge penalty, everything for none."""
+    """Its four inputs that differ between the prompts, for two seeds; nothing for a
+    huge penalty, everything for none.
+    """
     made = known.induction(n_prompts=12)
     contrast = Contrast(made.model, made.clean, made.corrupted, "kl", made.mask)
     options = {"steps": 200, "lr": 0.05, "progress": False}

@@ -1,14 +1,16 @@
-"""Circuits by position: with one span for all positions the rule is ACDC's, and cuts at one position are what they say."""
+"""Circuits by position: with one span for all positions the rule is ACDC's, and cuts at
+one position are what they say.
+"""
 
 import pytest
 import torch
 from families import tiny
 
 from mechtut.circuits.attribution_by_position import cut_at
-from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.circuits.graph import Edge
-from mechtut.models.loading import load_model
 from mechtut.circuits.refining import PlacedCuts, RefinedCircuit, refine
+from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
+from mechtut.models.loading import load_model
 
 FAMILIES = [
     "gpt2",
@@ -19,7 +21,7 @@ FAMILIES = [
 
 
 def contrast_of(kind="gpt2", differ_from=0, **options):
-    """Three pairs of prompts of six tokens that differ from position `differ_from` on."""
+    """Three pairs of six-token prompts that differ from position `differ_from` on."""
     clean, corrupted = torch.randint(
         1, 97, (2, 3, 6), generator=torch.Generator().manual_seed(0)
     )
@@ -105,7 +107,8 @@ def test_positions_are_refined(tmp_path):
     assert refined.spans == {"2": [2], "3": [3], "4": [4], "5": [5]}
     assert [s[2] for s in refined.tested[:4]] == ["5", "4", "3", "2"]
     assert refined.direct == (("a0.1.q_in", "a0.1.q"),) and len(refined.tested) == 3 * 4
-    # "last" is read, and `out` hears of other positions only what attention brings, which is cut
+    # "last" is read, and `out` hears of other positions only what attention brings,
+    # which is cut
     assert all(s.delta == 0 for s in refined.log if s.child == "out" and s.span != "5")
     again = RefinedCircuit.load(refined.save(tmp_path))
     assert again.log == refined.log and again.spans == refined.spans

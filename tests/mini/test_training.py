@@ -1,4 +1,6 @@
-"""The embedded model: its training can be interrupted, it is a GPT-2, and the shipped files can do what their card says."""
+"""The embedded model: its training can be interrupted, it is a GPT-2, and the shipped
+files can do what their card says.
+"""
 
 import json
 import math
@@ -17,6 +19,19 @@ from torch.distributed.run import get_args_parser
 
 from mechtut.mini.card import agreement, model_card
 from mechtut.mini.evaluation import Candidate, Line, evaluate, facts_table, trace_roles
+from mechtut.mini.network import (
+    NeuronCost,
+    TrainingGPT,
+    hf_names,
+    lens_loss,
+    orthogonalize,
+    plant,
+    subject_masks,
+    to_hf,
+    wanted,
+    weighted_loss,
+)
+from mechtut.mini.tokenizer import build_tokenizer, pack_rows
 from mechtut.mini.training import (
     Recipe,
     Trainer,
@@ -32,21 +47,8 @@ from mechtut.mini.training import (
     train,
     train_step,
 )
-from mechtut.models.loading import load_model
-from mechtut.mini.tokenizer import build_tokenizer, pack_rows
-from mechtut.mini.network import (
-    NeuronCost,
-    TrainingGPT,
-    hf_names,
-    lens_loss,
-    orthogonalize,
-    plant,
-    subject_masks,
-    to_hf,
-    wanted,
-    weighted_loss,
-)  # fmt: skip
 from mechtut.mini.world import World
+from mechtut.models.loading import load_model
 
 TINY = Recipe(
     tokens=30 * 2 * 64,
@@ -110,9 +112,16 @@ def test_the_mask_hides_subjects_from_later_tokens_only():
         [True, False, True, True, False, False, True, True],
     )
     assert [m[7].tolist() for m in sees] == [nothing, nothing, its_end, its_end]
-    assert sees[0][6].tolist() == [True, False, False, True, True, True, True, False], (
-        "a name is put together before `gather`"
-    )
+    assert sees[0][6].tolist() == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ], "a name is put together before `gather`"
     assert sees[1][6].tolist() == [True, False, False, True, False, False, True, False]
     assert sees[3][6].tolist() == [True, False, True, True, False, False, True, False]
     for plain in subject_masks(subject, last, torch.tensor([False]), **layers):
@@ -120,12 +129,17 @@ def test_the_mask_hides_subjects_from_later_tokens_only():
 
 
 def test_planted_neurons_are_drawn_to_their_categories():
-    """Planted neurons that are right cost nothing; silent ones cost the whole of it, for any category."""
+    """Planted neurons that are right cost nothing; silent ones cost the whole of it,
+    for any category.
+    """
     labels = torch.tensor([[0, 1, -1, 1], [-1, -1, 1, -1]])
     targets = wanted(4, labels, -torch.ones_like(labels), kinds=2)
-    assert [int(t.sum()) for t in targets] == [4, 4, 4, 0], (
-        "the last quarter of the layers looks at the next token"
-    )
+    assert [int(t.sum()) for t in targets] == [
+        4,
+        4,
+        4,
+        0,
+    ], "the last quarter of the layers looks at the next token"
     right = targets[0].repeat_interleave(2, -1).view(2, 4, 4)
     act = torch.cat(
         [right, torch.ones(2, 4, 3)], -1
@@ -142,7 +156,9 @@ def test_planted_neurons_are_drawn_to_their_categories():
 
 
 def test_planting_finds_what_can_be_found():
-    """Probes for categories that the tokens' embeddings give away are right at once; other neurons keep their weights."""
+    """Probes for categories that the tokens' embeddings give away are right at once;
+    other neurons keep their weights.
+    """
     torch.manual_seed(3)
     m = TrainingGPT(4, 64, 4, 16, 24, dtype=torch.float32)
     m.wte.data *= 50  # tokens far apart
@@ -264,13 +280,16 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 
 
 def test_two_processes_train_the_same_model(tmp_path):
-    """The losses of the steps differ only in the order of sums (1e-6); through Adam, which divides by a gradient's size,
-    that grows to about 1e-5 in the twelve steps. A share of the batch that was left out would show in the first digit."""
+    """The losses of the steps differ only in the order of sums (1e-6); through Adam,
+    which divides by a gradient's size, that grows to about 1e-5 in the twelve steps. A
+    share of the batch that was left out would show in the first digit.
+    """
     recipe = replace(TINY, tokens=12 * 4 * 64, batch=4, seed=3)
     script = tmp_path / "run.py"
     script.write_text(
-        "from mechtut.mini.training import Recipe, train\nfrom mechtut.mini.network import together\n"
-        f"with together():\n    train({str(tmp_path / 'two')!r}, {recipe!r}, progress=False)\n"
+        "from mechtut.mini.training import Recipe, train\nfrom mechtut.mini.network"
+        f" import together\nwith together():\n    train({str(tmp_path / 'two')!r},"
+        f" {recipe!r}, progress=False)\n"
     )
     command = [
         sys.executable,
@@ -305,7 +324,9 @@ def test_two_processes_train_the_same_model(tmp_path):
     "step", [0, 5, 22], ids=["facts", "all behaviours", "planted and read early"]
 )
 def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
-    """Uneven parts (3 rows and 2) with other weights and other categories in each; what differs is the order of sums."""
+    """Uneven parts (3 rows and 2) with other weights and other categories in each; what
+    differs is the order of sums.
+    """
     run = Trainer(replace(TINY, n_layer=4, batch=5, tokens=30 * 5 * 64))
     run.step, found = step, []
     monkeypatch.setattr("mechtut.mini.training.add_up", lambda tensors: None)
@@ -341,7 +362,9 @@ def test_ablations_of_the_text():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_the_same_model(tmp_path):
-    """bfloat16 products there, whatever this processor prefers here, so losses agree to three digits only."""
+    """bfloat16 products there, whatever this processor prefers here, so losses agree to
+    three digits only.
+    """
     here, there = (
         Trainer(replace(TINY, n_layer=4), device=device) for device in ("cpu", "cuda")
     )
@@ -504,7 +527,9 @@ def test_the_shipped_model_shows_the_tracing_picture(mini):
 
 
 def test_a_resumed_run_goes_on_in_its_own_precision(tmp_path):
-    """Whatever this processor would choose now; the choice is a measurement and may come out differently."""
+    """Whatever this processor would choose now; the choice is a measurement and may
+    come out differently.
+    """
     first = Trainer(TINY)
     other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[
         first.model.dtype

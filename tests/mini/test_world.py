@@ -1,4 +1,6 @@
-"""The embedded world: the same every time, its facts hidden in combinations, its held-out text never shown."""
+"""The embedded world: the same every time, its facts hidden in combinations, its
+held-out text never shown.
+"""
 
 import itertools
 import random
@@ -84,7 +86,9 @@ def test_every_subject_has_one_object_for_each_relation(world):
 
 
 def test_no_single_name_part_gives_a_fact_away(world):
-    """The best guess from one part of the name is right for fewer than half of the facts."""
+    """The best guess from one part of the name is right for fewer than half of the
+    facts.
+    """
     for relation in world.spec["relations"]:
         facts = [f for f in world.facts if f.relation == relation]
         votes = {}

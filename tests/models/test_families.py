@@ -1,12 +1,14 @@
-"""Every family: hooks are invisible, values can be written back, the engine equals the loop, TransformerLens agrees."""
+"""Every family: hooks are invisible, values can be written back, the engine equals the
+loop, TransformerLens agrees.
+"""
 
 import pytest
 import torch
 from families import CONFIGS, tiny
 
+from mechtut.models.hooks import ATTENTION_SITES, SITES, Edit, capture, intervene
 from mechtut.models.loading import FAMILIES, load_model, mask_arguments
 from mechtut.patching.replay import Replay, naive_replay
-from mechtut.models.hooks import ATTENTION_SITES, SITES, Edit, capture, intervene
 
 KINDS = sorted(CONFIGS)
 TOKENS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -72,7 +74,9 @@ def test_own_value_written_back_changes_nothing(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_edit_does_something_to_every_row(kind):
-    """The old `output[0]` idiom edits batch row 0 only; an edit must reach all rows, and undo itself."""
+    """The old `output[0]` idiom edits batch row 0 only; an edit must reach all rows,
+    and undo itself.
+    """
     model = load_model(tiny(kind))
     plain = model.logits(TOKENS)
     for site in sites_of(model):
@@ -85,7 +89,9 @@ def test_every_edit_does_something_to_every_row(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_contributions_add_up(kind):
-    """attn_out and mlp_out are what enters the residual stream, whatever norms come before or after."""
+    """attn_out and mlp_out are what enters the residual stream, whatever norms come
+    before or after.
+    """
     model = load_model(tiny(kind, torch.float64))
     acts = capture(model, TOKENS, ["resid_pre", "attn_out", "mlp_out", "resid_post"])
     total = acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"]
@@ -150,15 +156,19 @@ def test_engine_equals_loop(kind, dtype, tolerance):
     interventions += [[Edit("mlp_act", layer, 0.0, pos=6)] for layer in range(3)]
     fast = Replay(model, TOKENS).run(interventions)[:, :, 0]
     slow = naive_replay(model, TOKENS, interventions)
-    # RMS norms compute in float32 also in a float64 model: whether sums of other sizes round alike depends on the processor
+    # RMS norms compute in float32 also in a float64 model: whether sums of other sizes
+    # round alike depends on the processor
     tolerance = max(tolerance, 1e-6) if "rms" in repr(model.hf).lower() else tolerance
     assert (fast - slow).abs().max() <= tolerance * max(1.0, float(slow.abs().max()))
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "gptj"])
 def test_left_padding(kind):
-    """A left-padded row gives what the unpadded prompt gives, in a plain forward and in the engine."""
-    # Gemma 2's eager attention overflows to NaN on a fully masked row in float64 (in float32 it does not).
+    """A left-padded row gives what the unpadded prompt gives, in a plain forward and in
+    the engine.
+    """
+    # Gemma 2's eager attention overflows to NaN on a fully masked row in float64 (in
+    # float32 it does not).
     dtype, tolerance = (
         (torch.float32, 1e-4) if kind == "gemma2" else (torch.float64, 1e-6)
     )
@@ -191,7 +201,9 @@ BRIDGED = [
 
 @pytest.mark.parametrize("kind", BRIDGED)
 def test_transformer_lens_agrees(kind):
-    """The same weights in a TransformerBridge: same logits, and `load_model(bridge)` gives them back unwired."""
+    """The same weights in a TransformerBridge: same logits, and `load_model(bridge)`
+    gives them back unwired.
+    """
     bridge_module = pytest.importorskip("transformer_lens.model_bridge")
     from golden_models import GOLDEN
     from transformers import PreTrainedTokenizerFast

@@ -5,8 +5,8 @@ import torch
 from families import tiny
 from torch import nn
 
-from mechtut.models.loading import load_model
 from mechtut.models.hooks import Edit, Site, capture, intervene
+from mechtut.models.loading import load_model
 
 TOKENS = torch.randint(1, 97, (2, 6), generator=torch.Generator().manual_seed(0))
 MODEL = load_model(tiny("gpt2"))

@@ -1,4 +1,6 @@
-"""Loading: the embedded model, instances, folders; damaged or unknown things are refused by name."""
+"""Loading: the embedded model, instances, folders; damaged or unknown things are
+refused by name.
+"""
 
 import json
 import shutil
@@ -10,8 +12,8 @@ import pytest
 import torch
 from families import tiny
 
-from mechtut.models.loading import loading as models
 from mechtut.models.loading import FAMILIES, load_model, mini_folder, weight_fingerprint
+from mechtut.models.loading import loading as models
 
 
 def test_mini_loads_and_speaks():

@@ -1,4 +1,6 @@
-"""Servers, honest and otherwise: caching, retries, limits, costs, what a server is seen to do. Loopback only."""
+"""Servers, honest and otherwise: caching, retries, limits, costs, what a server is seen
+to do. Loopback only.
+"""
 
 import json
 import math
@@ -13,7 +15,14 @@ pytest.importorskip(
 )
 
 from mechtut.neurons import client as servers
-from mechtut.neurons.explainers import ServerExplainer, ServerJudge, ServerSimulator
+from mechtut.neurons.client import (
+    Capabilities,
+    Server,
+    ServerError,
+    chat,
+    completion,
+    texts,
+)
 from mechtut.neurons.explainer_prompts import (
     SHOTS,
     echo_prompt,
@@ -23,17 +32,10 @@ from mechtut.neurons.explainer_prompts import (
     read_echo,
     read_explanation,
     show_excerpt,
-)  # fmt: skip
+)
+from mechtut.neurons.explainers import ServerExplainer, ServerJudge, ServerSimulator
 from mechtut.neurons.records import ActivationRecord, NeuronRecord
 from mechtut.neurons.rules import Explanation
-from mechtut.neurons.client import (
-    Capabilities,
-    Server,
-    ServerError,
-    chat,
-    completion,
-    texts,
-)
 
 SECRET = "sk-very-secret-0123456789"
 MONTHS = Explanation("names of months")
@@ -116,7 +118,9 @@ def test_what_stays_wrong_is_not_retried(status):
 
 
 def test_nothing_paid_for_is_lost(tmp_path):
-    """Request 3 fails for good; the other nine answers are kept, and the next call asks for one only."""
+    """Request 3 fails for good; the other nine answers are kept, and the next call asks
+    for one only.
+    """
     script = Script(faults=[None, None, None, 400])
     with serving(script) as url:
         parrot = server(url, cache=tmp_path, concurrency=1)
@@ -321,7 +325,9 @@ RIGHT = [[0, 8, 0, 0, 0], [8, 0, 0, 0], [0]]
     ],
 )
 def test_every_way_to_simulate(script, way):
-    """Tabs and line breaks among the tokens, excerpts of different lengths, one of a single token."""
+    """Tabs and line breaks among the tokens, excerpts of different lengths, one of a
+    single token.
+    """
     with serving(script) as url:
         simulator = ServerSimulator(server(url))
         values = simulator.simulate(MONTHS, EXCERPTS)

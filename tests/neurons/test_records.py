@@ -1,4 +1,6 @@
-"""Collecting records against a brute-force collection, on every family; resuming; memory; hostile input."""
+"""Collecting records against a brute-force collection, on every family; resuming;
+memory; hostile input.
+"""
 
 import math
 import shutil
@@ -12,10 +14,10 @@ from families import CONFIGS, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechtut.neurons.collect import collect
-from mechtut.models.loading import load_model
-from mechtut.neurons.records import ActivationRecord, NeuronRecords
 from mechtut.models.hooks import capture
+from mechtut.models.loading import load_model
+from mechtut.neurons.collect import collect
+from mechtut.neurons.records import ActivationRecord, NeuronRecords
 from mechtut.neurons.statistics import (
     Reservoir,
     empty_top,
@@ -79,7 +81,8 @@ def test_every_family_against_brute_force(kind):
         for neuron in (0, 13, full.shape[2] - 1):
             record, x = records[layer, neuron], full[..., neuron]
             best = x.amax(1).sort(descending=True, stable=True)
-            # float32 products of another batch shape differ in the last digits: 1e-4 of values around 1 to 10
+            # float32 products of another batch shape differ in the last digits: 1e-4 of
+            # values around 1 to 10
             assert np.allclose(
                 [max(r.activations) for r in record.top], best.values[:4], atol=1e-4
             )
@@ -153,12 +156,20 @@ def test_token_table(model):
         plain.token_means(1, 5)
 
 
-# Few different values make many ties; the earlier excerpt must win whatever the batches.
+# Few different values make many ties; the earlier excerpt must win whatever the
+# batches.
 @settings(max_examples=60)
 @given(
-    st.lists(st.lists(st.sampled_from([-1.5, -0.0, 0.0, 0.5, 2.0, 1e-30]), min_size=3, max_size=3), min_size=1, max_size=25),
-    st.integers(1, 6), st.integers(1, 9),
-)  # fmt: skip
+    st.lists(
+        st.lists(
+            st.sampled_from([-1.5, -0.0, 0.0, 0.5, 2.0, 1e-30]), min_size=3, max_size=3
+        ),
+        min_size=1,
+        max_size=25,
+    ),
+    st.integers(1, 6),
+    st.integers(1, 9),
+)
 def test_top_k_with_ties(values, k, batch):
     x = torch.tensor(values).unsqueeze(2).expand(-1, -1, 2).contiguous()
     x[..., 1] *= -1
@@ -310,7 +321,9 @@ def test_another_corpus_or_model_is_refused(model, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus():
-    """Python's and numpy's memory for the excerpts' tokens, and the tensors kept: the same for 5,000 and 20,000 excerpts."""
+    """Python's and numpy's memory for the excerpts' tokens, and the tensors kept: the
+    same for 5,000 and 20,000 excerpts.
+    """
     model = load_model(tiny("gpt2", n_layer=2))
 
     def stream(n):
@@ -339,7 +352,8 @@ def test_memory_does_not_grow_with_the_corpus():
                 for name, v in state.items()
             }
         )
-        # each of 128 neurons of two layers refers to at most 2 top excerpts, and all of them to the same random sample
+        # each of 128 neurons of two layers refers to at most 2 top excerpts, and all of
+        # them to the same random sample
         assert (
             records.n_excerpts == n
             and len(records.kept.excerpts) <= 2 * 128 * 2 + records.plan.n_pool

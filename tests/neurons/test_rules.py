@@ -1,4 +1,6 @@
-"""The small language of rules: writing, reading, simulating and finding them; look-up tables; hostile input."""
+"""The small language of rules: writing, reading, simulating and finding them; look-up
+tables; hostile input.
+"""
 
 import math
 
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechtut.mini.world import World
 from mechtut.neurons.records import ActivationRecord, NeuronRecord
 from mechtut.neurons.rules import (
     Explanation,
@@ -19,9 +22,8 @@ from mechtut.neurons.rules import (
     induce,
     read_rule,
     rule_sentence,
-)  # fmt: skip
+)
 from mechtut.neurons.scoring import score
-from mechtut.mini.world import World
 
 WORLD = World()
 tokens = st.text(min_size=1, max_size=6)
@@ -66,7 +68,8 @@ def test_a_quotation_is_never_run_as_code():
 
 def test_simulating():
     said = Explanation(
-        "fires on month words (+3), after ' in' (+1.5), on line breaks and at the start (-2)"
+        "fires on month words (+3), after ' in' (+1.5), on line breaks and at the start"
+        " (-2)"
     )
     values = RuleSimulator(WORLD.category_of).simulate(
         said, [[" In", " May"], [" in", " June", "\n"]]
@@ -203,7 +206,9 @@ def test_tables():
 
 
 def test_nobody_looks_at_the_excerpts_that_are_scored():
-    """Changing everything but the train split and the spare excerpts changes no explanation."""
+    """Changing everything but the train split and the spare excerpts changes no
+    explanation.
+    """
     a = months()
     top = [
         r if i % 4 == 0 else ActivationRecord(["?"], [99.0])

@@ -1,4 +1,7 @@
-"""Properties of levels, splits, calibrations and scores; hostile input. Agreement is in test_neuron_golden."""
+"""Properties of levels, splits, calibrations and scores; hostile input.
+
+Agreement is in test_neuron_golden.
+"""
 
 import math
 
@@ -135,10 +138,11 @@ def test_excerpts_are_laid_end_to_end():
 @pytest.mark.parametrize("function", [score, lambda y, p: calibrate(p, y, "linear")])
 def test_hostile_input(function):
     for y, p, message in (
-        ([], [], "at least one"), ([1.0], [1.0, 2.0], "not 2 and 1"),
+        ([], [], "at least one"),
+        ([1.0], [1.0, 2.0], "not 2 and 1"),
         ([math.nan, 1.0], [1.0, 2.0], "true activation 0 is nan"),
         ([1.0, 1.0], [1.0, math.inf], "simulated activation 1 is inf"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             function(y, p)
     with pytest.raises(ValueError, match="method must be"):

@@ -1,4 +1,6 @@
-"""ACDC: the engine against slower ways, families, properties, resuming, results, hostile input."""
+"""ACDC: the engine against slower ways, families, properties, resuming, results,
+hostile input.
+"""
 
 import json
 import random
@@ -11,9 +13,7 @@ from hypothesis import strategies as st
 from slow_circuit import slow_logits
 
 from mechtut.circuits import drawing
-from mechtut.papers.acdc import Rules, acdc, evaluate_circuit, roc, search, sweep
 from mechtut.circuits.circuit import Circuit, Roc, pessimistic_auc
-from mechtut.circuits.runs import Contrast, Cuts, circuit_logits, circuit_metric
 from mechtut.circuits.graph import (
     Edge,
     Graph,
@@ -33,8 +33,10 @@ from mechtut.circuits.metrics import (
     logit_diff,
     nll,
 )
-from mechtut.models.loading import load_model
+from mechtut.circuits.runs import Contrast, Cuts, circuit_logits, circuit_metric
 from mechtut.circuits.search import Pruner
+from mechtut.models.loading import load_model
+from mechtut.papers.acdc import Rules, acdc, evaluate_circuit, roc, search, sweep
 
 FAMILIES = [kind for kind in CONFIGS if kind != "gptj"]
 
@@ -60,7 +62,9 @@ def random_cuts(graph, share, seed):
 @pytest.mark.parametrize("split_qkv", [True, False])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_agree_with_hugging_faces_own_modules(kind, split_qkv):
-    """A random circuit, with every reader's q, k, v and MLP computed by the model's own modules."""
+    """A random circuit, with every reader's q, k, v and MLP computed by the model's own
+    modules.
+    """
     model, (clean, corrupted) = model_of(kind), prompts()
     contrast = Contrast(model, clean, corrupted, "kl", "all", split_qkv=split_qkv)
     # RMS norms of these families compute in float32 also in a float64 model
@@ -88,7 +92,9 @@ def test_search_agrees_with_one_forward_per_edge(kind):
 
 
 def _replay(contrast, circuit, tolerance=2e-9):
-    """Make the circuit's cuts in order by plain forward passes and compare every number."""
+    """Make the circuit's cuts in order by plain forward passes and compare every
+    number.
+    """
     cuts, current = Cuts(contrast.graph), contrast.metric_full
     for step in circuit.log:
         cuts.set(Edge(step.parent, step.child), False)
@@ -103,11 +109,17 @@ def _replay(contrast, circuit, tolerance=2e-9):
 
 @settings(max_examples=15)
 @given(
-    layers=st.integers(1, 3), heads=st.sampled_from([1, 2, 4]), length=st.integers(2, 6), first=st.integers(0, 5),
-    seed=st.integers(0, 99), ablation=st.sampled_from(["resample", "zero"]), split_qkv=st.booleans(),
-    split_positions=st.booleans(), where=st.sampled_from(["last", "all", "some"]),
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 4]),
+    length=st.integers(2, 6),
+    first=st.integers(0, 5),
+    seed=st.integers(0, 99),
+    ablation=st.sampled_from(["resample", "zero"]),
+    split_qkv=st.booleans(),
+    split_positions=st.booleans(),
+    where=st.sampled_from(["last", "all", "some"]),
     threshold=st.sampled_from([0.0, 1e-3, 0.02, 0.3]),
-)  # fmt: skip
+)
 def test_search_is_exact_on_random_models(
     layers,
     heads,
@@ -151,7 +163,9 @@ def test_search_is_exact_on_random_models(
 @settings(max_examples=6)
 @given(seed=st.integers(0, 999), kind=st.sampled_from(["gpt2", "llama", "gpt_neox"]))
 def test_rebuilding_the_state_changes_nothing(seed, kind):
-    """After random decisions the pruner's values are those that it computes anew from the cuts."""
+    """After random decisions the pruner's values are those that it computes anew from
+    the cuts.
+    """
     clean, corrupted = prompts(seed=seed, first=2)
     contrast = Contrast(model_of(kind), clean, corrupted)
     cuts, draw_number = Cuts(contrast.graph), random.Random(seed)
@@ -189,7 +203,8 @@ def test_cutting_everything_gives_the_corrupted_run():
     bias_only = Contrast(model_of(), clean, corrupted, "kl", "all", ablation="zero")
     x = circuit_logits(bias_only, Cuts.only(bias_only.graph, []))
     biases = sum(bias_only.model.part(i, "attn.c_proj").bias for i in range(3))
-    # what cancels leaves rounding behind, which the final norm makes 1 / sqrt(1e-5) = 300 times larger
+    # what cancels leaves rounding behind, which the final norm makes 1 / sqrt(1e-5) =
+    # 300 times larger
     assert torch.allclose(
         x, bias_only.model.unembed(biases.expand(3, 7, -1)), atol=1e-11
     )
@@ -235,7 +250,9 @@ def test_first_difference_and_last_read_position_save_work():
 
 
 def test_resumes_where_it_stopped(tmp_path):
-    """A search that dies in the middle: the second call tests no stored node again and ends with the same log."""
+    """A search that dies in the middle: the second call tests no stored node again and
+    ends with the same log.
+    """
     model, (clean, corrupted) = model_of(), prompts()
     calls, kill_at = [], 40
 
@@ -507,7 +524,10 @@ def test_the_metrics_of_several_circuits_are_those_of_each(positions):
 
 
 def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
-    """Metrics without the first edge, the first two, ... in one pass, against one pass each; and what may be accepted."""
+    """Metrics without the first edge, the first two, ...
+
+    in one pass, against one pass each; and what may be accepted.
+    """
     model, (clean, corrupted) = model_of(), prompts()
     contrast = Contrast(model, clean, corrupted)
     for node in ("out", "m1.in", "a1.0.v_in"):
@@ -540,7 +560,9 @@ def test_looking_ahead_asks_for_what_a_step_by_step_search_asks_for():
     "length", [5, 60]
 )  # with room for several circuits in a pass, and (in all rows) without
 def test_heads_whose_only_edges_are_tested_in_one_pass(kind, length):
-    """Every group of nodes with one edge each, with random decisions: each number is that of a plain forward pass."""
+    """Every group of nodes with one edge each, with random decisions: each number is
+    that of a plain forward pass.
+    """
     clean, corrupted = prompts(length=length)
     contrast = Contrast(model_of(kind), clean, corrupted, "kl", "last")
     cuts, draw, shared = Cuts(contrast.graph), random.Random(0), 0
@@ -643,8 +665,17 @@ def test_metric_that_fails_on_the_way_is_reported():
     model, (clean, corrupted) = model_of(), prompts()
     own = model.logits(clean)[:, -1:]
     with pytest.raises(ValueError, match="is inf"):
-        acdc(model, clean, corrupted, threshold=0.1, positions="last", progress=False,
-             metric=lambda x: torch.where(torch.allclose(x, own) * torch.ones(()) > 0, 0.0, torch.inf))  # fmt: skip
+        acdc(
+            model,
+            clean,
+            corrupted,
+            threshold=0.1,
+            positions="last",
+            progress=False,
+            metric=lambda x: torch.where(
+                torch.allclose(x, own) * torch.ones(()) > 0, 0.0, torch.inf
+            ),
+        )
 
 
 def test_unknown_nodes_and_families():

@@ -1,4 +1,4 @@
-"""Agreement with the authors' ACDC code, decision by decision, on every reference run."""
+"""Agreement with the authors' ACDC code, decision by decision, on every run."""
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from golden_acdc import (
     prompts,
 )
 
-from mechtut.papers.acdc import attribution_scores, roc, search
 from mechtut.circuits.circuit import counts, node_counts
-from mechtut.circuits.runs import Cuts, circuit_metric
 from mechtut.circuits.graph import Graph, check_edges, visits
+from mechtut.circuits.runs import Cuts, circuit_metric
+from mechtut.papers.acdc import attribution_scores, roc, search
 
 TRACR_SHAPES = {
     "tracr-xproportion": (2, 1),
@@ -30,7 +30,9 @@ TRACR_SHAPES = {
 
 @pytest.mark.parametrize("tag", RUNS)
 def test_every_decision(tag):
-    """The same edges in the same order with the same decisions; float64 agrees to 1e-12, float32 to its rounding."""
+    """The same edges in the same order with the same decisions; float64 agrees to
+    1e-12, float32 to its rounding.
+    """
     run = RUNS[tag]
     contrast = golden_contrast(run)
     circuit = search(contrast, golden_rules(run))
@@ -44,7 +46,8 @@ def test_every_decision(tag):
     assert {(e.parent, e.child) for e in circuit.edges} == {
         tuple(e) for e in run["edges"]
     }
-    # 1e-12 is the acceptance in float64; logits of size 10 have float32 steps of 1e-6, and a metric sums a few of them
+    # 1e-12 is the acceptance in float64; logits of size 10 have float32 steps of 1e-6,
+    # and a metric sums a few of them
     tolerance = 1e-12 if exact else 5e-6
     for step, (_, _, metric, delta, _) in zip(circuit.log, run["log"], strict=True):
         assert step.delta == pytest.approx(delta, abs=tolerance)
@@ -56,7 +59,9 @@ def test_every_decision(tag):
 
 @pytest.mark.parametrize("name", ["attn2l_ind", "attn2l_rand", "mlp2l_rand"])
 def test_float32_makes_the_same_decisions(name):
-    """The float64 runs repeated in float32: the same log wherever the run's margin is above 1e-5."""
+    """The float64 runs repeated in float32: the same log wherever the run's margin is
+    above 1e-5.
+    """
     for run in RUNS.values():
         if run["model"] == name and run["dtype"] == "float64" and run["margin"] > 1e-5:
             circuit = search(golden_contrast(run, torch.float32), golden_rules(run))
@@ -84,8 +89,11 @@ def test_every_kind_of_run_is_here():
         for key in ("zero", "abs_value", "remove_redundant")
     )
     assert {(r["names_mode"], r["indices_mode"]) for r in RUNS.values()} == {
-        ("normal", "normal"), ("normal", "reverse"), ("reverse", "normal"), ("reverse", "reverse")
-    }  # fmt: skip
+        ("normal", "normal"),
+        ("normal", "reverse"),
+        ("reverse", "normal"),
+        ("reverse", "reverse"),
+    }
 
 
 @pytest.mark.parametrize("name", ["attn2l_ind", "attn2l_rand", "mlp2l_rand"])
@@ -128,7 +136,9 @@ def test_visited_nodes_are_a_subsequence_of_the_visiting_order():
 
 @pytest.mark.parametrize("task", CANONICAL)
 def test_canonical_circuits(task):
-    """The published circuits are made of edges of our graph, and there are as many of everything as the authors count."""
+    """The published circuits are made of edges of our graph, and there are as many of
+    everything as the authors count.
+    """
     circuit, (n_layers, n_heads) = CANONICAL[task], TRACR_SHAPES[task]
     graph = Graph(
         n_layers,
@@ -157,7 +167,9 @@ def test_canonical_circuits(task):
 
 @pytest.mark.parametrize("ablation", ["zero", "resample"])
 def test_compiled_proportion(ablation):
-    """Counts, metric and AUC of the sweep on the compiled model: 10 of 10 edges and no false one with zero ablation."""
+    """Counts, metric and AUC of the sweep on the compiled model: 10 of 10 edges and no
+    false one with zero ablation.
+    """
     reference, truth = (
         TRACR[f"proportion-{ablation}"],
         CANONICAL["tracr-xproportion"]["edges"],
@@ -196,7 +208,9 @@ def _split_nodes(found, truth, graph):
 
 
 def test_attribution():
-    """EAP-IG on inputs. The authors divide the sum over prompts by their number although their metric is a mean already."""
+    """EAP-IG on inputs. The authors divide the sum over prompts by their number
+    although their metric is a mean already.
+    """
     data = prompts("attn2l_ind")
     scores = attribution_scores(
         acdc_model("attn2l_ind"),

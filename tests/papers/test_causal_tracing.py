@@ -1,10 +1,14 @@
-"""Tracing beyond the golden numbers: the engine against the loop, resuming, results on disk, and hostile input."""
+"""Tracing beyond the golden numbers: the engine against the loop, resuming, results on
+disk, and hostile input.
+"""
 
 import numpy as np
 import pytest
 import torch
 from golden_models import read_json, rome_model
 
+from mechtut.models.hooks import Edit, capture, intervene
+from mechtut.models.loading import load_model
 from mechtut.papers.causal_tracing import (
     AverageTrace,
     CausalTrace,
@@ -14,8 +18,6 @@ from mechtut.papers.causal_tracing import (
     window_layers,
 )
 from mechtut.prompts.subject_noise import Noise, embedding_std, find_subject
-from mechtut.models.loading import load_model
-from mechtut.models.hooks import Edit, capture, intervene
 
 MODEL = rome_model("tiny_facts", torch.float64)
 PROMPT, SUBJECT = "Lumgath Elmstov plays the sport of", "Lumgath Elmstov"
@@ -256,7 +258,9 @@ def test_subject_twice_takes_the_first_and_says_so():
 
 
 def test_tokenizers_that_drop_spaces():
-    """SentencePiece-like: a token decoded alone has no leading space, so the joined pieces read 'TheEiffelTower'."""
+    """SentencePiece-like: a token decoded alone has no leading space, so the joined
+    pieces read 'TheEiffelTower'.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -315,7 +319,9 @@ def test_noise_modes():
 
 
 def test_the_embedded_model_shows_the_picture():
-    """Early at the last subject token, late at the last token: on facts the notebook does not use."""
+    """Early at the last subject token, late at the last token: on facts the notebook
+    does not use.
+    """
     from mechtut.mini.world import World
 
     average = trace_facts(load_model("mini", device="cpu"), World().facts[7::60])

@@ -1,4 +1,6 @@
-"""Causal tracing against numbers produced by the authors' own code (kmeng01/rome) on small models."""
+"""Causal tracing against numbers produced by the authors' own code (kmeng01/rome) on
+small models.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from mechtut.prompts.subject_noise import Noise
 
 CASES = read_json("rome/trace.json")
 ARRAYS = np.load(GOLDEN / "rome" / "trace.npz")
-# float64: thirty-odd matrix products of width 64 leave about 1e-15; float32 rounding of the same sums leaves a few 1e-6.
+# float64: thirty-odd matrix products of width 64 leave about 1e-15; float32 rounding of
+# the same sums leaves a few 1e-6.
 TOLERANCE = {"f64": 1e-10, "f32": 1e-5}
 MODELS = {
     "f64": rome_model("tiny_rand", torch.float64),
@@ -83,7 +86,9 @@ def test_subject_is_found_where_the_authors_find_it():
 
 
 def test_quirks_matter():
-    """Without the quirk's name the authors' odd numbers are not reproduced: the default is the consistent variant."""
+    """Without the quirk's name the authors' odd numbers are not reproduced: the default
+    is the consistent variant.
+    """
     by_name = {c["name"]: c for c in CASES}
     for name in ("f64.p0.severed_mlp", "f64.p0.state.replace"):
         case = by_name[name]

@@ -1,4 +1,6 @@
-"""Function vectors beyond the golden numbers: the engine against the plain loop, every family, saving, hostile input."""
+"""Function vectors beyond the golden numbers: the engine against the plain loop, every
+family, saving, hostile input.
+"""
 
 import json
 import subprocess
@@ -13,16 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from mechtut.prompts import few_shot as icl
-from mechtut.prompts.completions import (
-    answer_nll,
-    complete,
-    exact,
-    f1,
-    first_word,
-    mentions,
-    reconstruct,
-)
+from mechtut.models.hooks import Edit, capture, intervene
+from mechtut.models.loading import load_model
 from mechtut.papers.function_vectors import (
     CLASSES,
     FunctionVector,
@@ -40,6 +34,17 @@ from mechtut.papers.function_vectors import (
     target_ranks,
     top_heads,
 )
+from mechtut.patching.last_token import GROUP, Change, naive_changes, run_changes
+from mechtut.prompts import few_shot as icl
+from mechtut.prompts.completions import (
+    answer_nll,
+    complete,
+    exact,
+    f1,
+    first_word,
+    mentions,
+    reconstruct,
+)
 from mechtut.prompts.few_shot import (
     ICLPrompt,
     Task,
@@ -51,9 +56,6 @@ from mechtut.prompts.few_shot import (
     load_task,
     sample_prompts,
 )
-from mechtut.models.loading import load_model
-from mechtut.models.hooks import Edit, capture, intervene
-from mechtut.patching.last_token import GROUP, Change, naive_changes, run_changes
 
 MODEL = fv_model(torch.float64)
 MINI = load_model("mini", device="cpu")
@@ -77,7 +79,8 @@ def definition(model, prompts, means):
     return out
 
 
-# ---- the engine -------------------------------------------------------------------------------------------------
+# ---- the engine ----------------------------------------------------------------------
+# ---------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -101,7 +104,8 @@ def test_streams_are_the_plain_loop_in_every_family(kind):
         run_changes(model, tokens, last, changes),
         naive_changes(model, tokens, last, changes),
     )
-    # Eager attention (Gemma 2's only one) takes its softmax in float32, whatever the model's type.
+    # Eager attention (Gemma 2's only one) takes its softmax in float32, whatever the
+    # model's type.
     tolerance = 1e-4 if model.config._attn_implementation == "eager" else 1e-10
     assert (fast - slow).abs().max() <= tolerance
     clean = model.logits(tokens[:1])[0, -1]
@@ -177,19 +181,24 @@ def test_log_probability_and_resuming(tmp_path, monkeypatch):
 
 
 def test_class_effects_of_the_last_token_are_the_head_effects():
-    """The query's predictive token is the last one; patching its class patches the last token alone."""
+    """The query's predictive token is the last one; patching its class patches the last
+    token alone.
+    """
     means = mean_head_activations(MODEL, SHORT, slots="all")
     by_class = indirect_effect_by_class(MODEL, SHORT[:1], means)
     last = indirect_effect(MODEL, SHORT[:1], means)
     assert (by_class[..., CLASSES.index("query_predictive")] - last).abs().max() <= 1e-7
 
 
-# ---- the vector -------------------------------------------------------------------------------------------------
+# ---- the vector ----------------------------------------------------------------------
+# ---------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_all_heads_of_a_layer_write_what_the_layer_writes(kind):
-    """With the means of a single prompt the contributions add up to attn_out, also behind a norm, but for the bias."""
+    """With the means of a single prompt the contributions add up to attn_out, also
+    behind a norm, but for the bias.
+    """
     model = load_model(tiny(kind, torch.float64))
     ids = [5, 17, 3, 80, 9]
     means = mean_head_activations(model, [(ids, 1)])
@@ -274,7 +283,8 @@ def test_a_vector_per_layer():
     assert torch.equal(together[:, 1:], torch.stack(one_by_one, 1))
 
 
-# ---- the recipe on the embedded model ---------------------------------------------------------------------------
+# ---- the recipe on the embedded model
+# ---------------------------------------------------------------------------
 
 
 def test_extract_save_and_load(tmp_path):
@@ -320,7 +330,8 @@ def test_a_model_without_the_function_is_told_so():
     assert known_queries(MODEL, TASK, "valid") == []
 
 
-# ---- tasks and prompts ------------------------------------------------------------------------------------------
+# ---- tasks and prompts ---------------------------------------------------------------
+# ---------------------------
 
 
 @given(
@@ -460,16 +471,21 @@ def test_the_authors_tasks_come_from_one_commit_of_their_repository(
 
 @pytest.mark.parametrize(
     "content, words",
-    [('{"a": 1}', "must hold a list"), ('[{"input": "a"}]', "must hold a list"),
-     ('[{"input": "a", "output": ["b"]}]', "words"), ('[{"input": "a", "output": " "}]', "words")],
-)  # fmt: skip
+    [
+        ('{"a": 1}', "must hold a list"),
+        ('[{"input": "a"}]', "must hold a list"),
+        ('[{"input": "a", "output": ["b"]}]', "words"),
+        ('[{"input": "a", "output": " "}]', "words"),
+    ],
+)
 def test_files_that_are_no_tasks(tmp_path, content, words):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         load_task(tmp_path / "bad.json")
 
 
-# ---- completions ------------------------------------------------------------------------------------------------
+# ---- completions ---------------------------------------------------------------------
+# ---------------------------
 
 
 def test_scores_of_texts():
@@ -508,7 +524,8 @@ def test_a_reconstruction_reads_alike():
     )
 
 
-# ---- hostile input ----------------------------------------------------------------------------------------------
+# ---- hostile input -------------------------------------------------------------------
+# ---------------------------
 
 MEANS = mean_head_activations(MODEL, SHORT)
 
@@ -593,7 +610,7 @@ def test_one_prompt_instead_of_a_list():
 
 
 def test_words_that_tokenize_to_nothing():
-    """A tokenizer that has no tokens for some characters and no unknown token either."""
+    """A tokenizer without tokens for some characters, and without an unknown token."""
     mute = fv_model()
     mute.tokenizer.backend_tokenizer.normalizer = __import__(
         "tokenizers"

@@ -1,4 +1,6 @@
-"""Function vectors against numbers produced by the authors' own code (ericwtodd/function_vectors) on a small model."""
+"""Function vectors against numbers produced by the authors' own code
+(ericwtodd/function_vectors) on a small model.
+"""
 
 import hashlib
 
@@ -7,7 +9,6 @@ import pytest
 import torch
 from golden_fv import ARRAYS, SEED, TASK, TEXT, fv_model
 
-from mechtut.prompts.completions import answer_nll, complete, decode_vector
 from mechtut.papers.function_vectors import (
     CLASSES,
     function_vector,
@@ -19,6 +20,8 @@ from mechtut.papers.function_vectors import (
     target_ranks,
     top_heads,
 )
+from mechtut.patching.last_token import Change, run_changes
+from mechtut.prompts.completions import answer_nll, complete, decode_vector
 from mechtut.prompts.few_shot import (
     ICLPrompt,
     Template,
@@ -27,7 +30,6 @@ from mechtut.prompts.few_shot import (
     layout,
     sample_prompts,
 )
-from mechtut.patching.last_token import Change, run_changes
 
 MODEL = fv_model()
 PROMPTS = sample_prompts(TASK, 100, 10, SEED)

@@ -1,4 +1,6 @@
-"""The paper's functions end to end: explain, simulate, score, revise, ablate; pages; a real `transformers serve`."""
+"""The paper's functions end to end: explain, simulate, score, revise, ablate; pages; a
+real `transformers serve`.
+"""
 
 import json
 import math
@@ -15,9 +17,17 @@ from families import CONFIGS, tiny
 from scripted_server import Script, serving
 from transformers import AutoTokenizer
 
-from mechtut.papers import neuron_explanation as paper
 from mechtut.mini.corpus import corpus
+from mechtut.mini.world import World
 from mechtut.models.loading import load_model
+from mechtut.neurons.client import ServerError, chat
+from mechtut.neurons.dashboards import (
+    NeuronPage,
+    index_html,
+    scores_by_layer,
+    write_pages,
+)
+from mechtut.papers import neuron_explanation as paper
 from mechtut.papers.neuron_explanation import (
     ActivationRecord,
     Explanation,
@@ -43,22 +53,27 @@ from mechtut.papers.neuron_explanation import (
     score_explanation,
     simulate,
     token_ids,
-)  # fmt: skip
-from mechtut.neurons.dashboards import (
-    NeuronPage,
-    index_html,
-    scores_by_layer,
-    write_pages,
 )
-from mechtut.neurons.client import ServerError, chat
-from mechtut.mini.world import World
 
 WORLD = World()
 SPEC = {
-    "collect", "NeuronRecords", "NeuronRecord", "ActivationRecord", "discretize", "split_records", "expected_value",
-    "calibrate", "Calibration", "score", "Scores", "explain", "Explanation", "simulate", "score_explanation",
+    "collect",
+    "NeuronRecords",
+    "NeuronRecord",
+    "ActivationRecord",
+    "discretize",
+    "split_records",
+    "expected_value",
+    "calibrate",
+    "Calibration",
+    "score",
+    "Scores",
+    "explain",
+    "Explanation",
+    "simulate",
+    "score_explanation",
     "ScoredExplanation",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +96,18 @@ def records(mini):
 
 @pytest.fixture(scope="module")
 def lively(records):
-    """The neuron with the largest activation: whatever the embedded model's weights, it is not silent."""
+    """The neuron with the largest activation: whatever the embedded model's weights, it
+    is not silent.
+    """
     table = records.to_pandas()
     row = table.loc[table["max"].idxmax()]
     return records[int(row.layer), int(row.neuron)]
 
 
 def planted(n_top=16, n_random=12):
-    """A neuron that is 2 on months and 0 elsewhere; half of the random excerpts have none."""
+    """A neuron that is 2 on months and 0 elsewhere; half of the random excerpts have
+    none.
+    """
     names, words = (
         [" May", " June", " April"],
         [" we", " met", " in", " the", " park", "."],
@@ -246,7 +265,8 @@ def test_ablation(mini, lively):
     assert ablation_score(mini, lively, "anything", Oracle()) == pytest.approx(
         1, abs=1e-3
     )
-    # a constant is calibrated to the mean over the calibration excerpts, which are not the whole corpus
+    # a constant is calibrated to the mean over the calibration excerpts, which are not
+    # the whole corpus
     assert ablation_score(mini, lively, "anything", Mean()) < 0.5
 
 
@@ -283,7 +303,9 @@ def test_token_ids(mini, lively):
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_every_family(kind):
-    """Collect, explain, score and ablate on a tiny model of each family (its tokens are named by their ids)."""
+    """Collect, explain, score and ablate on a tiny model of each family (its tokens are
+    named by their ids).
+    """
     model = load_model(tiny(kind))
     tokens = torch.randint(1, 30, (60, 8), generator=torch.Generator().manual_seed(1))
     records = collect(
@@ -381,7 +403,9 @@ def test_the_whole_way_with_a_server(mini, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A real `transformers serve` in this process, with a tiny random GPT-2 whose tokens are bytes."""
+    """A real `transformers serve` in this process, with a tiny random GPT-2 whose
+    tokens are bytes.
+    """
     pytest.importorskip("openai", reason="needs the extra 'servers'")
     from transformers.utils.import_utils import is_serve_available
 
@@ -405,7 +429,10 @@ def served(tmp_path_factory):
         eos_token="<|end|>",
         pad_token="<|end|>",
     )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor"
+        " %}assistant: "
+    )
     folder = tmp_path_factory.mktemp("served")
     hf = tiny("gpt2", vocab_size=320, n_positions=4096, n_layer=1)
     hf.save_pretrained(folder)
@@ -413,8 +440,15 @@ def served(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = Serve(force_model=str(folder), host="127.0.0.1", port=port, device="cpu", dtype="float32", non_blocking=True,
-                  log_level="error")  # fmt: skip
+    serve = Serve(
+        force_model=str(folder),
+        host="127.0.0.1",
+        port=port,
+        device="cpu",
+        dtype="float32",
+        non_blocking=True,
+        log_level="error",
+    )
     url = f"http://127.0.0.1:{port}"
     for _ in range(200):
         try:
@@ -431,7 +465,9 @@ def served(tmp_path_factory):
 
 
 def test_transformers_serve(served):
-    """It chats, ignores log-probabilities, n and JSON mode without a word, and decides exactly as its model does."""
+    """It chats, ignores log-probabilities, n and JSON mode without a word, and decides
+    exactly as its model does.
+    """
     server, hf, tokenizer = served
     can = server.capabilities
     assert can.chat and can.decision

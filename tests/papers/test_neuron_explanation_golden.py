@@ -1,7 +1,9 @@
-"""Agreement with what the authors' code (openai/automated-interpretability) computes on synthetic records.
+"""Agreement with what the authors' code (openai/automated-interpretability) computes on
+synthetic records.
 
-The numbers are those of shared/golden/neuron, unchanged. 1e-9 is far below what any change of a formula would do and far
-above the rounding of another order of summation (4e-15 was measured).
+The numbers are those of shared/golden/neuron, unchanged. 1e-9 is far below what any
+change of a formula would do and far above the rounding of another order of summation
+(4e-15 was measured).
 """
 
 import json
@@ -61,8 +63,10 @@ def test_discretise_edges():
     with pytest.raises(OverflowError):
         discretize([math.inf], 1.0)
     assert data["errors"] == {
-        "calc_max_no_records": "ValueError", "calc_max_empty_record": "ValueError", "normalize_inf": "OverflowError"
-    }  # fmt: skip
+        "calc_max_no_records": "ValueError",
+        "calc_max_empty_record": "ValueError",
+        "normalize_inf": "OverflowError",
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,8 +128,10 @@ def test_calibration(case, method):
     )
 
 
-# Where we depart on purpose: their parser turns what it cannot read into zeros. Ours keeps the value before a closing mark
-# (theirs loses it), follows the tokens where it can, and raises `ValueError` where it cannot, so that a failure is no score.
+# Where we depart on purpose: their parser turns what it cannot read into zeros. Ours
+# keeps the value before a closing mark
+# (theirs loses it), follows the tokens where it can, and raises `ValueError` where it
+# cannot, so that a failure is no score.
 FAULTS = {
     "well-formed with trailing marker: LAST VALUE IS LOST (0)": [3, 10, 5],
     "token mismatch -> all zero": None,

@@ -1,4 +1,6 @@
-"""ROME and editing beyond the golden numbers: every family, coming off to the bit, resuming, hostile input."""
+"""ROME and editing beyond the golden numbers: every family, coming off to the bit,
+resuming, hostile input.
+"""
 
 import json
 
@@ -8,7 +10,6 @@ from families import CONFIGS, tiny
 from golden_models import GOLDEN, rome_model
 
 from mechtut.editing import evaluation
-from mechtut.papers import rome
 from mechtut.editing.evaluation import (
     WeightEdit,
     fine_tune,
@@ -17,6 +18,7 @@ from mechtut.editing.evaluation import (
     world_cases,
 )
 from mechtut.models.loading import load_model
+from mechtut.papers import rome
 from mechtut.papers.rome import (
     RomeConfig,
     context_templates,
@@ -51,7 +53,9 @@ def ridge(model, layer=0):
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_every_family(kind):
-    """The rank-one change gives exactly the wanted value at the subject, whatever the weight's layout."""
+    """The rank-one change gives exactly the wanted value at the subject, whatever the
+    weight's layout.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
@@ -257,8 +261,14 @@ def test_fine_tuning_is_constrained():
 
 
 def test_original_file_formats(tmp_path):
-    line = {"src": "What sport does Lummar Farroin play?", "subject": "Lummar Farroin", "answers": ["cricket"],
-            "rephrase": "Which sport?", "loc": "nq question: who is it", "loc_ans": "Fenmar Elmstov"}  # fmt: skip
+    line = {
+        "src": "What sport does Lummar Farroin play?",
+        "subject": "Lummar Farroin",
+        "answers": ["cricket"],
+        "rephrase": "Which sport?",
+        "loc": "nq question: who is it",
+        "loc_ans": "Fenmar Elmstov",
+    }
     (tmp_path / "zsre.json").write_text(json.dumps([line]))
     record = evaluation.load_zsre(tmp_path / "zsre.json", MODEL)[0]
     assert record["requested_rewrite"]["prompt"] == "What sport does {} play?"
@@ -285,7 +295,9 @@ def test_generation_measures():
 
 
 def test_a_kept_edit_can_be_saved(tmp_path):
-    """`apply` and `save_pretrained`: the folder holds the edited model, and loads like any other."""
+    """`apply` and `save_pretrained`: the folder holds the edited model, and loads like
+    any other.
+    """
     edit = edit_fact(
         MODEL, **REQUEST, layer=0, covariance=ridge(MODEL), templates=["{}"]
     )

@@ -1,4 +1,6 @@
-"""ROME against numbers produced by the authors' own code (kmeng01/rome) on a small model."""
+"""ROME against numbers produced by the authors' own code (kmeng01/rome) on a small
+model.
+"""
 
 import gzip
 import json
@@ -39,7 +41,7 @@ def covariance():
 
 
 def texts():
-    """The thousand texts that the authors' code sampled: Python's shuffle with seed 1."""
+    """The thousand texts that the authors' code sampled: a shuffle with seed 1."""
     corpus = zipped("corpus.json.gz")
     random.Random(1).shuffle(corpus)
     return corpus[:1000]
@@ -47,13 +49,20 @@ def texts():
 
 @pytest.mark.parametrize("name", [n for n in META["edits"] if "layer1" not in n])
 def test_u_v_and_update(name):
-    """float64 differs by summation order only; in float32 the inverse (condition 2e4) and 19 Adam steps amplify rounding."""
+    """float64 differs by summation order only; in float32 the inverse (condition 2e4)
+    and 19 Adam steps amplify rounding.
+    """
     dtype, expected = name[:3], META["edits"][name]
     request = expected["request"]
     edit = edit_fact(
-        MODELS[dtype], request["prompt"], request["subject"], request["target_new"]["str"],
-        layer=0, covariance=covariance(), templates=TEMPLATES,
-    )  # fmt: skip
+        MODELS[dtype],
+        request["prompt"],
+        request["subject"],
+        request["target_new"]["str"],
+        layer=0,
+        covariance=covariance(),
+        templates=TEMPLATES,
+    )
     u, v = ARRAYS[f"{name}.u"], ARRAYS[f"{name}.right_vector"]
     tolerance = 1e-9 if dtype == "f64" else 1e-3
     assert np.abs(edit.u.numpy() - u).max() <= tolerance * np.abs(u).max()
@@ -101,7 +110,9 @@ def test_every_step_of_the_optimisation(name):
 
 
 def test_covariance_of_the_same_texts():
-    """The authors' keys are float32 and summed in another order: 1e-6 of the largest entry."""
+    """The authors' keys are float32 and summed in another order: 1e-6 of the largest
+    entry.
+    """
     ours = key_covariance(MODELS["f32"], texts(), 0)
     assert (ours - covariance()).abs().max() <= 1e-6 * covariance().max()
     diagonal = torch.tensor(ARRAYS["cov1_diagonal"])
@@ -112,15 +123,22 @@ def test_covariance_of_the_same_texts():
 
 @pytest.mark.parametrize("kind", ["cf", "zsre"])
 def test_evaluation_of_edits(kind):
-    """14 records before and after editing: every probability, every success, the printed summary."""
+    """14 records before and after editing: every probability, every success, the
+    printed summary.
+    """
     results = []
     for case in zipped("evaluations.json.gz")[kind]:
         record = case["record"]
         rewrite = record["requested_rewrite"]
         edit = edit_fact(
-            MODELS["f32"], rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"],
-            layer=0, covariance=covariance(), templates=TEMPLATES,
-        )  # fmt: skip
+            MODELS["f32"],
+            rewrite["prompt"],
+            rewrite["subject"],
+            rewrite["target_new"]["str"],
+            layer=0,
+            covariance=covariance(),
+            templates=TEMPLATES,
+        )
         results.append(evaluate_edit(MODELS["f32"], edit, record))
         for when in ("pre", "post"):
             for key, theirs in case[when].items():

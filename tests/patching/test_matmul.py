@@ -1,13 +1,15 @@
-"""Borrowed products: the same numbers however often they are asked for, and everything given back."""
+"""Borrowed products: the same numbers however often they are asked for, and everything
+given back.
+"""
 
 import copy
 
 import pytest
 import torch
 
+from mechtut.models.loading import load_model
 from mechtut.patching import matmul as kernels
 from mechtut.patching.matmul import OFTEN, fast_matmul, onednn_available
-from mechtut.models.loading import load_model
 
 MINI = load_model("mini", device="cpu")
 TOKENS = torch.arange(40).view(2, 20)
@@ -50,7 +52,9 @@ def test_gradients_reach_the_input(calls):
     reason="this PyTorch cannot run linear layers through oneDNN",
 )
 def test_activation_is_the_same_function():
-    """Over all that can occur, against float64; PyTorch's own float32 version is off by up to 5e-7 itself."""
+    """Over all that can occur, against float64; PyTorch's own float32 version is off by
+    up to 5e-7 itself.
+    """
     x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-1e4, 1e4, 0.0])])
     act = MINI.hf.transformer.h[0].mlp.act
     with fast_matmul(MINI):
@@ -66,7 +70,8 @@ def test_activation_is_the_same_function():
 )
 @pytest.mark.parametrize("inside", [True, False])
 def test_mlp_and_its_activation(inside, monkeypatch):
-    """Inside the first product or behind it, against float64, at values far from zero too.
+    """Inside the first product or behind it, against float64, at values far from zero
+    too.
 
     The bound is float32 rounding in sums of 768 terms.
     """
@@ -81,7 +86,9 @@ def test_mlp_and_its_activation(inside, monkeypatch):
 
 @pytest.mark.parametrize("part", ["c_fc", "act"])
 def test_watching_a_part_of_the_mlp_still_works(part):
-    """A hook inside the MLP sees what it sees without the fast products, and what it puts there counts."""
+    """A hook inside the MLP sees what it sees without the fast products, and what it
+    puts there counts.
+    """
     mlp = MINI.hf.transformer.h[2].mlp
     x = torch.randn(5, MINI.d_model, generator=torch.Generator().manual_seed(1))
     seen = []

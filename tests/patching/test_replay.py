@@ -1,4 +1,6 @@
-"""The engine equals the loop, for any model, any edits; it stays within its memory, and goes on after a stop."""
+"""The engine equals the loop, for any model, any edits; it stays within its memory, and
+goes on after a stop.
+"""
 
 from functools import cache
 
@@ -8,10 +10,10 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechtut.patching.matmul import fast_matmul
-from mechtut.models.loading import load_model
-from mechtut.patching.replay import Replay, naive_replay
 from mechtut.models.hooks import Edit, capture, intervene
+from mechtut.models.loading import load_model
+from mechtut.patching.matmul import fast_matmul
+from mechtut.patching.replay import Replay, naive_replay
 
 N_POS, ROWS = 7, 2
 TOKENS = torch.randint(1, 97, (ROWS, N_POS), generator=torch.Generator().manual_seed(0))
@@ -93,7 +95,8 @@ def test_any_interventions(data, kind):
     batch_size = data.draw(st.integers(1, 16))
     fast = Replay(model, TOKENS, batch_size=batch_size).run(interventions)[:, :, 0]
     slow = naive_replay(model, TOKENS, interventions)
-    # Random edits can push logits to a thousand: relative to that, float64 leaves 1e-12.
+    # Random edits can push logits to a thousand: relative to that, float64 leaves
+    # 1e-12.
     assert (fast - slow).abs().max() <= 1e-12 * max(1.0, float(slow.abs().max()))
 
 
@@ -185,7 +188,9 @@ def test_batch_size_bounds_the_rows_of_a_pass():
 
 
 def test_work_is_only_done_in_the_cone():
-    """An edit of the last token after layer l runs one token through the layers above l, and nothing else."""
+    """An edit of the last token after layer l runs one token through the layers above
+    l, and nothing else.
+    """
     model, seen = model_of("gpt2", torch.float32), []
     replay = Replay(model, TOKENS)
     hooks = [

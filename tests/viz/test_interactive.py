@@ -1,4 +1,6 @@
-"""Figures to point at: self-contained, safe with any token, and refused when names and numbers do not fit."""
+"""Figures to point at: self-contained, safe with any token, and refused when names and
+numbers do not fit.
+"""
 
 import re
 from html.parser import HTMLParser
@@ -77,9 +79,9 @@ def test_a_constant_map_and_one_without_effects_have_colours():
 
 
 def test_a_trace_to_explore():
-    from mechtut.papers.causal_tracing import trace
-    from mechtut.models.loading import load_model
     from mechtut.mini.world import World
+    from mechtut.models.loading import load_model
+    from mechtut.papers.causal_tracing import trace
 
     fact = World().facts[0]
     t = trace(load_model("mini", device="cpu"), fact.prompt, fact.subject, n_samples=1)
