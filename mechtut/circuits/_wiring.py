@@ -24,7 +24,7 @@ from ..models.hooks import attention_tap
 # %% ../../nbs/library/circuits/wiring.ipynb #c004
 @dataclass(frozen=True)
 class Wires:
-    """What a graph needs to know of a family beyond `mechtut.models.loading.Family`;
+    """What a graph needs to know of a family beyond `mechtut.models.families.Family`;
     module paths below a block.
     """
 

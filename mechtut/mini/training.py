@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .card import model_card
 from .evaluation import evaluate
-from ..models.loading import mini_folder
+from ..models.weights import mini_folder
 from .tokenizer import Rows, build_tokenizer, pack_rows, token_kinds
 from mechtut.mini.network import (
     Muon,

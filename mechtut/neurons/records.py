@@ -21,22 +21,32 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..patching.results import Result
 from .statistics import Reservoir, State, moments, unpack
+from ..patching.results import Result
 
 # %% ../../nbs/library/neurons/records.ipynb #c004
 @dataclass(frozen=True)
 class ActivationRecord:
     """An excerpt of text: its tokens, and how active one neuron was at each of them.
-    `ids` are the tokens' numbers.
 
-    Raises `ValueError` if there are no tokens, if there are not as many activations, or
-    if one of these is not finite.
+    Attributes:
+        tokens: The tokens as text.
+        activations: One number per token.
+        ids: The tokens' numbers; empty if nobody knows them.
+
+    Raises:
+        TypeError: If `tokens` is one string.
+        ValueError: If there are no tokens or not as many activations, or if an
+            activation is not finite.
+
+    Example:
+        >>> ActivationRecord([" in", " May"], [0.1, 2.5]).text
+        ' in May'
     """
 
     tokens: list[str]
     activations: list[float]
-    ids: list[int] = field(default_factory=list, repr=False)  # empty if nobody knows
+    ids: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, str):
@@ -72,12 +82,28 @@ class ActivationRecord:
 class NeuronRecord:
     """All that is kept about one neuron.
 
-    `top` are its strongest excerpts, by their largest activation, the strongest first;
-    of equals the earlier one. `random` is a random sample of the others. `quantiles[i]`
-    holds further random excerpts whose largest activation lies between
-    `quantile_boundaries[i]` and `[i + 1]`. No excerpt is in two of the three. Moments
-    are over all tokens of the corpus; `kurtosis` is 3 for a normal distribution;
-    `density` is the share of tokens with a positive activation.
+    No excerpt is in two of `top`, `random` and `quantiles`. Moments are over all tokens
+    of the corpus, NaN if they were not collected.
+
+    Attributes:
+        layer: The neuron's layer.
+        neuron: Its number in the layer's MLP.
+        top: The strongest excerpts by their largest activation, the strongest first; of
+            equals the earlier one.
+        random: A random sample of the others.
+        quantiles: Further random excerpts: those of group `i` have their largest
+            activation between `quantile_boundaries[i]` and `[i + 1]`.
+        quantile_boundaries: Quantiles of the excerpts' largest activations.
+        mean: Mean activation.
+        variance: Variance of the activation.
+        skewness: Skewness of the activation.
+        kurtosis: Kurtosis of the activation, 3 for a normal distribution.
+        density: Share of tokens with a positive activation.
+        counter_examples: Excerpts that a revision of an explanation has found.
+
+    Example:
+        >>> NeuronRecord(3, 7, [ActivationRecord([" May"], [2.5])], [])
+        NeuronRecord(3.7: 1 top, 0 random, max 2.5)
     """
 
     layer: int
@@ -91,15 +117,11 @@ class NeuronRecord:
     skewness: float = math.nan
     kurtosis: float = math.nan
     density: float = math.nan
-    counter_examples: list[ActivationRecord] = field(
-        default_factory=list
-    )  # from a revision
+    counter_examples: list[ActivationRecord] = field(default_factory=list)
 
     @property
     def spare(self) -> list[ActivationRecord]:
-        """The quantile samples in one list: text that explainers may look at, since no
-        score is ever taken there.
-        """
+        """The quantile samples in one list: explainers may see them, scores do not."""
         return [r for group in self.quantiles for r in group]
 
     def __repr__(self) -> str:
@@ -112,7 +134,18 @@ class NeuronRecord:
 # %% ../../nbs/library/neurons/records.ipynb #c008
 @dataclass(frozen=True)
 class Plan:
-    """What to keep: see `mechtut.neurons.collect.collect`."""
+    """What a collection keeps: the arguments of `mechtut.neurons.collect.collect`.
+
+    Attributes:
+        layers: The layers whose neurons are recorded.
+        n_top: Strongest excerpts per neuron.
+        n_random: Random excerpts per neuron.
+        n_tokens: Tokens per excerpt.
+        n_quantiles: Groups of further random excerpts, 0 for none.
+        moments: Whether means and higher moments are summed up.
+        token_table: Whether mean activations by token are summed up.
+        seed: Decides which excerpts are the random ones.
+    """
 
     layers: tuple[int, ...]
     n_top: int
@@ -125,9 +158,7 @@ class Plan:
 
     @property
     def n_pool(self) -> int:
-        """Random excerpts kept in full: even if all of a neuron's top excerpts are
-        among them, `n_random` are left.
-        """
+        """Random excerpts kept in full: enough if all top ones are among them."""
         return self.n_random + self.n_top if self.n_random else 0
 
     @property
@@ -138,23 +169,42 @@ class Plan:
 
 @dataclass
 class Kept:
-    """What a pass over a corpus has kept so far."""
+    """What a pass over a corpus has kept so far.
+
+    Attributes:
+        token_counts: How often each token of the vocabulary occurred.
+        states: The tensors of each layer, see `mechtut.neurons.statistics.State`.
+        excerpts: Token ids by excerpt number, of those in use.
+        pool: Excerpt numbers of the random sample, by slot.
+        maxima: Excerpt numbers of the larger sample whose maxima give the quantiles.
+        n_excerpts: How many excerpts went by.
+    """
 
     token_counts: Int[Tensor, "d_vocab"]
-    states: dict[int, State] = field(default_factory=dict)  # tensors by layer
-    excerpts: dict[int, Int[np.ndarray, "pos"]] = field(
-        default_factory=dict
-    )  # token ids by excerpt number
-    pool: list[int] = field(
-        default_factory=list
-    )  # excerpts of the random sample, by slot
-    maxima: list[int] = field(default_factory=list)  # of the larger one
+    states: dict[int, State] = field(default_factory=dict)
+    excerpts: dict[int, Int[np.ndarray, "pos"]] = field(default_factory=dict)
+    pool: list[int] = field(default_factory=list)
+    maxima: list[int] = field(default_factory=list)
     n_excerpts: int = 0
+
+    def prune(self) -> None:
+        """Forget the tokens of excerpts that nothing refers to any more."""
+        live = set(self.pool)
+        for state in self.states.values():
+            live.update(unpack(state["top_keys"])[1].unique().tolist())
+        self.excerpts = {i: ids for i, ids in self.excerpts.items() if i in live}
 
 # %% ../../nbs/library/neurons/records.ipynb #c011
 def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
-    """Write what was kept into a new sub-folder, point the manifest at it, and remove
-    older ones.
+    """Write what was kept into a new sub-folder and point the manifest at it.
+
+    Older sub-folders are removed once the manifest is written, so a run that is killed
+    leaves a whole state.
+
+    Args:
+        folder: The collection's folder.
+        kept: What to write.
+        about: What else the manifest says, as JSON values.
     """
     shards = folder / f"excerpts-{kept.n_excerpts:09d}"
     shutil.rmtree(shards, ignore_errors=True)
@@ -185,7 +235,14 @@ def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
 
 
 def read_shards(folder: Path) -> tuple[Kept, dict[str, Any]]:
-    """What `write_shards` wrote, and the rest of the manifest."""
+    """What `write_shards` wrote.
+
+    Args:
+        folder: The collection's folder.
+
+    Returns:
+        What was kept, and the manifest.
+    """
     about = json.loads((folder / "manifest.json").read_text())
     shards = folder / about["shards"]
     shared = load_file(shards / "excerpts.safetensors")
@@ -195,31 +252,31 @@ def read_shards(folder: Path) -> tuple[Kept, dict[str, Any]]:
     }
     excerpts = dict(zip(shared["ids"].tolist(), shared["tokens"].numpy(), strict=True))
     pool, maxima = shared["pool"].tolist(), shared["maxima"].tolist()
-    return (
-        Kept(
-            shared["token_counts"], states, excerpts, pool, maxima, about["n_excerpts"]
-        ),
-        about,
-    )
+    counts, n_excerpts = shared["token_counts"], about["n_excerpts"]
+    return Kept(counts, states, excerpts, pool, maxima, n_excerpts), about
 
 # %% ../../nbs/library/neurons/records.ipynb #c015
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NeuronRecords(Result):
-    """The records of many neurons: `records[layer, neuron]` is a `NeuronRecord`, and
-    iterating gives (layer, neuron).
+    """The records of many neurons: `records[layer, neuron]` is a `NeuronRecord`.
+
+    Iterating gives (layer, neuron), `len` is the number of neurons. Made by
+    `mechtut.neurons.collect.collect`.
+
+    Attributes:
+        plan: What was asked for.
+        kept: The tensors of each layer, and the excerpts.
+        vocabulary: The corpus' token ids as text.
     """
 
     plan: Plan
     kept: Kept = field(repr=False)
-    vocabulary: Mapping[int, str] = field(repr=False)  # token ids as text
+    vocabulary: Mapping[int, str] = field(repr=False)
 
     @property
     def n_excerpts(self) -> int:
         """How many excerpts were read."""
         return self.kept.n_excerpts
-
-    def __getitem__(self, where: tuple[int, int]) -> NeuronRecord:
-        return _neuron_record(self, *where)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return (
@@ -231,23 +288,109 @@ class NeuronRecords(Result):
     def __len__(self) -> int:
         return sum(len(state["top_keys"]) for state in self.kept.states.values())
 
-    def token_means(self, layer: int, neuron: int) -> dict[str, float]:
-        """A neuron's mean activation on each token of the corpus; needs `collect(...,
-        token_table=True)`.
+    def __getitem__(self, where: tuple[int, int]) -> NeuronRecord:
+        layer, neuron = where
+        state, plan = self._state(layer, neuron), self.plan
+        keys, order = state["top_keys"][neuron].sort(descending=True)
+        ids = unpack(keys)[1].tolist()
+        rows = state["top_activations"][:, neuron, order].T.tolist()
+        top = [self._excerpt(i, row) for i, row in zip(ids, rows, strict=True)]
+        # by priority: which slot an excerpt got depends on when it came
+        priority = Reservoir(plan.n_pool, plan.seed).priority
+        pool = sorted(enumerate(self.kept.pool), key=lambda slot: priority(slot[1]))
+        pool = [(slot, i) for slot, i in pool if i not in ids]
+        slots = [slot for slot, _ in pool]
+        rows = state["pool_activations"][slots, :, neuron].tolist()
+        others = [self._excerpt(i, row) for (_, i), row in zip(pool, rows, strict=True)]
+        edges = self._quantile_boundaries(layer, neuron)
+        quantiles = [list[ActivationRecord]() for _ in edges[1:]]
+        for record in others[plan.n_random :] if quantiles else ():
+            i = np.searchsorted(edges[1:-1], max(record.activations), side="right")
+            quantiles[int(i)].append(record)
+        moments: dict[str, Any] = {
+            k: v[neuron] for k, v in self._moments(layer).items()
+        }
+        random = others[: plan.n_random]
+        return NeuronRecord(layer, neuron, top, random, quantiles, edges, **moments)
+
+    def _state(self, layer: int, neuron: int) -> State:
+        if layer not in self.kept.states:
+            known = sorted(self.kept.states)
+            raise IndexError(f"layer {layer} was not collected; collected: {known}")
+        state = self.kept.states[layer]
+        n = len(state["top_keys"])
+        if not 0 <= neuron < n:
+            raise IndexError(f"layer {layer} has neurons 0..{n - 1}, not {neuron}")
+        return state
+
+    def _excerpt(self, i: int, activations: list[float]) -> ActivationRecord:
+        ids = self.kept.excerpts[i].tolist()
+        return ActivationRecord([self.vocabulary[t] for t in ids], activations, ids)
+
+    def _quantile_boundaries(self, layer: int, neuron: int) -> list[float]:
+        """Quantiles of the excerpts' largest activations, from the sample of maxima."""
+        n, size = self.plan.n_quantiles, len(self.kept.maxima)
+        maxima = self.kept.states[layer]["maxima"][:size, neuron].double()
+        if not n or not size:
+            return []
+        steps = torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)
+        edges: list[float] = maxima.quantile(steps).tolist()
+        return edges
+
+    def _moments(self, layer: int) -> dict[str, list[float]]:
+        """Moments and density of every neuron of a layer, by name.
+
+        Empty if they were not collected.
         """
-        return _token_means(self, layer, neuron)
+        if not self.plan.moments:
+            return {}
+        state, n = self.kept.states[layer], self.n_excerpts * self.plan.n_tokens
+        values = moments(state["sums"], state["shift"].double(), n)
+        return dict(zip(_MOMENTS, values.tolist(), strict=True))
+
+    def token_means(self, layer: int, neuron: int) -> dict[str, float]:
+        """A neuron's mean activation on each token of the corpus.
+
+        Args:
+            layer: The neuron's layer.
+            neuron: Its number.
+
+        Returns:
+            Mean activation by the token's text.
+
+        Raises:
+            ValueError: If `collect` was not called with `token_table=True`.
+        """
+        if not self.plan.token_table:
+            raise ValueError(
+                "token statistics were not collected; use collect(...,"
+                " token_table=True)"
+            )
+        sums = self.kept.states[layer]["token_sums"][:, neuron]
+        counts = self.kept.token_counts
+        seen = counts.nonzero()[:, 0].tolist()
+        return {self.vocabulary[i]: float(sums[i] / counts[i]) for i in seen}
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per neuron: its largest activation, and moments and density where
-        they were collected.
-        """
-        return pd.concat(
-            [_layer_table(self, layer) for layer in self.kept.states], ignore_index=True
-        )
+        """One row per neuron: largest activation, and moments if collected."""
+        tables = []
+        for layer, state in self.kept.states.items():
+            largest = unpack(state["top_keys"].max(1).values)[0].tolist()
+            columns = {"layer": layer, "neuron": range(len(largest)), "max": largest}
+            tables.append(pd.DataFrame({**columns, **self._moments(layer)}))
+        return pd.concat(tables, ignore_index=True)
 
     def save(self, folder: str | Path) -> Path:
-        """`collect(..., folder=...)` writes shards as it goes; there is nothing else to
-        write.
+        """Not there: `collect(..., folder=...)` writes the records as it goes.
+
+        Args:
+            folder: Ignored.
+
+        Returns:
+            Nothing.
+
+        Raises:
+            NotImplementedError: Always.
         """
         raise NotImplementedError(
             "collect(..., folder=...) writes the records; NeuronRecords.load(folder)"
@@ -256,143 +399,30 @@ class NeuronRecords(Result):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what `collect` wrote into `folder`.
+        """Read what `collect` wrote into a folder.
 
-        Raises `ValueError` if that run was never finished.
+        Args:
+            folder: The folder given to `collect`.
+
+        Returns:
+            The records.
+
+        Raises:
+            ValueError: If that run was never finished.
         """
-        return cls(**_loaded(Path(folder)))
-
-
-def _loaded(folder: Path) -> dict[str, Any]:
-    kept, about = read_shards(folder)
-    if not about["complete"]:
-        raise ValueError(
-            f"{folder} holds an unfinished collection ({kept.n_excerpts} excerpts):"
-            " call collect again"
+        kept, about = read_shards(Path(folder))
+        if not about["complete"]:
+            raise ValueError(
+                f"{folder} holds an unfinished collection ({kept.n_excerpts} excerpts):"
+                " call collect again"
+            )
+        plan = Plan(**{**about["plan"], "layers": tuple(about["plan"]["layers"])})
+        return cls(
+            plan=plan,
+            kept=kept,
+            vocabulary={int(i): s for i, s in about["vocabulary"].items()},
+            provenance=about["provenance"],
         )
-    plan = Plan(**{**about["plan"], "layers": tuple(about["plan"]["layers"])})
-    vocabulary = {int(i): s for i, s in about["vocabulary"].items()}
-    return {
-        "plan": plan,
-        "kept": kept,
-        "vocabulary": vocabulary,
-        "provenance": about["provenance"],
-    }
 
 
 _MOMENTS = ("mean", "variance", "skewness", "kurtosis", "density")
-
-
-def _moments(records: NeuronRecords, layer: int) -> dict[str, list[float]]:
-    """Moments and density of every neuron of a layer, by name; nothing if they were not
-    collected.
-    """
-    if not records.plan.moments:
-        return {}
-    state = records.kept.states[layer]
-    values = moments(
-        state["sums"],
-        state["shift"].double(),
-        records.n_excerpts * records.plan.n_tokens,
-    )
-    return dict(zip(_MOMENTS, values.tolist(), strict=True))
-
-
-def _layer_table(records: NeuronRecords, layer: int) -> pd.DataFrame:
-    values = unpack(records.kept.states[layer]["top_keys"].max(1).values)[0]
-    table = pd.DataFrame(
-        {"layer": layer, "neuron": range(len(values)), "max": values.tolist()}
-    )
-    return table.assign(**_moments(records, layer))
-
-
-def _token_means(records: NeuronRecords, layer: int, neuron: int) -> dict[str, float]:
-    if not records.plan.token_table:
-        raise ValueError(
-            "token statistics were not collected; use collect(..., token_table=True)"
-        )
-    sums, counts = (
-        records.kept.states[layer]["token_sums"][:, neuron],
-        records.kept.token_counts,
-    )
-    return {
-        records.vocabulary[i]: float(sums[i] / counts[i])
-        for i in counts.nonzero()[:, 0].tolist()
-    }
-
-# %% ../../nbs/library/neurons/records.ipynb #c022
-def _neuron_record(records: NeuronRecords, layer: int, neuron: int) -> NeuronRecord:
-    state, plan = _state(records, layer, neuron), records.plan
-    keys, order = state["top_keys"][neuron].sort(descending=True)
-    ids = unpack(keys)[1].tolist()
-    rows = state["top_activations"][:, neuron, order].T.tolist()
-    top = [_excerpt(records, i, row) for i, row in zip(ids, rows, strict=True)]
-    pool = [(slot, i) for slot, i in _in_random_order(records) if i not in ids]
-    values = state["pool_activations"][[slot for slot, _ in pool], :, neuron].tolist()
-    others = [
-        _excerpt(records, i, row) for (_, i), row in zip(pool, values, strict=True)
-    ]
-    edges = _quantile_boundaries(records, layer, neuron)
-    numbers: dict[str, Any] = {
-        name: values[neuron] for name, values in _moments(records, layer).items()
-    }
-    quantiles = _by_quantile(others[plan.n_random :], edges)
-    return NeuronRecord(
-        layer, neuron, top, others[: plan.n_random], quantiles, edges, **numbers
-    )
-
-
-def _state(records: NeuronRecords, layer: int, neuron: int) -> State:
-    if layer not in records.kept.states:
-        raise IndexError(
-            f"layer {layer} was not collected; collected: {sorted(records.kept.states)}"
-        )
-    state = records.kept.states[layer]
-    n = len(state["top_keys"])
-    if not 0 <= neuron < n:
-        raise IndexError(f"layer {layer} has neurons 0..{n - 1}, not {neuron}")
-    return state
-
-
-def _excerpt(
-    records: NeuronRecords, i: int, activations: list[float]
-) -> ActivationRecord:
-    ids = records.kept.excerpts[i].tolist()
-    return ActivationRecord([records.vocabulary[t] for t in ids], activations, ids)
-
-
-def _in_random_order(records: NeuronRecords) -> list[tuple[int, int]]:
-    """Slots and excerpt numbers of the random sample by priority (which slot an excerpt
-    got depends on when it came).
-    """
-    reservoir = Reservoir(records.plan.n_pool, records.plan.seed)
-    return sorted(
-        enumerate(records.kept.pool), key=lambda slot: reservoir.priority(slot[1])
-    )
-
-
-def _quantile_boundaries(
-    records: NeuronRecords, layer: int, neuron: int
-) -> list[float]:
-    """Quantiles of the excerpts' largest activations, from the sample of maxima."""
-    n = records.plan.n_quantiles
-    maxima = records.kept.states[layer]["maxima"][
-        : len(records.kept.maxima), neuron
-    ].double()
-    if not n or not len(maxima):
-        return []
-    edges: list[float] = maxima.quantile(
-        torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)
-    ).tolist()
-    return edges
-
-
-def _by_quantile(
-    records: list[ActivationRecord], edges: list[float]
-) -> list[list[ActivationRecord]]:
-    groups = [list[ActivationRecord]() for _ in edges[1:]]
-    for record in records if groups else ():
-        groups[
-            int(np.searchsorted(edges[1:-1], max(record.activations), side="right"))
-        ].append(record)
-    return groups

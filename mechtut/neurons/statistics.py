@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..patching.partial import Stop
-from ..models.loading import Model
 from ..models.hooks import Site, Visitor, visiting
+from ..models.loading import Model
+from ..patching.partial import Stop
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c004
 Source = Iterable[str | Sequence[int] | Tensor] | Tensor
@@ -26,8 +26,28 @@ Source = Iterable[str | Sequence[int] | Tensor] | Tensor
 def excerpts(
     model: Model, source: Source, n_tokens: int, batch_size: int
 ) -> Iterator[Int[Tensor, "row pos"]]:
-    """Batches of token ids: rows of a batch as given; documents joined and cut, the
-    incomplete last row dropped.
+    """Batches of token ids from texts or from batches of ids.
+
+    Rows of a batch are cut as they are. Documents are joined with the model's separator
+    and cut; the incomplete last excerpt is dropped.
+
+    Args:
+        model: The model that will read them, for its tokenizer and limits.
+        source: Texts, lists of token ids, or batches `[row, pos]`.
+        n_tokens: Tokens per excerpt.
+        batch_size: Rows per batch.
+
+    Yields:
+        Up to `batch_size` rows: excerpts, or rows of a given batch in full length.
+
+    Raises:
+        TypeError: If `source` is one string.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> model = load_model("mini", device="cpu")
+        >>> [b.tolist() for b in excerpts(model, [[5, 6, 7], [8, 9]], 2, 2)]
+        [[[5, 6], [7, 8]]]
     """
     if isinstance(source, str):
         raise TypeError("give a list (or generator) of texts, not one string")
@@ -57,14 +77,8 @@ def _document(model: Model, item: Any) -> list[int]:
             " texts"
         )
     ids: list[int] = model.tokenizer(item)["input_ids"]
-    first = next(
-        (
-            i
-            for i in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
-            if i is not None
-        ),
-        None,
-    )
+    separators = (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
+    first = next((i for i in separators if i is not None), None)
     return ids if first is None or ids[:1] == [first] else [first, *ids]
 
 
@@ -91,7 +105,16 @@ def _checked(model: Model, ids: Tensor, n_tokens: int) -> Int[Tensor, "row pos"]
 def run_trunk(
     model: Model, tokens: Int[Tensor, "row pos"], visitors: Mapping[Site, Visitor]
 ) -> None:
-    """Run the model only as far as the last visited layer: no unembedding."""
+    """Run the model only as far as the last visited layer: no unembedding.
+
+    Args:
+        model: The model.
+        tokens: Token ids, all rows of one length.
+        visitors: What to do with the activations at each site.
+
+    Raises:
+        RuntimeError: If a site is never reached.
+    """
 
     def stop(_block: Any, _args: Any, _output: Any) -> None:
         raise Stop
@@ -113,30 +136,61 @@ _LAST = 2**31 - 1
 
 
 def pack(values: Float[Tensor, "*n"], ids: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
-    """Integers that sort like (value, earlier id first); float32 values, ids below 2³¹."""
-    bits = (
-        (values.float() + 0.0).view(torch.int32).long()
-    )  # + 0.0 makes -0.0 equal to 0.0
+    """Integers that sort like the values and, for equal values, the earlier id first.
+
+    Args:
+        values: Values, compared as float32; -0.0 counts as 0.0.
+        ids: Excerpt numbers below 2³¹.
+
+    Returns:
+        The keys, for `unpack`.
+
+    Example:
+        >>> values, ids = torch.tensor([1.5, -2.0, 1.5]), torch.tensor([0, 1, 2])
+        >>> pack(values, ids).argsort(descending=True).tolist()
+        [0, 2, 1]
+    """
+    # + 0.0 makes -0.0 equal to 0.0
+    bits = (values.float() + 0.0).view(torch.int32).long()
     return (torch.where(bits < 0, bits ^ _LAST, bits) << 32) | (_LAST - ids)
 
 
 def unpack(keys: Int[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
-    """Values and ids of packed keys."""
+    """Values and ids of packed keys.
+
+    Args:
+        keys: Keys that `pack` made.
+
+    Returns:
+        The values in float32, and the ids.
+    """
     ordered = keys >> 32
     bits = torch.where(ordered < 0, ordered ^ _LAST, ordered)
     return bits.to(torch.int32).view(torch.float32), _LAST - (keys & 0xFFFFFFFF)
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c017
-State = dict[str, Tensor]  # what is kept of one layer
+# what is kept of one layer, by name; the neuron is the first index of `top_keys` and
+# `weakest`, the second of `top_activations`
+State = dict[str, Tensor]
 
 
 def empty_top(n_neurons: int, n_top: int, n_tokens: int, device: torch.device) -> State:
+    """The state of a layer's strongest excerpts before the first batch.
+
+    Args:
+        n_neurons: Neurons of the layer.
+        n_top: Excerpts kept per neuron.
+        n_tokens: Tokens per excerpt.
+        device: Where the tensors are put.
+
+    Returns:
+        The tensors `top_keys`, `top_activations` and `weakest`, for `keep_top`.
+    """
     nothing = torch.full((n_neurons, n_top), -torch.inf, device=device)
     return {
         "top_keys": pack(nothing, _LAST - torch.arange(n_top, device=device)),
-        "top_activations": torch.zeros(
-            n_tokens, n_neurons, n_top, device=device
-        ),  # by token first: see _copy
+        # by token first: see _copy
+        "top_activations": torch.zeros(n_tokens, n_neurons, n_top, device=device),
         "weakest": torch.full((n_neurons,), -torch.inf, device=device),
     }
 
@@ -147,32 +201,29 @@ def keep_top(
     largest: Float[Tensor, "excerpt neuron"],
     first_id: int,
 ) -> None:
-    """Put those excerpts that are strong enough into the neurons' slots; `largest` is
-    their largest activation.
+    """Put those excerpts that are strong enough into the neurons' slots, in place.
+
+    Args:
+        state: The layer's state.
+        x: The activations of a batch.
+        largest: Their maximum over positions.
+        first_id: Number of the first excerpt; the others follow.
     """
-    better = (
-        largest > state["weakest"]
-    )  # the whole batch at once: once warm, nearly nothing passes
+    # the whole batch at once: once warm, nearly nothing passes
+    better = largest > state["weakest"]
     columns = better.any(0).nonzero()[:, 0]
     if not len(columns):
         return
     old, k = state["top_keys"][columns], state["top_keys"].shape[1]
     ids = torch.arange(first_id, first_id + len(x), device=x.device)
     new = pack(largest[:, columns].T.contiguous(), ids)
-    both = torch.cat(
-        [old, new.masked_fill(~better[:, columns].T, torch.iinfo(torch.int64).min)],
-        dim=1,
-    )
+    new = new.masked_fill(~better[:, columns].T, torch.iinfo(torch.int64).min)
+    both = torch.cat([old, new], dim=1)
     threshold = both.topk(k).values[:, -1:]  # keys are unique, so exactly k reach it
-    freed, taken = (
-        (both[:, :k] < threshold).nonzero(),
-        (both[:, k:] >= threshold).nonzero(),
-    )
-    neurons, slots, rows = (
-        columns[freed[:, 0]],
-        freed[:, 1],
-        taken[:, 1],
-    )  # as many freed as taken, neuron by neuron
+    # as many are freed as taken, neuron by neuron
+    freed = (both[:, :k] < threshold).nonzero()
+    taken = (both[:, k:] >= threshold).nonzero()
+    neurons, slots, rows = columns[freed[:, 0]], freed[:, 1], taken[:, 1]
     state["top_keys"][neurons, slots] = both[taken[:, 0], k + rows]
     _copy(x, rows, neurons, state["top_activations"], slots)
     state["weakest"][columns] = unpack(threshold[:, 0])[0]
@@ -194,8 +245,22 @@ def _copy(
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c023
 class Reservoir:
-    """A uniform random sample of `size` excerpt numbers, in a stream of unknown length;
-    the same for the same seed.
+    """A uniform random sample of excerpt numbers in a stream of unknown length.
+
+    The same seed gives the same sample, however the stream is cut into batches.
+
+    Args:
+        size: How many to keep.
+        seed: Decides which.
+        ids: The sample so far, by slot, of a stream that was stopped.
+
+    Example:
+        >>> sample = Reservoir(2, seed=0)
+        >>> sample.offer(0, 2)
+        {0: 0, 1: 1}
+        >>> _ = sample.offer(2, 100)
+        >>> sample.ids
+        [53, 33]
     """
 
     def __init__(self, size: int, seed: int, ids: Sequence[int] = ()):
@@ -205,15 +270,28 @@ class Reservoir:
         heapq.heapify(self._worst)
 
     def priority(self, i: int) -> int:
-        """A pseudo-random number of an excerpt's number (splitmix64)."""
+        """A pseudo-random number of an excerpt (splitmix64 of its number and the seed).
+
+        Args:
+            i: The excerpt's number.
+
+        Returns:
+            An integer below 2⁶⁴; the excerpts with the smallest make the sample.
+        """
         z = (i + 1 + self.seed * 0x632BE59BD9B4E019) * 0x9E3779B97F4A7C15 % 2**64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
 
     def offer(self, first_id: int, n: int) -> dict[int, int]:
-        """Let `n` excerpts compete; returns {slot: row of the batch} for those that got
-        in.
+        """Let a batch of excerpts compete for the slots.
+
+        Args:
+            first_id: Number of its first excerpt; the others follow.
+            n: How many there are.
+
+        Returns:
+            Slot and row of the batch of those that got in.
         """
         won = {}
         for row in range(n if self.size else 0):
@@ -234,23 +312,26 @@ class Reservoir:
 def power_sums(
     x: Float[Tensor, "token neuron"], shift: Float[Tensor, "neuron"]
 ) -> Float[Tensor, "5 neuron"]:
-    """Sums over tokens of (x - shift)¹, ², ³, ⁴ and of x > 0, in float64."""
+    """Sums over tokens of (x - shift)¹, ², ³, ⁴ and of x > 0, in float64.
+
+    Args:
+        x: Activations.
+        shift: A guess of each neuron's mean, so that nothing cancels.
+
+    Returns:
+        The five sums of each neuron.
+    """
     total = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
-    d, square, of_part = (
-        x.new_empty(32, x.shape[1]),
-        x.new_empty(32, x.shape[1]),
-        x.new_empty(5, x.shape[1]),
-    )
+    d, square = x.new_empty(32, x.shape[1]), x.new_empty(32, x.shape[1])
+    of_part = x.new_empty(5, x.shape[1])
+    # two buffers hold one power after the other, so no new memory is needed; a product
+    # with ones is the fastest sum over rows
     for part in x.split(32):
         a, b, ones = d[: len(part)], square[: len(part)], part.new_ones(len(part))
-        torch.mv(
-            torch.gt(part, 0, out=a).T, ones, out=of_part[4]
-        )  # a product with ones is the fastest sum over rows
+        torch.mv(torch.gt(part, 0, out=a).T, ones, out=of_part[4])
         torch.mv(torch.sub(part, shift, out=a).T, ones, out=of_part[0])
         torch.mv(torch.mul(a, a, out=b).T, ones, out=of_part[1])
-        torch.mv(
-            a.mul_(b).T, ones, out=of_part[2]
-        )  # two buffers hold one power after the other: no new memory
+        torch.mv(a.mul_(b).T, ones, out=of_part[2])
         torch.mv(b.mul_(b).T, ones, out=of_part[3])
         total += of_part
     return total
@@ -259,8 +340,20 @@ def power_sums(
 def moments(
     sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: int
 ) -> Float[Tensor, "5 neuron"]:
-    """Mean, variance, skewness, kurtosis and density from power sums over `n` tokens;
-    NaN for a constant neuron's last.
+    """Mean, variance, skewness, kurtosis and density from power sums.
+
+    Args:
+        sums: What `power_sums` gave, summed over batches.
+        shift: The shift used there.
+        n: Number of tokens.
+
+    Returns:
+        The five numbers of each neuron; for a constant one, two of them are NaN.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [0.0], [3.0]])
+        >>> [round(float(m), 2) for m in moments(power_sums(x, x[0]), x[0], 3)]
+        [1.0, 2.0, 0.71, 1.5, 0.33]
     """
     m1, m2, m3, m4, positive = sums / n
     variance = (m2 - m1**2).clamp(min=0)

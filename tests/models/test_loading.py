@@ -12,8 +12,10 @@ import pytest
 import torch
 from families import tiny
 
-from mechtut.models.loading import FAMILIES, load_model, mini_folder, weight_fingerprint
-from mechtut.models.loading import loading as models
+from mechtut.models.families import FAMILIES
+from mechtut.models.loading import load_model, weight_fingerprint
+from mechtut.models.weights import mini_folder
+from mechtut.models import loading
 
 
 def test_mini_loads_and_speaks():
@@ -42,7 +44,7 @@ def test_a_damaged_file_says_so(tmp_path, monkeypatch):
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-100] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    monkeypatch.setattr(models, "mini_folder", lambda: copy)
+    monkeypatch.setattr(loading, "mini_folder", lambda: copy)
     with pytest.raises(ValueError, match=r"damaged .*reinstall"):
         load_model("mini")
     (copy / "model.safetensors").unlink()
@@ -60,7 +62,7 @@ def test_nan_weights_are_refused():
 
 def test_unknown_families_are_refused_by_name():
     with pytest.raises(ValueError, match=r"model_type 'bert'.*gpt2"):
-        models.find_family(SimpleNamespace(config=SimpleNamespace(model_type="bert")))
+        loading.find_family(SimpleNamespace(config=SimpleNamespace(model_type="bert")))
     with pytest.raises(ValueError, match="opt-350m"):
         load_model(tiny("opt", do_layer_norm_before=False))
 
