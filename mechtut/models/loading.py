@@ -199,9 +199,13 @@ class Model:
                 )
             return torch.stack(rows)
         ids = _whole_numbers(prompts)
-        if ids.ndim == 2 and ids.numel():
-            return self._checked(ids)
-        return self.to_tokens(ids)[None]
+        ids = ids[None] if ids.ndim == 1 else ids
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(
+                "expected a prompt or a batch [batch, pos] that is not empty, not ids of"
+                f" shape {tuple(ids.shape)}"
+            )
+        return self._checked(ids)
 
     def to_str_tokens(self, text: str | Sequence[int] | Tensor) -> list[str]:
         """Each token decoded on its own, so that `"".join(...)` reads like the text.

@@ -18,23 +18,37 @@ from torch import Tensor
 
 # %% ../../nbs/library/patching/checkpoints.ipynb #c004
 def fingerprint(*parts: Any) -> str:
-    """Short hash of tensors (by value) and other things (by `repr`)."""
+    """Short hash of tensors (by value) and other things (by `repr`).
+
+    Args:
+        *parts: What to hash, in order.
+
+    Returns:
+        Sixteen hexadecimal digits.
+
+    Example:
+        >>> fingerprint("a", 1) == fingerprint("a", 1)
+        True
+    """
     digest = hashlib.sha256()
     for part in parts:
-        data = (
-            part.detach().cpu().double().numpy().tobytes()
-            if isinstance(part, Tensor)
-            else repr(part).encode()
-        )
+        if isinstance(part, Tensor):
+            data = part.detach().cpu().double().numpy().tobytes()
+        else:
+            data = repr(part).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
 
 
 class Store:
-    """Finished pieces of one sweep in a folder, as safetensors files; `key` says which
-    sweep it is.
+    """Finished pieces of one sweep in a folder, as safetensors files.
 
-    Raises `ValueError` if the folder already holds another sweep.
+    Args:
+        folder: The folder, made if it is missing.
+        key: Says which sweep it is.
+
+    Raises:
+        ValueError: If the folder already holds another sweep.
     """
 
     def __init__(self, folder: Path, key: str):
@@ -51,7 +65,15 @@ class Store:
             )
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """The stored piece `name`, or what `compute()` returns, stored now."""
+        """A stored piece, or what is computed and stored now.
+
+        Args:
+            name: The piece's name.
+            compute: Called if the piece is not there.
+
+        Returns:
+            The piece.
+        """
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             return load_file(path)["values"]
@@ -63,11 +85,19 @@ class Store:
 
 
 def quiet(progress: bool | None) -> bool:
-    """Whether to hide progress bars: as asked, or where the environment has tqdm's own
-    `TQDM_DISABLE=1`.
+    """Whether to hide progress bars.
+
+    Args:
+        progress: As asked for; `None` shows them unless the environment has tqdm's own
+            `TQDM_DISABLE=1`.
+
+    Returns:
+        True if there shall be no bar.
+
+    Example:
+        >>> quiet(True), quiet(False)
+        (False, True)
     """
-    return (
-        os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-        if progress is None
-        else not progress
-    )
+    if progress is not None:
+        return not progress
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")

@@ -29,11 +29,13 @@ from mechtut.models.hooks import (
 # %% ../../nbs/library/patching/last_token.ipynb #c004
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One thing to write at the last token: `value` into head `head`'s z in block
-    `layer`, or into the block's output.
+    """One thing to write at the last token.
 
-    With a `head`, `value` is `[d_head]` and replaces its z. Without, it is `[d_model]`
-    and is added to the output of the block, or replaces it if `mode` is `"set"`.
+    Attributes:
+        layer: The block.
+        value: With a head `[d_head]`, which replaces its z; without one `[d_model]`.
+        head: The head, or `None` for the output of the block.
+        mode: Without a head: `"add"` to the block's output, or `"set"` it.
     """
 
     layer: int
@@ -45,18 +47,12 @@ class Change:
         """The same change for `intervene`."""
         if self.head is not None:
             return Edit("z", self.layer, self.value, pos=-1, head=self.head)
-        return Edit(
-            "resid_post",
-            self.layer,
-            self.value,
-            pos=-1,
-            mode="set" if self.mode == "set" else "add",
-        )
+        mode: Any = self.mode
+        return Edit("resid_post", self.layer, self.value, pos=-1, mode=mode)
 
 # %% ../../nbs/library/patching/last_token.ipynb #c007
-Metric = Callable[
-    [Float[Tensor, "change d_vocab"], int], Tensor
-]  # of one prompt's logits, and which prompt it is
+# of one prompt's logits, and which prompt it is
+Metric = Callable[[Float[Tensor, "change d_vocab"], int], Tensor]
 
 
 def _plain(logits: Tensor, _prompt: int) -> Tensor:
@@ -70,8 +66,17 @@ def naive_changes(
     changes: Sequence[Change],
     metric: Metric = _plain,
 ) -> Tensor:
-    """`metric(logits, prompt)` of every change, one full forward pass per prompt and
-    change: the reference.
+    """The metric of every change, one full forward pass per prompt and change.
+
+    Args:
+        model: The model.
+        tokens: Token ids, padded on the right.
+        last: Where each prompt ends.
+        changes: What to change at the last token.
+        metric: Of the logits of one prompt's changes; by default these themselves.
+
+    Returns:
+        `metric(logits, prompt)`, one row per prompt.
     """
     rows = []
     for i, end in enumerate(last.tolist()):
@@ -84,24 +89,25 @@ def naive_changes(
 
 # %% ../../nbs/library/patching/last_token.ipynb #c014
 def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
-    """Mask `[prompt, 1, n, pos + n]` for `n` versions of each last token, from the
-    model's own `[_, 1, pos, pos]`.
+    """The attention mask for several versions of each prompt's last token.
+
+    Args:
+        mask: The model's own, `[_, 1, pos, pos]`, boolean or additive.
+        last: Where each prompt ends.
+        n: Number of versions.
+
+    Returns:
+        The mask `[prompt, 1, n, pos + n]`: the prompt's keys, then the versions' own.
     """
-    n_pos = mask.shape[-1]
-    rows = mask.expand(len(last), -1, -1, -1)[
-        torch.arange(len(last)), :, last
-    ]  # [prompt, 1, pos]
+    prompts, n_pos = torch.arange(len(last)), mask.shape[-1]
+    rows = mask.expand(len(last), -1, -1, -1)[prompts, :, last]  # [prompt, 1, pos]
     boolean = mask.dtype == torch.bool
     hidden = False if boolean else torch.finfo(mask.dtype).min
-    rows = rows.masked_fill(
-        (torch.arange(n_pos, device=mask.device) >= last[:, None])[:, None], hidden
-    )
-    eye = torch.eye(n, dtype=torch.bool, device=mask.device)
-    own = (
-        eye
-        if boolean
-        else torch.zeros_like(eye, dtype=mask.dtype).masked_fill(~eye, hidden)
-    )
+    behind = torch.arange(n_pos, device=mask.device) >= last[:, None]
+    rows = rows.masked_fill(behind[:, None], hidden)
+    own = eye = torch.eye(n, dtype=torch.bool, device=mask.device)
+    if not boolean:
+        own = torch.zeros_like(eye, dtype=mask.dtype).masked_fill(~eye, hidden)
     prefix = rows[:, :, None].expand(-1, -1, n, -1)
     return torch.cat([prefix, own.expand(len(last), 1, n, n)], dim=-1)
 
@@ -120,9 +126,8 @@ def _at_last(
             return x
         if x.ndim == 4:
             return side_by_side(x, last, n)
-        if (
-            x.ndim in (2, 3) and x.shape[1] == n_pos
-        ):  # positions [_, pos], rotary tables [_, pos, d_rotary]
+        # positions [_, pos], rotary tables [_, pos, d_rotary]
+        if x.ndim in (2, 3) and x.shape[1] == n_pos:
             rows = x.expand(len(last), *x.shape[1:])[torch.arange(len(last)), last]
             return rows[:, None].expand(-1, n, *x.shape[2:])
         return x
@@ -146,17 +151,13 @@ def _through(
     def extend(
         _layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            q,
-            torch.cat([base.keys[layer], k], dim=2),
-            torch.cat([base.values[layer], v], dim=2),
-        )
+        k = torch.cat([base.keys[layer], k], dim=2)
+        return q, k, torch.cat([base.values[layer], v], dim=2)
 
     def replace(z: Tensor) -> Tensor:
         out = z.clone()
-        out[:, range(first, n), [c.head or 0 for c in born]] = torch.stack(
-            [c.value for c in born]
-        ).to(z)
+        values = torch.stack([c.value for c in born]).to(z)
+        out[:, range(first, n), [c.head or 0 for c in born]] = values
         return out
 
     arguments = _at_last(base.arguments[layer], last, base.resid[0].shape[1], n)
@@ -168,7 +169,8 @@ def _through(
     return out[0] if isinstance(out, tuple) else out
 
 # %% ../../nbs/library/patching/last_token.ipynb #c023
-GROUP = 256  # versions of one prompt that go through a block together
+# versions of one prompt that go through a block together
+GROUP = 256
 
 
 def _block(
@@ -196,14 +198,33 @@ def run_changes(
     changes: Sequence[Change],
     metric: Metric = _plain,
 ) -> Tensor:
-    """Logits at the last token under every change, `[prompt, change, ...]`: those of
-    `naive_changes`, many times sooner.
+    """Logits at the last token under every change: those of `naive_changes`, sooner.
 
-    `tokens` may be padded on the right; `last` says where each prompt ends.
-    `metric(logits, i)` may reduce the logits `[change, d_vocab]` of prompt `i` to
-    something smaller. Raises `IndexError` for layers and heads that do not exist and
-    `ValueError` for a result that is not finite. Models without transformers'
-    `AttentionInterface` (GPT-J) take the loop.
+    Models without transformers' attention registry (GPT-J) take the loop.
+
+    Args:
+        model: The model.
+        tokens: Token ids, padded on the right.
+        last: Where each prompt ends.
+        changes: What to change at the last token.
+        metric: `metric(logits, i)` may reduce the logits `[change, d_vocab]` of prompt
+            `i` to something smaller.
+
+    Returns:
+        The metric's values, one row per prompt.
+
+    Raises:
+        IndexError: For layers and heads that do not exist.
+        ValueError: If a result is not finite.
+
+    Example:
+        >>> import torch
+        >>> from mechtut import load_model
+        >>> model = load_model("mini", device="cpu")
+        >>> tokens = model.to_batch("Riley Martin works as a")
+        >>> heads = [Change(4, torch.zeros(32), head=h) for h in range(6)]
+        >>> run_changes(model, tokens, torch.tensor([4]), heads).shape
+        torch.Size([1, 6, 2965])
     """
     check_edits(model, [c.edit() for c in changes])
     if not model.family.attention_interface:
@@ -211,9 +232,8 @@ def run_changes(
     with fast_matmul(model), torch.no_grad():
         streams, order = _streams(model, tokens, last, changes)
         back = torch.tensor(order, device=streams.device).argsort()
-        out = torch.stack(
-            [metric(model.unembed(x[back]), i) for i, x in enumerate(streams)]
-        )
+        logits = (model.unembed(x[back]) for x in streams)
+        out = torch.stack([metric(y, i) for i, y in enumerate(logits)])
     if not torch.isfinite(out).all():
         raise ValueError(
             "a result is NaN or infinite; check the changes' values and the metric"
@@ -231,12 +251,9 @@ def _streams(
     rows = torch.arange(len(last))
     x, order = replay.base.resid[0][rows, last][:, None][:, :0], list[int]()
     for layer in range(model.n_layers):
-        inside = [
-            i for i, c in enumerate(changes) if c.layer == layer and c.head is not None
-        ]
-        after = [
-            i for i, c in enumerate(changes) if c.layer == layer and c.head is None
-        ]
+        here = [i for i, c in enumerate(changes) if c.layer == layer]
+        inside = [i for i in here if changes[i].head is not None]
+        after = [i for i in here if changes[i].head is None]
         if x.shape[1] or inside:
             x = _block(model, replay, layer, x, last, [changes[i] for i in inside])
         leaving = replay.base.resid[layer + 1][rows, last][:, None]

@@ -41,7 +41,8 @@ class _Linear(torch.autograd.Function):
         return _linear(grads[0], ctx.back, None), None, None, None
 
 # %% ../../nbs/library/patching/matmul.ipynb #c006
-OFTEN = 16  # calls after which arranging the weights once has surely paid
+# calls after which arranging the weights once has surely paid
+OFTEN = 16
 
 
 class _Weights:
@@ -57,16 +58,14 @@ class _Weights:
         """
         self.calls += 1
         if self.calls == OFTEN and self.may_copy:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(
-                self.weight.contiguous()
-            )
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self.weight = reorder(self.weight.contiguous())
         return self.weight
 
 
 _TWICE = 2 * (2 / math.pi) ** 0.5
-_INSIDE = torch.backends.cpu.get_cpu_capability().startswith(
-    "AVX512"
-)  # elsewhere oneDNN's activation is slow
+# elsewhere oneDNN's activation is slow
+_INSIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -80,11 +79,8 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _logistic(x: Tensor) -> Tensor:
-    return (
-        torch.addcmul(x.new_tensor(_TWICE), x, x, value=0.044715 * _TWICE)
-        .mul_(x)
-        .sigmoid_()
-    )
+    inner = torch.addcmul(x.new_tensor(_TWICE), x, x, value=0.044715 * _TWICE)
+    return inner.mul_(x).sigmoid_()
 
 
 def _up(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -102,10 +98,8 @@ def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
     plain, weights = mlp.forward, _Weights(mlp.c_fc.weight.detach().t(), may_copy=True)
 
     def forward(x: Tensor) -> Tensor:
-        watched = any(
-            part._forward_hooks or part._forward_pre_hooks
-            for part in (mlp.c_fc, mlp.act)
-        )
+        parts = (mlp.c_fc, mlp.act)
+        watched = any(p._forward_hooks or p._forward_pre_hooks for p in parts)
         if watched or mlp.training or x.requires_grad:
             return plain(x)
         return mlp.c_proj(_up(x, weights.now(), mlp.c_fc.bias))
@@ -126,45 +120,46 @@ def _forward(
         return _mlp(module)
     if kind not in ("Linear", "Conv1D"):
         return None
-    frozen, bias = (
-        cast(Tensor, module.weight).detach(),
-        cast("Tensor | None", module.bias),
-    )
+    frozen = cast(Tensor, module.weight).detach()
+    bias = cast("Tensor | None", module.bias)
     back = frozen.t() if kind == "Linear" else frozen
     weights = _Weights(back.t(), may_copy=kind == "Conv1D" or module is unembed)
 
     def forward(x: Tensor) -> Tensor:
         weight = weights.now()
-        return (
-            _Linear.apply(x, weight, bias, back)
-            if x.requires_grad
-            else _linear(x, weight, bias)
-        )
+        if x.requires_grad:
+            return _Linear.apply(x, weight, bias, back)
+        return _linear(x, weight, bias)
 
     return forward
 
 
 def onednn_available() -> bool:
     """Whether this PyTorch can run float32 linear layers through oneDNN on the CPU."""
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
+    there = torch.backends.mkldnn.is_available()
+    return there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 # %% ../../nbs/library/patching/matmul.ipynb #c009
 @contextmanager
 def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
-    """Inside the block, the model's linear layers use oneDNN if that helps (float32 on
-    a CPU).
+    """Inside the block, the model's linear layers use oneDNN (float32 on a CPU only).
 
-    `enabled=False` keeps PyTorch's own products; an outer block decides for the blocks
-    inside it. Results differ in rounding only; gradients reach activations, not
-    weights. Layers with a `forward` of their own are left alone.
+    Results differ in rounding only; gradients reach activations, not weights. Layers
+    with a `forward` of their own are left alone.
+
+    Args:
+        model: The model.
+        enabled: False keeps PyTorch's own products; `None` asks the outer block, whose
+            choice holds for the blocks inside it.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> model = load_model("mini", device="cpu")
+        >>> with fast_matmul(model):
+        ...     logits = model.logits("Riley Martin works as a")
     """
-    works = (
-        onednn_available()
-        and model.device.type == "cpu"
-        and model.dtype == torch.float32
-    )
+    plain = model.device.type == "cpu" and model.dtype == torch.float32
+    works = plain and onednn_available()
     unembed = model.hf.get_submodule(model.family.unembed)
     modules = [*model.blocks.modules(), unembed] if works and _allowed(enabled) else []
     borrowed = []

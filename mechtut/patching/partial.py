@@ -18,17 +18,21 @@ from ..models.loading import Model
 # %% ../../nbs/library/patching/partial.ipynb #c003
 @dataclass(frozen=True)
 class BlockInputs:
-    """What each block was given in one forward pass: enough to run the model again from
-    any block on.
+    """What each block was given in one forward pass.
+
+    Enough to run the model again from any block on.
+
+    Attributes:
+        resid: `resid[l]` enters block `l`; the last one leaves the last block.
+        arguments: The other arguments of each block's forward, by name.
     """
 
-    resid: list[
-        Float[Tensor, "batch pos d_model"]
-    ]  # `resid[l]` enters block `l`; the last leaves the last block
-    arguments: list[dict[str, Any]]  # of each block's forward, by name
+    resid: list[Float[Tensor, "batch pos d_model"]]
+    arguments: list[dict[str, Any]]
 
     @property
     def n_rows(self) -> int:
+        """Number of prompts."""
         return self.resid[0].shape[0]
 
 
@@ -42,28 +46,33 @@ _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "use_cache", "cache_positio
 def record_blocks(
     model: Model, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None
 ) -> BlockInputs:
-    """Run the blocks once (not the unembedding) and keep what each was given."""
+    """Run the blocks once (not the unembedding) and keep what each was given.
+
+    Args:
+        model: The model.
+        tokens: Token ids.
+        mask: 1 for real tokens, 0 for padding.
+
+    Returns:
+        The inputs of every block.
+    """
     found = BlockInputs([], [])
 
     def keep_input(block: Any, args: tuple, kwargs: dict) -> None:
         bound = signature(type(block).forward).bind(block, *args, **kwargs).arguments
         named = {**bound.pop("kwargs", {}), **bound}
         found.resid.append(named.pop("hidden_states"))
-        kept = {
-            k: v
-            for k, v in named.items()
-            if v is not None and k not in ("self", *_CACHE_ARGUMENTS)
-        }
+        left_out = ("self", *_CACHE_ARGUMENTS)
+        kept = {k: v for k, v in named.items() if v is not None and k not in left_out}
         found.arguments.append(kept)
 
     def keep_last(_block: Any, _args: tuple, output: Any) -> None:
         found.resid.append(output[0] if isinstance(output, tuple) else output)
         raise Stop  # nobody needs the unembedding of every position
 
-    hooks = [
-        b.register_forward_pre_hook(keep_input, with_kwargs=True) for b in model.blocks
-    ]
-    hooks.append(model.blocks[-1].register_forward_hook(keep_last))
+    hooks = [model.blocks[-1].register_forward_hook(keep_last)]
+    for block in model.blocks:
+        hooks.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
     try:
         model.logits(tokens, mask)
     except Stop:
@@ -79,12 +88,21 @@ def record_blocks(
 def resume(
     model: Model, inputs: BlockInputs, layer: int, x: Tensor
 ) -> Float[Tensor, "batch pos d_model"]:
-    """Run blocks `layer` and up on `x`, with the arguments they had; gradients flow if
-    `x` or a hook asks for them.
+    """Run the blocks from one on, with the arguments that they had.
+
+    Gradients flow if `x` or a hook asks for them.
+
+    Args:
+        model: The model.
+        inputs: What the blocks were given in the whole run.
+        layer: The first block to run.
+        x: The residual stream that enters it.
+
+    Returns:
+        The residual stream that leaves the last block.
     """
-    for block, arguments in zip(
-        model.blocks[layer:], inputs.arguments[layer:], strict=True
-    ):
+    rest = zip(model.blocks[layer:], inputs.arguments[layer:], strict=True)
+    for block, arguments in rest:
         out = block(x, **arguments)
         x = out[0] if isinstance(out, tuple) else out
     return x

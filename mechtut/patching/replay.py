@@ -18,9 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from .partial import BlockInputs, Stop, record_blocks
-from .matmul import fast_matmul
-from ..models.loading import Model, weight_fingerprint
+from ..models.checks import integer, integers
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -31,7 +29,10 @@ from mechtut.models.hooks import (
     visiting,
     write_into,
 )
+from ..models.loading import Model, weight_fingerprint
 from .checkpoints import Store, fingerprint, quiet
+from .matmul import fast_matmul
+from .partial import BlockInputs, Stop, record_blocks
 
 # %% ../../nbs/library/patching/replay.ipynb #c004
 Intervention = Sequence[Edit]
@@ -43,8 +44,18 @@ def naive_replay(
     interventions: Sequence[Intervention],
     base_edits: Intervention = (),
 ) -> Float[Tensor, "intervention batch d_vocab"]:
-    """Logits at the last position, one full forward pass per intervention: the
-    reference for the engine.
+    """Logits at the last position, one full forward pass per intervention.
+
+    The definition that the engine has to reproduce.
+
+    Args:
+        model: The model.
+        tokens: Token ids.
+        interventions: Each a list of edits.
+        base_edits: Edits of the embedding under which every pass runs.
+
+    Returns:
+        The logits, one row per intervention.
     """
     rows = []
     for edits in interventions:
@@ -91,11 +102,9 @@ def _slice_arguments(
     """
 
     def tile(x: Tensor) -> Tensor:
-        return (
-            x
-            if x.shape[0] == 1 or copies == 1
-            else x.repeat(copies, *[1] * (x.ndim - 1))
-        )
+        if x.shape[0] == 1 or copies == 1:
+            return x
+        return x.repeat(copies, *[1] * (x.ndim - 1))
 
     def cut(x: Any) -> Any:
         if isinstance(x, tuple):
@@ -104,9 +113,8 @@ def _slice_arguments(
             return x
         if x.ndim == 4:  # attention mask: [batch, 1, query, key]
             return tile(x[:, :, start:stop, :stop])
-        if (
-            x.ndim in (2, 3) and x.shape[1] == n_pos
-        ):  # positions [batch, pos], rotary tables [batch, pos, d_rotary]
+        # positions [batch, pos], rotary tables [batch, pos, d_rotary]
+        if x.ndim in (2, 3) and x.shape[1] == n_pos:
             return tile(x[:, start:stop])
         return x
 
@@ -117,9 +125,7 @@ def _slice_arguments(
 class _Branch:
     x: Float[Tensor, "batch pos d_model"]
     members: list[int]  # the interventions that share this state
-    edits: list[Edit] = field(
-        default_factory=list
-    )  # inside the block it is about to enter
+    edits: list[Edit] = field(default_factory=list)  # inside the block it enters next
 
 
 @dataclass(frozen=True)
@@ -151,20 +157,16 @@ def _plan(
         # In the last block only keys and values (and the stream they are made of) still
         # move to other positions.
         stays = layer == n_layers - 1 and edit.site not in ("resid_pre", "k", "v")
-        reach = [
-            p
-            for p in edit.positions(n_pos)
-            if (p in readout if stays else p <= max(readout))
-        ]
+        last, positions = max(readout), edit.positions(n_pos)
+        reach = [p for p in positions if (p in readout if stays else p <= last)]
         if not reach:
             continue
         start = min(start, *reach)
         if edit.site == "resid_pre":
             after.setdefault(layer - 1, []).append(edit)
         else:
-            (after if edit.site == "resid_post" else inside).setdefault(
-                layer, []
-            ).append(edit)
+            where = after if edit.site == "resid_post" else inside
+            where.setdefault(layer, []).append(edit)
     return _Plan(start, inside, after) if inside or after else None
 
 
@@ -177,19 +179,15 @@ def _split(
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
     for i in branch.members:
         edits = getattr(plans[i], where).get(layer, [])
-        same = tuple(
-            (e.site, str(e.pos), e.head, e.mode, _identity(e.value)) for e in edits
-        )
+        same = tuple((e.site, e.pos, e.head, e.mode, _identity(e.value)) for e in edits)
         groups.setdefault(same, (edits, []))[1].append(i)
     return list(groups.values())
 
 
 def _identity(value: Tensor | float) -> Any:
-    return (
-        (value.data_ptr(), value.shape, value.stride())
-        if isinstance(value, Tensor)
-        else value
-    )
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.stride()
+    return value
 
 # %% ../../nbs/library/patching/replay.ipynb #c019
 def _write_all(
@@ -203,11 +201,8 @@ def _write_all(
     column = {p: i for i, p in enumerate(window)}
     for j, edits in enumerate(per_branch):
         for edit in edits:
-            write_into(
-                out[j * rows : (j + 1) * rows],
-                edit,
-                [column.get(p) for p in edit.positions(n_pos)],
-            )
+            columns = [column.get(p) for p in edit.positions(n_pos)]
+            write_into(out[j * rows : (j + 1) * rows], edit, columns)
     return out
 
 
@@ -236,19 +231,15 @@ def _through_block(
     """
     base, n_pos, copies = replay.base, replay.n_pos_full, len(per_branch)
     window = range(start, start + x.shape[1])
-    before_k, before_v = prefix or (
-        base.keys[layer][:, :, :start],
-        base.values[layer][:, :, :start],
-    )
+    recorded = [x[layer][:, :, :start] for x in (base.keys, base.values)]
+    before_k, before_v = prefix or recorded
     visitors = _visitors(layer, per_branch, window, n_pos)
-    inside = {
-        s.name: visitors.pop(s) for s in list(visitors) if s.name in ("q", "k", "v")
-    }
+    qkv = [s for s in visitors if s.name in ("q", "k", "v")]
+    inside = {s.name: visitors.pop(s) for s in qkv}
     found: list[Tensor] = []
 
-    def edited(
-        name: str, t: Tensor
-    ) -> Tensor:  # edits are written for [batch, pos, head, d_head]
+    def edited(name: str, t: Tensor) -> Tensor:
+        # edits are written for [batch, pos, head, d_head]
         new = inside[name](t.transpose(1, 2)) if name in inside else None
         return t if new is None else new.transpose(1, 2)
 
@@ -322,16 +313,11 @@ def _births(
         x = resid[layer + 1][:, keep]
         if edits:
             spread = any(e.site in ("k", "v") for e in edits)
-            changed = [
-                p
-                for e in edits
-                for p in e.positions(replay.n_pos_full)
-                if p < replay.n_pos
-            ]
-            stop = replay.n_pos if spread else 1 + max(changed)
-            new = _through_block(
-                replay, layer, resid[layer][:, start:stop], [edits], start
-            )
+            written = [p for e in edits for p in e.positions(replay.n_pos_full)]
+            last_written = max(p for p in written if p < replay.n_pos)
+            stop = replay.n_pos if spread else 1 + last_written
+            entering = resid[layer][:, start:stop]
+            new = _through_block(replay, layer, entering, [edits], start)
             index = [(i, p - start) for i, p in enumerate(keep) if p < stop]
             x = x.clone()
             x[:, [i for i, _ in index]] = new[:, [j for _, j in index]]
@@ -346,23 +332,16 @@ def _sweep(replay: "Replay", plans: dict[int, _Plan], metric: "Metric") -> Tenso
     start, n_layers = next(iter(plans.values())).start, replay.model.n_layers
     live: list[_Branch] = []
     for layer in range(-1, n_layers):
-        window = (
-            replay.reads(start)
-            if layer == n_layers - 1
-            else list(range(start, replay.n_pos))
-        )
-        live = [
-            _Branch(b.x, m, e)
-            for b in live
-            for e, m in _split(b, plans, "inside", layer)
-        ]
+        last = layer == n_layers - 1
+        window = replay.reads(start) if last else list(range(start, replay.n_pos))
+        parted = [(b, e, m) for b in live for e, m in _split(b, plans, "inside", layer)]
+        live = [_Branch(b.x, m, e) for b, e, m in parted]
         if live:
             _step(replay, live, layer, start)
         first = [i for i in plans if plans[i].first_layer == layer]
         if first:
-            live += _births(
-                replay, _Branch(replay.base.resid[0], first), plans, layer, start
-            )
+            root = _Branch(replay.base.resid[0], first)
+            live += _births(replay, root, plans, layer, start)
         parted = [(b, e, m) for b in live for e, m in _split(b, plans, "after", layer)]
         live = [
             _Branch(_write_all(b.x, [e], window, replay.n_pos_full) if e else b.x, m)
@@ -386,9 +365,8 @@ def _read_out(
     results: dict[int, Tensor] = {}
     for i in range(0, len(live), per_pass):
         chunk = live[i : i + per_pass]
-        logits = replay.model.unembed(
-            torch.stack([torch.cat([untouched, b.x], dim=1) for b in chunk])
-        )
+        streams = [torch.cat([untouched, b.x], dim=1) for b in chunk]
+        logits = replay.model.unembed(torch.stack(streams))
         for branch, value in zip(chunk, metric(logits), strict=True):
             results.update(dict.fromkeys(branch.members, value))
     return torch.stack([results[i] for i in order])
@@ -402,45 +380,61 @@ def _logits(logits: Tensor) -> Tensor:
 
 
 class Replay:
-    """Exact re-runs of one base run, each with a few edits, recomputing only what they
-    can change.
+    """Exact re-runs of one base run, recomputing only what each edit can change.
 
-    `tokens` is `[batch, pos]`; `base_edits` may edit the embedding (to corrupt it with
-    noise, say). `readout` lists the positions, in increasing order, whose logits are
-    wanted: the last by default. `batch_size` bounds the rows (interventions times
-    `batch`) of one pass through a block; by default a pass takes about 256 MB. Raises
-    `NotImplementedError` for an architecture that does not use transformers'
-    `AttentionInterface`.
+    Args:
+        model: The model.
+        tokens: The prompts: text, token ids, or a batch of ids.
+        base_edits: Edits of the embedding under which all runs happen, such as noise.
+        attention_mask: 1 for real tokens, 0 for padding.
+        readout: The positions whose logits are wanted.
+        batch_size: The most rows (interventions times prompts) of one pass through a
+            block; by default a pass takes about 256 MB.
+
+    Raises:
+        NotImplementedError: For a family that does not use transformers' attention
+            registry (GPT-J).
+        ValueError: For base edits of anything but the embedding.
+
+    Example:
+        >>> from mechtut import Edit, load_model
+        >>> replay = Replay(load_model("mini"), "Riley Martin works as a")
+        >>> heads = [[Edit("z", 4, 0.0, head=h, pos=-1)] for h in range(6)]
+        >>> replay.run(heads).shape  # intervention, prompt, readout position, token
+        torch.Size([6, 1, 1, 2965])
     """
 
     def __init__(
         self,
         model: Model,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: str | Sequence[str] | Int[Tensor, "batch pos"],
         *,
         base_edits: Intervention = (),
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         readout: Sequence[int] = (-1,),
         batch_size: int | None = None,
     ):
-        _check_base(model, tokens, base_edits, batch_size)
-        self.model, self.tokens = model, tokens.to(model.device)
-        self.n_pos_full = tokens.shape[1]
-        self.readout = sorted(
-            set(
-                Edit("resid_post", 0, 0.0, pos=list(readout)).positions(self.n_pos_full)
-            )
-        )
-        self.n_pos = (
-            self.readout[-1] + 1
-        )  # nothing after the last readout position can be seen
+        _check_base(base_edits, batch_size)
+        self.model, self.tokens = model, model.to_batch(tokens)
+        self.n_pos_full = n = self.tokens.shape[1]
+        reads = [Edit("embed", None, 0.0, pos=p) for p in integers(readout, "readout")]
+        self.readout = sorted({p for e in reads for p in e.positions(n)})
+        # nothing after the last readout position can be seen
+        self.n_pos = self.readout[-1] + 1
         self.batch_size = batch_size or _default_batch(model, self.n_pos)
         self._mask, self._edits = attention_mask, base_edits
         with fast_matmul(model):
             self.base = _record(model, self.tokens, base_edits, attention_mask)
 
     def reads(self, start: int) -> list[int]:
-        """The readout positions from `start` on."""
+        """The readout positions from one position on.
+
+        Args:
+            start: The first position.
+
+        Returns:
+            Those of `readout` that are not before it.
+        """
         return [p for p in self.readout if p >= start]
 
     @torch.no_grad()
@@ -456,37 +450,38 @@ class Replay:
         folder: str | Path | None = None,
         progress: bool | None = None,
     ) -> Tensor:
-        """`metric(logits)` of each intervention, stacked along axis 0.
+        """The metric of each intervention.
 
-        `metric` maps logits `[n, batch, readout, d_vocab]` to a tensor whose first axis
-        is `n`; the default keeps them. With a `folder`, finished groups are written
-        there, and a later call with the same model, tokens, interventions and metric
-        name continues where this one stopped. Interventions that cannot reach the
-        readout cost nothing. Raises `ValueError` if a result is not finite.
+        Args:
+            interventions: Each a list of edits; those that cannot reach the readout
+                cost nothing.
+            metric: Maps logits `[n, batch, readout, d_vocab]` to a tensor whose first
+                axis is `n`; by default the logits themselves.
+            folder: Where finished groups are kept. A later call with the same model,
+                tokens, interventions and metric name goes on where this one stopped.
+            progress: Whether to show a bar.
+
+        Returns:
+            What the metric returns, stacked over interventions along axis 0.
+
+        Raises:
+            ValueError: If a site cannot be replayed or a result is not finite.
         """
+        interventions = [list(edits) for edits in interventions]
         for edits in interventions:
             _check_intervention(self.model, edits)
-        plans = [
-            _plan(e, self.n_pos_full, self.model.n_layers, self.readout)
-            for e in interventions
-        ]
-        store = (
-            Store(Path(folder), _key(self, interventions, metric)) if folder else None
-        )
+        n_layers, n_pos = self.model.n_layers, self.n_pos_full
+        plans = [_plan(e, n_pos, n_layers, self.readout) for e in interventions]
+        store = None
+        if folder:
+            store = Store(Path(folder), _key(self, interventions, metric))
         with fast_matmul(self.model), torch.no_grad():
             return _run(self, plans, metric, store, progress)
 
 
-def _check_base(
-    model: Model, tokens: Tensor, base_edits: Intervention, batch_size: int | None
-) -> None:
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(
-            "tokens must be [batch, pos] and not empty, not of shape"
-            f" {tuple(tokens.shape)}"
-        )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+def _check_base(base_edits: Intervention, batch_size: int | None) -> None:
+    if batch_size is not None:
+        integer(batch_size, "batch_size", least=1)
     wrong = [e.site for e in base_edits if e.site != "embed"]
     if wrong:
         raise ValueError(
@@ -505,17 +500,7 @@ def _check_intervention(model: Model, edits: Intervention) -> None:
             )
 
 
-_REPLAYABLE = (
-    "resid_pre",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "mlp_act",
-    "q",
-    "k",
-    "v",
-    "z",
-)
+_REPLAYABLE = tuple("resid_pre resid_post attn_out mlp_out mlp_act q k v z".split())
 
 
 def _default_batch(model: Model, n_pos: int) -> int:
@@ -529,9 +514,8 @@ def _groups(
     """Interventions by first changed position, then layer, in groups whose live streams
     fit the limit.
     """
-    order = sorted(
-        (p.start, p.first_layer, i) for i, p in enumerate(plans) if p is not None
-    )
+    some = [(i, p) for i, p in enumerate(plans) if p is not None]
+    order = sorted((p.start, p.first_layer, i) for i, p in some)
     groups = []
     for start, same_start in groupby(order, key=lambda item: item[0]):
         stream = base.resid[0][:, start:]
@@ -550,9 +534,8 @@ def _run(
 ) -> Tensor:
     unchanged = metric(replay.base_logits()[None])
     out = unchanged.repeat(len(plans), *[1] * (unchanged.ndim - 1))
-    with tqdm(
-        total=len(plans), desc="replay", unit="run", delay=1, disable=quiet(progress)
-    ) as bar:
+    n, hidden = len(plans), quiet(progress)
+    with tqdm(total=n, desc="replay", unit="run", delay=1, disable=hidden) as bar:
         bar.update(sum(plan is None for plan in plans))
         for number, group in enumerate(_groups(plans, replay.base)):
             todo = {i: p for i in group if (p := plans[i])}
@@ -568,8 +551,20 @@ def _run(
 
 # %% ../../nbs/library/patching/replay.ipynb #c047
 def cone_token_layers(n_layers: int, n_pos: int, layer: int, pos: int) -> int:
-    """Token–layers that an edit of block `layer`'s output at `pos` can change: layers
-    above, positions from `pos` on.
+    """Token–layers that an edit of a block's output can change.
+
+    Args:
+        n_layers: Number of blocks.
+        n_pos: Length of the prompt.
+        layer: The edited block.
+        pos: The edited position.
+
+    Returns:
+        Layers above times positions from `pos` on.
+
+    Example:
+        >>> cone_token_layers(8, 9, layer=6, pos=7)
+        2
     """
     return (n_layers - 1 - layer) * (n_pos - pos)
 
@@ -579,13 +574,8 @@ def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) 
     metric's name.
     """
     name = getattr(metric, "__qualname__", "metric")
-    parts: list[Any] = [
-        weight_fingerprint(replay.model),
-        replay.tokens,
-        replay._mask,
-        replay.readout,
-        name,
-    ]
+    weights = weight_fingerprint(replay.model)
+    parts: list[Any] = [weights, replay.tokens, replay._mask, replay.readout, name]
     for edits in [replay._edits, *interventions]:
         parts.append(len(edits))
         for e in edits:

@@ -9,11 +9,13 @@ __all__ = ['provenance', 'Result']
 import json
 import platform
 import subprocess
+from collections.abc import Sized
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Self
 
 import pandas as pd
@@ -24,8 +26,20 @@ from ..models.loading import Model, weight_fingerprint
 
 # %% ../../nbs/library/patching/results.ipynb #c004
 def provenance(model: Model, **arguments: Any) -> dict[str, Any]:
-    """What made a result: model and weights, types, versions, commit of the working
-    folder, arguments, UTC time.
+    """What made a result.
+
+    Args:
+        model: The model that was measured.
+        **arguments: The arguments of the measurement.
+
+    Returns:
+        Model and weights, types, versions, the commit of the working folder, the
+        arguments, and the time (UTC).
+
+    Example:
+        >>> from mechtut import load_model
+        >>> provenance(load_model("mini"), noise=3.0)["arguments"]
+        {'noise': 3.0}
     """
     return {
         "model": model.name,
@@ -46,13 +60,8 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     try:
-        out = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
+        command = ["git", "rev-parse", "HEAD"]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
@@ -61,42 +70,58 @@ def _commit() -> str | None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)}"
-    return (
-        value
-        if value is None or isinstance(value, str | int | float | bool)
-        else str(value)
-    )
+    simple = value is None or isinstance(value, str | int | float | bool)
+    return value if simple else str(value)
 
 # %% ../../nbs/library/patching/results.ipynb #c009
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """Base of every result: tensors and plain values as fields, saved as
-    `tensors.safetensors` and `result.json`.
+    """Base of every result: tensors and plain values as fields.
+
+    A folder holds it as `tensors.safetensors` and `result.json`. What is printed of it
+    is a short summary; the numbers are in `to_pandas()`.
+
+    Attributes:
+        provenance: What made it, see `provenance`.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # else dataclass's
+
+    def __repr__(self) -> str:
+        """One to four lines: the model, short values as they are, shapes of the rest."""
+        model = self.provenance.get("model")
+        head = type(self).__name__ + (f" of {model!r}" if model else "")
+        values = [(f.name, getattr(self, f.name)) for f in fields(self) if f.repr]
+        told = ", ".join(f"{name} {_short(value)}" for name, value in values)
+        return "\n".join(
+            wrap(f"{head}: {told}", 88, subsequent_indent="  ", max_lines=4)
+        )
 
     def to_pandas(self) -> pd.DataFrame:
         """The numbers as a tidy table, one row per measurement."""
         raise NotImplementedError(f"{type(self).__name__} has no table")
 
     def save(self, folder: str | Path) -> Path:
-        """Write the result into `folder` (made if missing); an older result there is
-        replaced.
+        """Write the result into a folder; an older result there is replaced.
+
+        Args:
+            folder: The folder, made if it is missing.
+
+        Returns:
+            The folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {
-            k: v.detach().cpu().contiguous()
-            for k, v in values.items()
-            if isinstance(v, Tensor)
-        }
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         plain = {k: v for k, v in values.items() if k not in tensors}
-        save_file(tensors, folder / "tensors.safetensors")
-        half = (
-            folder / "result.json.part"
-        )  # renamed when whole, so a result.json means a finished result
+        stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(stored, folder / "tensors.safetensors")
+        # renamed when whole, so a result.json means a finished result
+        half = folder / "result.json.part"
         half.write_text(json.dumps({"kind": type(self).__name__, **plain}, indent=1))
         half.replace(folder / "result.json")
         return folder
@@ -105,7 +130,14 @@ class Result:
     def load(cls, folder: str | Path) -> Self:
         """Read what `save` wrote.
 
-        Raises `ValueError` if the folder holds a result of another kind.
+        Args:
+            folder: The folder.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: If the folder holds a result of another kind.
         """
         folder = Path(folder)
         plain = json.loads((folder / "result.json").read_text())
@@ -117,3 +149,17 @@ class Result:
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         values: dict[str, Any] = {**lists, **load_file(folder / "tensors.safetensors")}
         return cls(**values)
+
+
+def _short(value: Any) -> str:
+    """A value in a few characters: shapes of tensors, lengths of what is long."""
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = repr(value)
+    if len(text) <= 60:
+        return text
+    if isinstance(value, Sized) and not isinstance(value, str):
+        return f"({len(value)} items)"
+    return f"{text[:57]}…"

@@ -1,5 +1,6 @@
 """Names, capture and intervene on anything, and loud failure."""
 
+import numpy as np
 import pytest
 import torch
 from families import tiny
@@ -125,3 +126,65 @@ def test_a_failing_forward_leaves_no_hooks():
     with pytest.raises(ValueError, match="does not fit"), intervene(MODEL, [Edit("q", 0, torch.ones(5))]):
         MODEL.logits(TOKENS)
     assert MODEL.config._attn_implementation != "mechtut"
+
+
+@pytest.mark.parametrize("pos", [1, np.int64(1), [1], np.array([1]), torch.tensor(1)])
+def test_positions_of_every_kind(pos):
+    assert Edit("z", np.int32(1), 0.0, pos=pos, head=torch.tensor(2)).pos == (1,)
+
+
+def test_transformer_lens_names_in_edits():
+    ours = Edit("z", 1, 0.0, head=2)
+    for theirs in (
+        Edit("blocks.1.attn.hook_z", None, 0.0, head=2),
+        Edit("attn.hook_z", 1, 0.0, head=2),
+        Edit("z.1", None, 0.0, head=2),
+    ):
+        assert (theirs.site, theirs.layer, theirs.head) == ("z", 1, 2)
+        logits = [
+            capture(MODEL, TOKENS, "embed", edits=[e]).logits for e in (ours, theirs)
+        ]
+        assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"pos": ()}, ValueError, "no position"),
+        ({"pos": [1, 1]}, ValueError, "one twice"),
+        ({"pos": 0.5}, TypeError, "pos must be a whole number, not 0.5"),
+        ({"pos": "1"}, TypeError, "pos"),
+        ({"layer": 1.0}, TypeError, "layer"),
+        ({"head": True}, TypeError, "head"),
+        ({"mode": "ADD"}, ValueError, "'set' or 'add', not 'ADD'"),
+        ({"site": "z.0"}, ValueError, "contradicts layer=1"),
+        ({"site": "embed"}, ValueError, "no layers"),
+        ({"site": 3}, TypeError, "named by a string"),
+    ],
+)
+def test_edits_that_can_only_be_mistakes(arguments, error, words):
+    with pytest.raises(error, match=words):
+        Edit(**{"site": "z", "layer": 1, "value": 0.0, **arguments})
+
+
+def test_one_position_from_both_ends():
+    with (
+        pytest.raises(ValueError, match="twice"),
+        intervene(MODEL, [Edit("mlp_out", 0, 0.0, pos=[5, -1])]),
+    ):
+        MODEL.logits(TOKENS)
+
+
+def test_a_generator_of_edits_is_not_lost():
+    edits = [Edit("mlp_out", layer, 0.0) for layer in (0, 1)]
+    with intervene(MODEL, (e for e in edits)):
+        from_generator = MODEL.logits(TOKENS)
+    with intervene(MODEL, edits):
+        assert torch.equal(MODEL.logits(TOKENS), from_generator)
+
+
+def test_activations_by_name_and_layer():
+    acts = capture(MODEL, TOKENS, "resid_post")
+    assert torch.equal(acts["resid_post", 1], acts["resid_post.1"])
+    assert torch.equal(acts["blocks.1.hook_resid_post"], acts["resid_post.1"])
+    assert repr(acts) == "Activations: resid_post (layer 0, 1, 2) [2, 6, 32]"

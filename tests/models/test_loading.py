@@ -167,3 +167,46 @@ def test_a_hub_model():
         )
         == " Paris"
     )
+
+
+def test_prompts_of_every_kind():
+    model = load_model("mini", device="cpu")
+    ids = model.to_tokens("Riley Martin works as a")
+    for same in (ids, ids.tolist(), ids.numpy(), ids.to(torch.int32), ids[None]):
+        assert torch.equal(model.to_tokens(same), ids)
+        assert torch.equal(model.to_batch(same), ids[None])
+    texts = ["Riley Martin works as a", "Riley Martin works as the"]
+    assert torch.equal(model.to_batch(texts)[0], ids)
+    assert torch.equal(model.logits(texts[0]), model.logits(ids[None]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "words"),
+    [
+        (["a"], TypeError, "expected text or token ids"),
+        ([0.5, 1.0], TypeError, "whole numbers"),
+        (torch.tensor([1.0]), TypeError, "whole numbers"),
+        ([True, False], TypeError, "whole numbers"),
+        ([[1, 2], [3, 4]], ValueError, r"one prompt, not a batch of shape \(2, 2\)"),
+        ([], ValueError, "no tokens"),
+        ([1, -1], ValueError, "token id -1"),
+    ],
+)
+def test_what_is_not_a_prompt(prompt, error, words):
+    with pytest.raises(error, match=words):
+        load_model("mini", device="cpu").to_tokens(prompt)
+
+
+def test_what_is_not_a_batch():
+    model = load_model("mini", device="cpu")
+    with pytest.raises(ValueError, match="2 to 5 tokens do not make one batch"):
+        model.to_batch(["Riley Martin", "Riley Martin works as a"])
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 2\)"):
+        model.logits(torch.ones(1, 1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="reads at most 128"):
+        model.logits([[1] * 129])
+
+
+def test_a_model_says_what_it_is():
+    lines = repr(load_model(tiny("llama"))).splitlines()
+    assert len(lines) == 2 and "llama" in lines[0] and "keys and values" in lines[0]

@@ -288,7 +288,7 @@ def test_hostile_edits(edit, error, words):
 def test_hostile_arguments():
     model = model_of("gpt2", torch.float32)
     for arguments, words in [
-        ({"tokens": TOKENS[0]}, r"\[batch, pos\]"),
+        ({"tokens": TOKENS[None]}, r"\[batch, pos\]"),
         ({"tokens": TOKENS[:, :0]}, r"\[batch, pos\]"),
         ({"tokens": TOKENS, "batch_size": 0}, "batch_size"),
         (
@@ -301,3 +301,4 @@ def test_hostile_arguments():
     with pytest.raises(IndexError, match="7 tokens"):
         Replay(model, TOKENS, readout=[9])
     assert Replay(model, TOKENS).run([]).shape[0] == 0
+    assert torch.equal(Replay(model, TOKENS[0]).tokens, TOKENS[:1])
