@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mechtut.editing.evaluation import mlp_projection, pad_right, target_ids
 from mechtut.mini.world import World
-from mechtut.models.loading import Model, mask_arguments, mini_folder
+from mechtut.models.loading import Model, mask_arguments
+from mechtut.models.weights import mini_folder
 from mechtut.papers.rome import (
     RomeConfig,
     _optimise,
