@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,18 +27,34 @@ from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/neurons/client.ipynb #c004
 Messages = Sequence[Mapping[str, str]]  # each with "role" and "content"
-TopLogprobs = list[
-    list[tuple[str, float]]
-]  # per token: (text, log-probability) of the likeliest
+# per token: (text, log-probability) of the likeliest
+TopLogprobs = list[list[tuple[str, float]]]
 
 
 class ServerError(RuntimeError):
-    """A server that failed, refused, or answered with something that cannot be used."""
+    """A server that failed, refused, or answered with something that cannot be used.
+
+    Args:
+        message: What happened.
+        retry_after: Seconds after which the failure may have passed, None if it stays.
+        fatal: Whether other requests will fail for the same reason.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, fatal: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.retry_after, self.fatal = retry_after, fatal
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: the end of its address, and its body."""
+    """One request.
+
+    Attributes:
+        path: The end of its address.
+        body: What is sent, as JSON.
+    """
 
     path: str
     body: dict[str, Any]
@@ -46,12 +62,8 @@ class Request:
     @property
     def input_length(self) -> int:
         """Characters that the server will read."""
-        return len(
-            json.dumps(
-                self.body.get("messages", self.body.get("prompt", self.body)),
-                ensure_ascii=False,
-            )
-        )
+        read = self.body.get("messages", self.body.get("prompt", self.body))
+        return len(json.dumps(read, ensure_ascii=False))
 
 
 def chat(
@@ -64,7 +76,24 @@ def chat(
     json_mode: bool = False,
     seed: int | None = None,
 ) -> Request:
-    """A chat completion; the server's model name is added when it is sent."""
+    """A chat completion; the server's model name is added when it is sent.
+
+    Args:
+        messages: What was said, each with "role" and "content".
+        max_tokens: Most tokens of the answer.
+        temperature: 0 for the likeliest answer.
+        top_logprobs: Alternatives asked for at each token.
+        n: Samples asked for.
+        json_mode: Whether the answer must be a JSON object.
+        seed: Of the draw, if the server knows that.
+
+    Returns:
+        The request.
+
+    Example:
+        >>> chat([{"role": "user", "content": "Hello"}], max_tokens=5).path
+        'chat/completions'
+    """
     body: dict[str, Any] = {
         "messages": [dict(m) for m in messages],
         "max_tokens": max_tokens,
@@ -79,7 +108,21 @@ def chat(
 def completion(
     prompt: str, *, max_tokens: int = 1, top_logprobs: int = 0, echo: bool = False
 ) -> Request:
-    """A plain completion; with `echo` the prompt's own tokens are answered as well."""
+    """A plain completion.
+
+    Args:
+        prompt: The text to go on with.
+        max_tokens: Most tokens of the answer.
+        top_logprobs: Alternatives asked for at each token.
+        echo: Whether the prompt's own tokens are answered as well.
+
+    Returns:
+        The request.
+
+    Example:
+        >>> completion("1, 2, 3,").body
+        {'prompt': '1, 2, 3,', 'max_tokens': 1, 'temperature': 0.0}
+    """
     body: dict[str, Any] = {
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -90,20 +133,29 @@ def completion(
 
 
 def texts(answer: Mapping[str, Any]) -> list[str]:
-    """What was written, one text per choice.
+    """What a server wrote, one text per choice.
 
-    Raises `ServerError` for a refusal or an answer without text.
+    Args:
+        answer: Its answer to `chat` or `completion`.
+
+    Returns:
+        The texts.
+
+    Raises:
+        ServerError: For a refusal or an answer without text.
+
+    Example:
+        >>> texts({"choices": [{"text": " five"}]})
+        [' five']
     """
     try:
         found = []
         for choice in answer["choices"]:
             message = choice.get("message", {})
-            if (
-                message.get("refusal")
-                or choice.get("finish_reason") == "content_filter"
-            ):
+            refusal = message.get("refusal")
+            if refusal or choice.get("finish_reason") == "content_filter":
                 raise ServerError(
-                    f"the server refused: {message.get('refusal') or 'content filter'};"
+                    f"the server refused: {refusal or 'content filter'};"
                     " change the prompt"
                 )
             found.append(message["content"] if "message" in choice else choice["text"])
@@ -117,11 +169,17 @@ def texts(answer: Mapping[str, Any]) -> list[str]:
 
 
 def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
-    """Tokens of the first choice, and at each the likeliest alternatives, for both
-    kinds of completion.
+    """Tokens of the first choice, and the likeliest alternatives at each.
 
-    Raises `ServerError` if there are none. Nothing is known about the first token of an
-    echo: its list is empty.
+    Args:
+        answer: A server's answer to `chat` or `completion`.
+
+    Returns:
+        The tokens, and for each (text, log-probability) of the alternatives; empty for
+        the first token of an echo, of which nothing is known.
+
+    Raises:
+        ServerError: If the answer has no log-probabilities.
     """
     found = (answer.get("choices") or [{}])[0].get("logprobs") or {}
     if content := found.get("content"):
@@ -146,20 +204,24 @@ class Cost:
     """An estimate before anything is sent.
 
     Tokens are guessed at three characters each, answers at their full length.
+
+    Attributes:
+        requests: How many requests there are.
+        cached: How many of them are answered already.
+        input_tokens: Tokens to be sent.
+        output_tokens: Tokens to be answered.
+        dollars: The price, NaN if no prices were given.
     """
 
     requests: int
     cached: int
     input_tokens: int
     output_tokens: int
-    dollars: float  # NaN if no prices were given
+    dollars: float
 
     def __str__(self) -> str:
-        money = (
-            "no prices given"
-            if math.isnan(self.dollars)
-            else f"about ${self.dollars:.2f}"
-        )
+        known = not math.isnan(self.dollars)
+        money = f"about ${self.dollars:.2f}" if known else "no prices given"
         new = self.requests - self.cached
         tokens = f"{self.input_tokens} + {self.output_tokens} tokens"
         return f"{new} new requests ({self.cached} answered already), {tokens}, {money}"
@@ -167,23 +229,34 @@ class Cost:
 # %% ../../nbs/library/neurons/client.ipynb #c015
 @dataclass(frozen=True)
 class Capabilities:
-    """What a server was seen to do (not what it says it does)."""
+    """What a server was seen to do (not what it says it does).
+
+    Attributes:
+        chat: Chat completions.
+        top_logprobs: Alternatives per token of a chat answer.
+        completion_logprobs: The same for plain completions.
+        echo_offset: Log-probabilities of the prompt's own tokens: 0 in place, 1 one
+            late, None absent.
+        n: Several samples in one request.
+        json_mode: Answers that are JSON objects.
+        decision: The `systemone` endpoint of `transformers serve`.
+    """
 
     chat: bool = False
-    top_logprobs: int = 0  # alternatives per token of a chat answer
-    completion_logprobs: int = 0  # the same for plain completions
-    echo_offset: int | None = (
-        # log-probabilities of the prompt's own tokens: 0 in place, 1 one late, None
-        # absent
-        None
-    )
-    n: bool = False  # several samples in one request
+    top_logprobs: int = 0
+    completion_logprobs: int = 0
+    echo_offset: int | None = None
+    n: bool = False
     json_mode: bool = False
-    decision: bool = False  # the `systemone` endpoint of `transformers serve`
+    decision: bool = False
 
 
 class Turnstile:
-    """Lets callers through at a rate per minute; `None` is no limit."""
+    """Lets callers through at a rate per minute.
+
+    Args:
+        per_minute: The rate, None for no limit.
+    """
 
     def __init__(self, per_minute: float | None):
         self.gap = 60 / per_minute if per_minute else 0.0
@@ -202,12 +275,29 @@ class Turnstile:
 class Server:
     """An OpenAI-compatible server, with a memory.
 
-    `base_url` defaults to `OPENAI_BASE_URL`; the key is read from `OPENAI_API_KEY` when
-    it is needed and kept nowhere else. Every answer is written to `cache` at once, so
-    that a stopped run costs nothing twice. Failures that may pass are tried again after
-    `backoff` seconds, twice as long each time, or as long as the server asks for.
-    `prices` are dollars per million tokens in and out; with a `budget`, work that would
-    cost more is refused before it starts.
+    The key is read from `OPENAI_API_KEY` when it is needed and kept nowhere else. Every
+    answer is written to `cache` at once, so that a stopped run costs nothing twice.
+
+    Attributes:
+        model: The model's name there.
+        base_url: The address, by default `OPENAI_BASE_URL`.
+        cache: Folder for the answers, None to keep none.
+        concurrency: Requests under way at a time.
+        requests_per_minute: Most requests in a minute.
+        retries: How often a failure that may pass is tried again.
+        backoff: Seconds before that, twice as long each time, or as the server asks.
+        timeout: Seconds to wait for an answer.
+        prices: Dollars per million tokens in and out.
+        budget: Work that is estimated to cost more is refused.
+
+    Raises:
+        ValueError: If there is no address, or a number cannot be.
+
+    Example:
+        >>> server = Server("some-model", "http://127.0.0.1:1/v1", prices=(0.5, 1.5))
+        >>> asked = [completion("What is neuron 3.7 about?", max_tokens=1000)] * 100
+        >>> print(server.estimate(asked))
+        100 new requests (0 answered already), 900 + 100000 tokens, about $0.15
     """
 
     model: str
@@ -222,229 +312,189 @@ class Server:
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        self.base_url, self.turnstile = (
-            _checked(self),
-            Turnstile(self.requests_per_minute),
-        )
+        self.base_url = self.base_url or os.environ.get("OPENAI_BASE_URL")
+        if not self.base_url:
+            raise ValueError(
+                "no server: give base_url, or set OPENAI_BASE_URL (and OPENAI_API_KEY"
+                " if it needs a key)"
+            )
+        if self.concurrency < 1 or self.retries < 0:
+            raise ValueError(
+                f"concurrency={self.concurrency} must be positive and"
+                f" retries={self.retries} not negative"
+            )
+        self._turnstile = Turnstile(self.requests_per_minute)
 
     @cached_property
     def client(self) -> Any:
-        """The `openai` client. Raises `ImportError` if that package is missing."""
-        return _connect(self)
+        """The `openai` client; `ImportError` if that package is missing."""
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                "talking to servers needs the openai package: pip install"
+                ' "mechtut[servers]"'
+            ) from error
+        # local servers want no key, the client wants something
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        return openai.OpenAI(
+            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout
+        )
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """What the server can do, found out by a few tiny requests when first asked
-        for.
-        """
+        """What the server can do, found out by a few tiny requests."""
         return probe(self)
 
     def estimate(self, requests: Sequence[Request]) -> Cost:
-        """What these requests would cost, given what is cached already."""
-        return _estimate(self, requests)
+        """What requests would cost, given what is cached already.
+
+        Args:
+            requests: The requests.
+
+        Returns:
+            The estimate.
+        """
+        new = [r for r in requests if not self._is_cached(r)]
+        tokens_in = sum(math.ceil(r.input_length / 3) for r in new)
+        tokens_out = sum(
+            int(r.body.get("max_tokens", 0)) * int(r.body.get("n", 1)) for r in new
+        )
+        a, b = self.prices or (math.nan, math.nan)
+        dollars = (a * tokens_in + b * tokens_out) / 1e6
+        cached = len(requests) - len(new)
+        return Cost(len(requests), cached, tokens_in, tokens_out, dollars)
 
     def send(
         self, requests: Sequence[Request], *, progress: bool | None = None
     ) -> list[dict[str, Any]]:
-        """The answers, in order; several requests at a time, each answer cached as it
-        comes.
+        """The answers to requests, several at a time, each cached as it comes.
 
-        Raises `ServerError` if requests failed for good; by then all others have been
-        answered and cached, so the same call again asks for the missing ones only.
-        Raises `ValueError` if the estimate is over the budget.
+        Args:
+            requests: The requests.
+            progress: Whether to show a bar; None decides by where it runs.
+
+        Returns:
+            The answers, in order.
+
+        Raises:
+            ServerError: If requests failed for good. All others have been answered and
+                cached by then, so the same call again asks for the missing ones only.
+            ValueError: If the estimate is over the budget.
         """
-        return _send(self, requests, progress)
+        cost = self.estimate(requests)
+        if self.budget is not None and not cost.dollars <= self.budget:
+            raise ValueError(
+                f"{cost}: not within the budget of ${self.budget:.2f}; give prices, or"
+                " raise the budget"
+            )
+        hidden = quiet(progress)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            jobs = [pool.submit(self._remembered, r) for r in requests]
+            done = as_completed(jobs)
+            bar = tqdm(done, total=len(jobs), desc="requests", delay=1, disable=hidden)
+            try:
+                for job in bar:
+                    error = None if job.cancelled() else job.exception()
+                    if error is not None and not isinstance(error, ServerError):
+                        raise error
+                    if error is not None and error.fatal:
+                        _cancel(jobs)
+            except BaseException:  # the reader's Ctrl-C too: do not go on asking
+                _cancel(jobs)
+                raise
+        failed = [e for job in jobs if not job.cancelled() and (e := job.exception())]
+        if failed:
+            good = len(jobs) - len(failed) - sum(job.cancelled() for job in jobs)
+            kept = f"; {good} answers are kept, call again for the rest"
+            raise ServerError(
+                f"{len(failed)} of {len(jobs)} requests failed"
+                f"{kept if self.cache else ''}. First: {failed[0]}"
+            ) from failed[0]
+        return [job.result() for job in jobs]
 
     def ask(self, request: Request) -> dict[str, Any]:
-        """One request, not cached, retried while the failure may pass.
+        """The answer to one request, not cached, retried while the failure may pass.
 
-        Raises `ServerError`.
+        Args:
+            request: The request.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ServerError: If it failed for good.
         """
-        return _ask(self, request)
+        for attempt in range(self.retries + 1):
+            self._turnstile.wait()
+            try:
+                return self._post(request)
+            except ServerError as error:
+                wait = error.retry_after
+                if wait is None or attempt == self.retries:
+                    raise
+                time.sleep(max(wait, self.backoff * 2**attempt))
+        raise AssertionError("unreachable")
 
-
-def _checked(server: Server) -> str:
-    """The server's address, from the environment if it was not given."""
-    url = server.base_url or os.environ.get("OPENAI_BASE_URL")
-    if not url:
-        raise ValueError(
-            "no server: give base_url, or set OPENAI_BASE_URL (and OPENAI_API_KEY if it"
-            " needs a key)"
-        )
-    if server.concurrency < 1 or server.retries < 0:
-        raise ValueError(
-            f"concurrency={server.concurrency} must be positive and"
-            f" retries={server.retries} not negative"
-        )
-    return url
-
-
-def _connect(server: Server) -> Any:
-    try:
+    def _post(self, request: Request) -> dict[str, Any]:
         import openai
-    except ImportError as error:
-        raise ImportError(
-            "talking to servers needs the openai package: pip install"
-            ' "mechtut[servers]"'
-        ) from error
-    key = (
-        os.environ.get("OPENAI_API_KEY") or "none"
-    )  # local servers want none, the client wants something
-    return openai.OpenAI(
-        base_url=server.base_url, api_key=key, max_retries=0, timeout=server.timeout
-    )
 
-# %% ../../nbs/library/neurons/client.ipynb #c022
-def _cache_path(server: Server, request: Request) -> Path:
-    """Where the answer is kept: address (without user and password), model and body
-    tell requests apart.
-    """
-    parts = urlsplit(str(server.base_url))
-    where = urlunsplit(
-        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")
-    )
-    text = json.dumps([where, server.model, request.path, request.body], sort_keys=True)
-    return (
-        Path(server.cache or "")
-        / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    )
-
-
-def _is_cached(server: Server, request: Request) -> bool:
-    return server.cache is not None and _cache_path(server, request).exists()
-
-
-def _remembered(server: Server, request: Request) -> dict[str, Any]:
-    """The answer from the cache, or from the server and into the cache."""
-    path = _cache_path(server, request)
-    if _is_cached(server, request):
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["answer"]
-        return stored
-    answer = server.ask(request)
-    if server.cache is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{threading.get_ident()}.part")
-        half.write_text(
-            json.dumps({"request": request.body, "answer": answer}, ensure_ascii=False),
-            encoding="utf-8",
-        )
-        half.replace(path)
-    return answer
-
-
-def _estimate(server: Server, requests: Sequence[Request]) -> Cost:
-    new = [r for r in requests if not _is_cached(server, r)]
-    tokens_in = sum(math.ceil(r.input_length / 3) for r in new)
-    tokens_out = sum(
-        int(r.body.get("max_tokens", 0)) * int(r.body.get("n", 1)) for r in new
-    )
-    a, b = server.prices or (math.nan, math.nan)
-    return Cost(
-        len(requests),
-        len(requests) - len(new),
-        tokens_in,
-        tokens_out,
-        (a * tokens_in + b * tokens_out) / 1e6,
-    )
-
-# %% ../../nbs/library/neurons/client.ipynb #c027
-def _send(
-    server: Server, requests: Sequence[Request], progress: bool | None
-) -> list[dict[str, Any]]:
-    cost = server.estimate(requests)
-    if server.budget is not None and not cost.dollars <= server.budget:
-        raise ValueError(
-            f"{cost}: not within the budget of ${server.budget:.2f}; give prices, or"
-            " raise the budget"
-        )
-    with ThreadPoolExecutor(server.concurrency) as pool:
-        jobs = [pool.submit(_remembered, server, r) for r in requests]
+        body, where = {"model": self.model, **request.body}, f"/{request.path}"
         try:
-            for job in tqdm(
-                as_completed(jobs),
-                total=len(jobs),
-                desc="requests",
-                delay=1,
-                disable=quiet(progress),
-            ):
-                error = None if job.cancelled() else job.exception()
-                if error is not None and not isinstance(error, ServerError):
-                    raise error
-                if getattr(error, "fatal", False):
-                    _cancel(jobs)
-        except BaseException:  # the reader's Ctrl-C too: do not go on asking
-            _cancel(jobs)
-            raise
-    return _collected(server, jobs)
+            answer = self.client.post(where, body=body, cast_to=object)
+        except openai.APIStatusError as error:
+            # `from None`: the original would show headers, with the key
+            raise _failure(error) from None
+        except (
+            openai.APIConnectionError,
+            openai.APIResponseValidationError,
+            ValueError,
+        ) as error:
+            raise ServerError(
+                f"{request.path}: {type(error).__name__}: {error.__cause__ or error}",
+                retry_after=0.0,
+            ) from None
+        if not isinstance(answer, dict):
+            raise ServerError(
+                f"{request.path}: the answer is not JSON: {str(answer)[:100]!r}",
+                retry_after=0.0,
+            )
+        return answer
+
+    def _cache_path(self, request: Request) -> Path:
+        """Where the answer is kept: address (without user and password), model and body
+        tell requests apart.
+        """
+        url = urlsplit(str(self.base_url))
+        host, path = url.netloc.rpartition("@")[2], url.path.rstrip("/")
+        where = urlunsplit((url.scheme, host, path, "", ""))
+        asked = [where, self.model, request.path, request.body]
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return Path(self.cache or "") / f"{digest[:32]}.json"
+
+    def _is_cached(self, request: Request) -> bool:
+        return self.cache is not None and self._cache_path(request).exists()
+
+    def _remembered(self, request: Request) -> dict[str, Any]:
+        """The answer from the cache, or from the server and into the cache."""
+        path = self._cache_path(request)
+        if self._is_cached(request):
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kept: dict[str, Any] = stored["answer"]
+            return kept
+        answer = self.ask(request)
+        if self.cache is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            half = path.with_suffix(f".{threading.get_ident()}.part")
+            stored = {"request": request.body, "answer": answer}
+            half.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+            half.replace(path)
+        return answer
 
 
-def _collected(server: Server, jobs: Sequence[Future]) -> list[dict[str, Any]]:
-    """The answers of finished jobs; if some failed, an error that says how many and the
-    first reason.
-    """
-    failed = [e for job in jobs if not job.cancelled() and (e := job.exception())]
-    if failed:
-        good = len(jobs) - len(failed) - sum(job.cancelled() for job in jobs)
-        kept = (
-            f"; {good} answers are kept, call again for the rest"
-            if server.cache
-            else ""
-        )
-        raise ServerError(
-            f"{len(failed)} of {len(jobs)} requests failed{kept}. First: {failed[0]}"
-        ) from failed[0]
-    return [job.result() for job in jobs]
-
-
-def _ask(server: Server, request: Request) -> dict[str, Any]:
-    for attempt in range(server.retries + 1):
-        server.turnstile.wait()
-        try:
-            return _post(server, request)
-        except ServerError as error:
-            wait = getattr(error, "retry_after", None)
-            if wait is None or attempt == server.retries:
-                raise
-            time.sleep(max(wait, server.backoff * 2**attempt))
-    raise AssertionError("unreachable")
-
-
-def _post(server: Server, request: Request) -> dict[str, Any]:
-    import openai
-
-    try:
-        answer = server.client.post(
-            f"/{request.path}",
-            body={"model": server.model, **request.body},
-            cast_to=object,
-        )
-    except openai.APIStatusError as error:
-        raise _failure(
-            error
-        ) from None  # the original would show headers, with the key, in a traceback
-    except (
-        openai.APIConnectionError,
-        openai.APIResponseValidationError,
-        ValueError,
-    ) as error:
-        raise _passing(
-            f"{request.path}: {type(error).__name__}: {error.__cause__ or error}"
-        ) from None
-    if not isinstance(answer, dict):
-        raise _passing(f"{request.path}: the answer is not JSON: {str(answer)[:100]!r}")
-    return answer
-
-
-def _cancel(jobs: Iterable[Future]) -> None:
+def _cancel(jobs: Sequence[Future]) -> None:
     for job in jobs:
         job.cancel()
-
-
-def _passing(message: str, retry_after: float = 0.0) -> ServerError:
-    """A failure that may pass."""
-    error = ServerError(message)
-    error.retry_after = retry_after  # type: ignore[attr-defined]
-    return error
 
 
 def _failure(error: Any) -> ServerError:
@@ -452,19 +502,13 @@ def _failure(error: Any) -> ServerError:
     address stays wrong.
     """
     code, key = error.status_code, os.environ.get("OPENAI_API_KEY") or "\0"
-    message = (
-        f"the server answers {code}:"
-        f" {str(error.body or error.message)[:300].replace(key, '***')}"
-    )
-    if code in (408, 409, 425, 429) or code >= 500:
-        after = error.response.headers.get("retry-after", "")
-        return _passing(
-            message,
-            min(float(after), 120.0) if after.replace(".", "", 1).isdigit() else 0.0,
-        )
-    failure = ServerError(message)
-    failure.fatal = code in (401, 403, 404)  # type: ignore[attr-defined]
-    return failure
+    said = str(error.body or error.message)[:300].replace(key, "***")
+    message = f"the server answers {code}: {said}"
+    if code not in (408, 409, 425, 429) and code < 500:
+        return ServerError(message, fatal=code in (401, 403, 404))
+    after = error.response.headers.get("retry-after", "")
+    number = after.replace(".", "", 1).isdigit()
+    return ServerError(message, retry_after=min(float(after), 120.0) if number else 0.0)
 
 # %% ../../nbs/library/neurons/client.ipynb #c038
 _ASK: Messages = [{"role": "user", "content": "Continue with one number: 1, 2, 3, 4,"}]
@@ -472,9 +516,16 @@ _COUNT = "1, 2, 3, 4, 5, 6, 7,"
 
 
 def probe(server: Server) -> Capabilities:
-    """Find out what a server can do.
+    """Find out what a server can do, by asking for it.
 
-    Raises `ServerError` if it cannot be reached or answers nothing at all.
+    Args:
+        server: The server.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        ServerError: If it cannot be reached or answers nothing at all.
     """
     plain = _try(server, chat(_ASK, max_tokens=4))
     written = _try(server, completion(_COUNT, max_tokens=1))
@@ -485,30 +536,17 @@ def probe(server: Server) -> Capabilities:
             " completions"
         )
     two = _try(server, chat(_ASK, max_tokens=4, temperature=1.0, n=2))
-    form = [
-        {
-            "role": "user",
-            "content": 'Answer with this JSON object and nothing else: {"levels": [3]}',
-        }
-    ]
-    formed = _try(server, chat(form, max_tokens=24, json_mode=True))
-    most = (20, 11, 5)
-    k = next(
-        (
-            k
-            for k in most
-            if _believable(_try(server, completion(_COUNT, top_logprobs=k)))
-        ),
-        0,
-    )
-    top = next(
-        (
-            k
-            for k in most
-            if _believable(_try(server, chat(_ASK, max_tokens=1, top_logprobs=k)))
-        ),
-        0,
-    )
+    form = 'Answer with this JSON object and nothing else: {"levels": [3]}'
+    wanted = chat([{"role": "user", "content": form}], max_tokens=24, json_mode=True)
+    formed = _try(server, wanted)
+
+    def most(ask: Callable[[int], Request]) -> int:
+        """The most alternatives that are believable, 0 for none."""
+        found = (k for k in (20, 11, 5) if _believable(_try(server, ask(k))))
+        return next(found, 0)
+
+    k = most(lambda k: completion(_COUNT, top_logprobs=k))
+    top = most(lambda k: chat(_ASK, max_tokens=1, top_logprobs=k))
     return Capabilities(
         chat=plain is not None,
         top_logprobs=top,
@@ -529,7 +567,7 @@ def _try(server: Server, request: Request) -> dict[str, Any] | None:
         answer = server.ask(request)
         texts(answer)
     except ServerError as error:
-        if getattr(error, "fatal", False) and "401" in str(error):
+        if error.fatal and "401" in str(error):
             raise
         return None
     return answer
@@ -579,12 +617,9 @@ def _echo_offset(server: Server, k: int) -> int | None:
         return None
     starts = [len("".join(tokens[:i])) for i in range(len(tokens))]
     place = starts.index(len(_COUNT)) if len(_COUNT) in starts else -1
-    for offset in (0, 1):
-        if (
-            place >= 0
-            and place + offset < len(tops)
-            and _same(tops[place + offset], expected)
-        ):
+    for offset in (0, 1) if place >= 0 else ():
+        later = tops[place + offset : place + offset + 1]
+        if later and _same(later[0], expected):
             return offset
     return None
 
@@ -597,8 +632,15 @@ def _same(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> boo
 
 # %% ../../nbs/library/neurons/client.ipynb #c045
 def decision(state: str, questions: Mapping[str, str], n_levels: int) -> Request:
-    """Typed questions to `transformers serve`: each is answered with a probability for
-    every level, no text is written.
+    """Typed questions to `transformers serve`, which writes no text.
+
+    Args:
+        state: What the questions are about.
+        questions: Questions by name.
+        n_levels: Each is answered with a probability for every level below.
+
+    Returns:
+        The request.
     """
     levels = [str(i) for i in range(n_levels)]
     asked = {
@@ -609,17 +651,28 @@ def decision(state: str, questions: Mapping[str, str], n_levels: int) -> Request
 
 
 def expected_levels(answer: Mapping[str, Any], questions: Sequence[str]) -> list[float]:
-    """The expected level of each question.
+    """The expected level of each question of a `decision`.
 
-    Raises `ServerError` if one is missing or its probabilities cannot be.
+    Args:
+        answer: The server's answer.
+        questions: The questions' names.
+
+    Returns:
+        Their levels, in order.
+
+    Raises:
+        ServerError: If one is missing or its probabilities cannot be.
+
+    Example:
+        >>> answer = {"answers": {"q": {"probabilities": {"0": 0.5, "4": 0.5}}}}
+        >>> expected_levels(answer, ["q"])
+        [2.0]
     """
     values = []
     for name in questions:
         try:
-            p = {
-                int(k): float(v)
-                for k, v in answer["answers"][name]["probabilities"].items()
-            }
+            found = answer["answers"][name]["probabilities"]
+            p = {int(k): float(v) for k, v in found.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(
                 f"no probabilities for question {name!r}: {json.dumps(answer)[:200]}"
@@ -634,11 +687,8 @@ def expected_levels(answer: Mapping[str, Any], questions: Sequence[str]) -> list
 
 
 def _decides(server: Server) -> bool:
+    request = decision("2 + 2", {"q": "Which level?"}, 11)
     try:
-        return bool(
-            expected_levels(
-                server.ask(decision("2 + 2", {"q": "Which level?"}, 11)), ["q"]
-            )
-        )
+        return bool(expected_levels(server.ask(request), ["q"]))
     except ServerError:
         return False

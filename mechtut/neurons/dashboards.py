@@ -12,208 +12,238 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
 from .records import NeuronRecord, NeuronRecords
+from .scoring import ScoredExplanation
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c004
 def tokens_html(tokens: Sequence[str], values: Sequence[float], highest: float) -> str:
-    """Tokens as coloured spans: full red at `highest`, blue below zero; line breaks are
-    shown as ↵.
+    """Tokens as coloured spans: red above zero, blue below; line breaks are shown as ↵.
+
+    Args:
+        tokens: The tokens.
+        values: A number for each, which is also told when the token is pointed at.
+        highest: The value of the strongest colour.
+
+    Returns:
+        HTML.
+
+    Example:
+        >>> tokens_html([" May"], [0.0], 1.0)
+        '<span title="&#x27; May&#x27; 0.00"> May</span>'
     """
-    return "".join(_span(t, v, highest) for t, v in zip(tokens, values, strict=True))
-
-
-def _span(token: str, value: float, highest: float) -> str:
-    strength = min(1.0, abs(value) / highest) if highest > 0 else 0.0
-    colour = (
-        f"rgba(220,70,50,{0.85 * strength:.2f})"
-        if value > 0
-        else f"rgba(60,120,220,{0.6 * strength:.2f})"
-    )
-    style = f' style="background:{colour}"' if strength >= 0.02 else ""
-    shown = escape(token).replace("\n", "↵<wbr>").replace("\t", "→")
-    return f'<span{style} title="{escape(repr(token))} {value:.2f}">{shown}</span>'
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        strength = min(1.0, abs(value) / highest) if highest > 0 else 0.0
+        colour = (
+            f"rgba(220,70,50,{0.85 * strength:.2f})"
+            if value > 0
+            else f"rgba(60,120,220,{0.6 * strength:.2f})"
+        )
+        style = f' style="background:{colour}"' if strength >= 0.02 else ""
+        title = f"{escape(repr(token))} {value:.2f}"
+        shown = escape(token).replace("\n", "↵<wbr>").replace("\t", "→")
+        spans.append(f'<span{style} title="{title}">{shown}</span>')
+    return "".join(spans)
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c007
 _STYLE = """
-.neuron{--line:#8884;--soft:#777;font:15px/1.6 system-ui,sans-serif;color:#1a1a1a;background:#fff;padding:1em;max-width:60em}
-.neuron h1{font-size:1.3em;margin:0 0 .3em}.neuron h2{font-size:1em;margin:1.2em 0 .3em;color:var(--soft)}
-.neuron .said{font-size:1.1em}.neuron .soft{color:var(--soft);font-size:.85em}.neuron a{color:inherit}
-.neuron .excerpt{border-top:1px solid var(--line);padding:.35em 0;overflow-wrap:anywhere}
-.neuron .excerpt span{border-radius:3px;white-space:pre-wrap}.neuron .row{display:flex;gap:.7em}
+.neuron{--line:#8884;--soft:#777;font:15px/1.6 system-ui,sans-serif;color:#1a1a1a;
+background:#fff;padding:1em;max-width:60em}
+.neuron h1{font-size:1.3em;margin:0 0 .3em}
+.neuron h2{font-size:1em;margin:1.2em 0 .3em;color:var(--soft)}
+.neuron .said{font-size:1.1em}
+.neuron .soft{color:var(--soft);font-size:.85em}
+.neuron a{color:inherit}
+.neuron .excerpt{border-top:1px solid var(--line);padding:.35em 0}
+.neuron .excerpt{overflow-wrap:anywhere}
+.neuron .excerpt span{border-radius:3px;white-space:pre-wrap}
+.neuron .row{display:flex;gap:.7em}
 .neuron .row>b{flex:0 0 5.5em;font-weight:normal;color:var(--soft);font-size:.85em}
 .neuron table{border-collapse:collapse;width:100%}
-.neuron td,.neuron th{padding:.2em .6em;text-align:left;border-top:1px solid var(--line)}
-.neuron input{font:inherit;padding:.3em .5em;width:min(30em,90%);color:inherit;background:transparent}
-.neuron input{border:1px solid var(--line);border-radius:4px;margin:.5em 0}
-@media (prefers-color-scheme:dark){.neuron{color:#e6e6e6;background:#161616;--soft:#9a9a9a}}
+.neuron td,.neuron th{padding:.2em .6em;text-align:left}
+.neuron td,.neuron th{border-top:1px solid var(--line)}
+.neuron input{font:inherit;padding:.3em .5em;width:min(30em,90%);color:inherit}
+.neuron input{background:transparent;border:1px solid var(--line);border-radius:4px}
+.neuron input{margin:.5em 0}
+@media (prefers-color-scheme:dark){
+.neuron{color:#e6e6e6;background:#161616;--soft:#9a9a9a}}
 """
 
 
 def _shell(title: str, body: str) -> str:
     """A whole HTML file."""
     return (
-        '<!doctype html><html lang="en"><head><meta'
-        f' charset="utf-8"><title>{escape(title)}</title><meta name="viewport"'
-        ' content="width=device-width,initial-scale=1"><meta name="color-scheme"'
-        ' content="light'
-        f' dark"><style>body{{margin:0}}</style></head><body>{body}</body></html>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<style>body{{margin:0}}</style></head><body>{body}</body></html>"
     )
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c010
 @dataclass(frozen=True)
 class NeuronPage:
-    """A neuron's record and, if there is one, a scored explanation; shows itself in a
-    notebook, `save` writes a file.
+    """A neuron's record, and a scored explanation if there is one, as a page.
 
-    `scored` is a `ScoredExplanation`. `n_excerpts` limits each section.
+    It shows itself in a notebook.
+
+    Attributes:
+        record: The neuron.
+        scored: Its explanation, shown with real and simulated activations.
+        n_excerpts: Most excerpts shown in each section.
     """
 
     record: NeuronRecord
-    scored: Any = None
+    scored: ScoredExplanation | None = None
     n_excerpts: int = 5
-
-    def _repr_html_(self) -> str:
-        return _page(self)
 
     def __repr__(self) -> str:
         return f"NeuronPage({self.record!r})"
 
+    def _repr_html_(self) -> str:
+        r, s = self.record, self.scored
+        highest = max((max(x.activations) for x in r.top), default=0.0)
+        parts = [
+            f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron"
+            f" {r.layer}.{r.neuron}</h1>"
+        ]
+        if s is not None:
+            score = "not defined" if math.isnan(s.score) else f"{s.score:.2f}"
+            parts.append(
+                f"<div class='said'>{escape(s.explanation)}</div><div class='soft'>by"
+                f" {escape(s.author)}; correlation {score} on {s.n_top} top and"
+                f" {len(s.lengths) - s.n_top} random excerpts it has not seen</div>"
+            )
+        facts = {
+            "largest": highest,
+            "mean": r.mean,
+            "density": r.density,
+            "skewness": r.skewness,
+            "kurtosis": r.kurtosis,
+        }
+        told = [f"{name} {v:.3f}" for name, v in facts.items() if not math.isnan(v)]
+        parts.append(f"<div class='soft'>{', '.join(told)}</div>")
+        sections = {"Strongest excerpts": r.top, "Random excerpts": r.random}
+        if s is not None:
+            parts.append(_compared(s, highest, self.n_excerpts))
+        else:
+            n = len(r.quantiles)
+            sections |= {f"Quantile {i + 1} of {n}": r.quantiles[i] for i in range(n)}
+        for name, records in sections.items():
+            rows = [
+                _excerpt([("", x.tokens, x.activations)], highest)
+                for x in records[: self.n_excerpts]
+            ]
+            parts.append(f"<h2>{name}</h2>{''.join(rows)}" if rows else "")
+        return "".join([*parts, "</div>"])
+
     def html(self) -> str:
         """The page as one file."""
-        return _shell(
-            f"Neuron {self.record.layer}.{self.record.neuron}", self._repr_html_()
-        )
+        title = f"Neuron {self.record.layer}.{self.record.neuron}"
+        return _shell(title, self._repr_html_())
 
     def save(self, path: str | Path) -> Path:
-        """Write the page."""
+        """Write the page.
+
+        Args:
+            path: The file.
+
+        Returns:
+            Its path.
+        """
         path = Path(path)
         path.write_text(self.html(), encoding="utf-8")
         return path
 
 
-def _page(page: NeuronPage) -> str:
-    """What is shown: explanation, statistics, real against simulated, and the excerpts."""
-    r, s = page.record, page.scored
-    highest = max((max(x.activations) for x in r.top), default=0.0)
-    parts = [
-        f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron"
-        f" {r.layer}.{r.neuron}</h1>"
-    ]
-    parts += [
-        _said(s) if s is not None else "",
-        f"<div class='soft'>{_statistics(r, highest)}</div>",
-    ]
-    parts += [_compared(s, highest, page.n_excerpts)] if s is not None else []
-    sections = {"Strongest excerpts": r.top, "Random excerpts": r.random}
-    sections |= {
-        f"Quantile {i + 1} of {len(r.quantiles)}": q
-        for i, q in enumerate(r.quantiles)
-        if s is None
-    }
-    for name, records in sections.items():
-        rows = [
-            _excerpt([("", x.tokens, x.activations)], highest)
-            for x in records[: page.n_excerpts]
-        ]
-        parts.append(f"<h2>{name}</h2>{''.join(rows)}" if rows else "")
-    return "".join([*parts, "</div>"])
-
-
-def _statistics(r: NeuronRecord, highest: float) -> str:
-    facts = {
-        "largest": highest,
-        "mean": r.mean,
-        "density": r.density,
-        "skewness": r.skewness,
-        "kurtosis": r.kurtosis,
-    }
-    return ", ".join(
-        f"{name} {value:.3f}" for name, value in facts.items() if not math.isnan(value)
-    )
-
-
-def _said(s: Any) -> str:
-    score = "not defined" if math.isnan(s.score) else f"{s.score:.2f}"
-    return (
-        f"<div class='said'>{escape(s.explanation)}</div><div class='soft'>by"
-        f" {escape(s.author)}; correlation {score} on {s.n_top} top and"
-        f" {len(s.lengths) - s.n_top} random excerpts it has not seen</div>"
-    )
-
-
-def _compared(s: Any, highest: float, n_excerpts: int) -> str:
+def _compared(s: ScoredExplanation, highest: float, n_excerpts: int) -> str:
     """Real above simulated, the simulation on the scale of the neuron."""
     expected = max((max(p) for _, _, p in s.excerpts), default=0.0)
     rows = []
     for tokens, true, simulated in s.excerpts[:n_excerpts]:
         on_scale = [p * highest / expected if expected > 0 else 0.0 for p in simulated]
-        rows.append(
-            _excerpt([("real", tokens, true), ("simulated", tokens, on_scale)], highest)
-        )
+        lines = [("real", tokens, true), ("simulated", tokens, on_scale)]
+        rows.append(_excerpt(lines, highest))
     return f"<h2>Real and simulated</h2>{''.join(rows)}"
 
 
 def _excerpt(
     rows: Sequence[tuple[str, Sequence[str], Sequence[float]]], highest: float
 ) -> str:
+    """An excerpt in one or two named rows."""
     lines = [
-        f"{f'<b>{name}</b>' if name else ''}<div>{tokens_html(t, v, highest)}</div>"
+        f"<div class='row'>{f'<b>{name}</b>' if name else ''}"
+        f"<div>{tokens_html(t, v, highest)}</div></div>"
         for name, t, v in rows
     ]
-    return (
-        "<div class='excerpt'>"
-        + "".join(f"<div class='row'>{line}</div>" for line in lines)
-        + "</div>"
-    )
+    return f"<div class='excerpt'>{''.join(lines)}</div>"
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c017
 _SEARCH = """
-const rows=[...document.querySelectorAll('.neuron tbody tr')],count=document.querySelector('.neuron .count')
-function find(){let n=0
-const words=document.querySelector('.neuron input').value.toLowerCase().split(/\\s+/).filter(Boolean)
-for(const r of rows){const yes=words.every(w=>r.textContent.toLowerCase().includes(w));r.hidden=!yes;n+=yes}
+const rows=[...document.querySelectorAll('.neuron tbody tr')]
+const input=document.querySelector('.neuron input')
+const count=document.querySelector('.neuron .count')
+function find(){
+const words=input.value.toLowerCase().split(/\\s+/).filter(Boolean)
+let n=0
+for(const r of rows){
+const yes=words.every(w=>r.textContent.toLowerCase().includes(w))
+r.hidden=!yes;n+=yes}
 count.textContent=n+' of '+rows.length+' neurons'}
-document.querySelector('.neuron input').addEventListener('input',find);find()
+input.addEventListener('input',find);find()
 """
 
 
-def index_html(scored: Mapping[tuple[int, int], Any], title: str = "Neurons") -> str:
-    """A searchable table of scored explanations, the best first, with links to
-    `LAYER-NEURON.html`.
+def index_html(
+    scored: Mapping[tuple[int, int], ScoredExplanation], title: str = "Neurons"
+) -> str:
+    """A searchable table of scored explanations, the best first.
+
+    Args:
+        scored: Explanations by (layer, neuron).
+        title: The page's title.
+
+    Returns:
+        An HTML file with links to `LAYER-NEURON.html`.
     """
+    ranked = sorted((math.isnan(s.score), -s.score, at) for at, s in scored.items())
     rows = "".join(
-        "<tr><td><a"
-        f" href='{layer}-{neuron}.html'>{layer}.{neuron}</a></td><td>{s.score:.2f}</td>"
-        f"<td>{escape(s.explanation)}</td></tr>"
-        for (layer, neuron), s in sorted(
-            scored.items(),
-            key=lambda kv: (math.isnan(kv[1].score), -kv[1].score, kv[0]),
-        )
+        f"<tr><td><a href='{layer}-{neuron}.html'>{layer}.{neuron}</a></td>"
+        f"<td>{scored[layer, neuron].score:.2f}</td>"
+        f"<td>{escape(scored[layer, neuron].explanation)}</td></tr>"
+        for _, _, (layer, neuron) in ranked
     )
     return _shell(
         title,
-        f"<style>{_STYLE}</style><div class='neuron'><h1>{escape(title)}</h1><input"
-        " placeholder='search' "
-        "aria-label='search' autofocus><div class='soft"
-        " count'></div><table><thead><tr><th>neuron</th><th>score</th>"
-        f"<th>explanation</th></tr></thead><tbody>{rows}</tbody></table><script>{_SEARCH}</script></div>",
+        f"<style>{_STYLE}</style><div class='neuron'><h1>{escape(title)}</h1>"
+        "<input placeholder='search' aria-label='search' autofocus>"
+        "<div class='soft count'></div><table><thead><tr><th>neuron</th>"
+        "<th>score</th><th>explanation</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table><script>{_SEARCH}</script></div>",
     )
 
 
 def write_pages(
     folder: str | Path,
     records: NeuronRecords,
-    scored: Mapping[tuple[int, int], Any],
+    scored: Mapping[tuple[int, int], ScoredExplanation],
     title: str = "Neurons",
 ) -> Path:
-    """Write `index.html`, a page per scored neuron and `scores.json` into `folder`;
-    returns the index's path.
+    """Write an index, a page per scored neuron and the scores into a folder.
+
+    Args:
+        folder: Where `index.html`, `LAYER-NEURON.html` and `scores.json` are written.
+        records: The neurons.
+        scored: Explanations by (layer, neuron).
+        title: The index's title.
+
+    Returns:
+        The index's path.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,9 +253,8 @@ def write_pages(
         {"layer": a, "neuron": b, "explanation": s.explanation, "score": s.score}
         for (a, b), s in scored.items()
     ]
-    clean = [
-        {k: None if v != v else v for k, v in row.items()} for row in table
-    ]  # JSON has no NaN
+    # JSON has no NaN
+    clean = [{k: None if v != v else v for k, v in row.items()} for row in table]
     (folder / "scores.json").write_text(json.dumps(clean, indent=1), encoding="utf-8")
     (folder / "index.html").write_text(index_html(scored, title), encoding="utf-8")
     return folder / "index.html"
@@ -234,8 +263,15 @@ def write_pages(
 def scores_by_layer(
     table: pd.DataFrame, columns: Sequence[str], ax: Axes | None = None
 ) -> Axes:
-    """Median and quartiles of scores by layer, one line per column of a table with one
-    row per neuron; NaN left out.
+    """Median and quartiles of scores by layer, one line per column.
+
+    Args:
+        table: One row per neuron, with a column `layer`; NaN is left out.
+        columns: The columns to draw.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes.
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3), layout="constrained")
@@ -251,9 +287,15 @@ def scores_by_layer(
     return ax
 
 
-def real_and_simulated(scored: Any, ax: Axes | None = None) -> Axes:
-    """Real against simulated activation, a point per token; top and random excerpts in
-    two colours.
+def real_and_simulated(scored: ScoredExplanation, ax: Axes | None = None) -> Axes:
+    """Real against simulated activation, a point per token.
+
+    Args:
+        scored: A scored explanation; its top and random excerpts get two colours.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes.
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(3.6, 3), layout="constrained")

@@ -11,6 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from mechtut.neurons.client import (
+    Request,
+    Server,
+    ServerError,
+    chat,
+    completion,
+    decision,
+    expected_levels,
+    logprobs,
+    texts,
+)
 from mechtut.neurons.explainer_prompts import (
     echo_prompt,
     explain_messages,
@@ -27,17 +38,6 @@ from mechtut.neurons.explainer_prompts import (
 from .records import NeuronRecord
 from .rules import Explanation
 from .scoring import LEVELS, expected_value, max_activation, records_of
-from mechtut.neurons.client import (
-    Request,
-    Server,
-    ServerError,
-    chat,
-    completion,
-    decision,
-    expected_levels,
-    logprobs,
-    texts,
-)
 
 # %% ../../nbs/library/neurons/explainers.ipynb #c004
 Answer = TypeVar("Answer")
@@ -50,11 +50,21 @@ def readable(
     n: int,
     attempts: int,
 ) -> list[Answer]:
-    """`n` answers as `read` understands them: `ask(i, attempt)` makes request `i`, and
-    what cannot be read is asked again.
+    """Answers that can be read: what cannot is asked for again.
 
-    Raises `ServerError` with the last reason if one of them stays unreadable; the
-    readable ones are in the server's cache.
+    Args:
+        server: The server.
+        ask: Makes request `i` for the given attempt.
+        read: Understands answer `i`, or raises `ValueError` or `ServerError`.
+        n: How many answers are wanted.
+        attempts: How often to ask.
+
+    Returns:
+        What `read` made of the answers, in order.
+
+    Raises:
+        ServerError: If an answer stays unreadable, with the last reason. The readable
+            ones are in the server's cache.
     """
     found: dict[int, Answer] = {}
     reason = ""
@@ -82,8 +92,13 @@ def _variation(attempt: int) -> dict[str, Any]:
 # %% ../../nbs/library/neurons/explainers.ipynb #c009
 @dataclass(frozen=True)
 class ServerExplainer:
-    """Explains neurons by a language model that sees the train excerpts; `n_samples`
-    explanations are drawn.
+    """Explains neurons by a language model that sees the train excerpts.
+
+    Attributes:
+        server: The server.
+        n_samples: Explanations drawn per neuron.
+        max_characters: Longest request.
+        attempts: How often to ask for an answer that can be read.
     """
 
     server: Server
@@ -92,17 +107,86 @@ class ServerExplainer:
     attempts: int = 3
 
     def explain(self, record: NeuronRecord) -> Explanation:
-        """The first explanation drawn."""
+        """The first explanation drawn.
+
+        Args:
+            record: The neuron.
+
+        Returns:
+            The explanation.
+        """
         return self.explain_many([record])[0][0]
 
     def explain_many(self, records: Sequence[NeuronRecord]) -> list[list[Explanation]]:
-        """All explanations drawn for each of several neurons, asked for concurrently."""
-        said = _explanations(self, [_messages(r, self.max_characters) for r in records])
+        """All explanations drawn for each of several neurons, asked for concurrently.
+
+        Args:
+            records: The neurons.
+
+        Returns:
+            `n_samples` explanations of each.
+        """
+        said = self._explanations([_messages(r, self.max_characters) for r in records])
         return [[Explanation(text, self.server.model) for text in row] for row in said]
 
     def counter_examples(self, explanation: Explanation, n: int = 5) -> list[str]:
-        """Sentences in which the explanation holds, to see whether the neuron agrees."""
-        return _sentences(self, explanation, n)
+        """Sentences in which an explanation holds, to see whether the neuron agrees.
+
+        Args:
+            explanation: The explanation.
+            n: Most sentences wanted.
+
+        Returns:
+            The sentences.
+
+        Raises:
+            ServerError: If none can be read from the answers.
+        """
+        wanted = (
+            f"Write {n} short, very different sentences, one per line, that each"
+            f" contain {explanation.text}. No numbering."
+        )
+
+        def ask(_i: int, attempt: int) -> Request:
+            return chat(
+                [{"role": "user", "content": wanted}],
+                max_tokens=60 * n,
+                **_variation(attempt),
+            )
+
+        def read(_i: int, answer: dict[str, Any]) -> list[str]:
+            lines = [
+                line.strip() for line in texts(answer)[0].splitlines() if line.strip()
+            ]
+            if not lines:
+                raise ValueError("no sentences")
+            return lines[:n]
+
+        return readable(self.server, ask, read, 1, self.attempts)[0]
+
+    def _explanations(self, prompts: Sequence[list[dict[str, str]]]) -> list[list[str]]:
+        """`n_samples` readable explanations per prompt: in one request each if the
+        server honours `n`, else in as many.
+        """
+        wanted = self.n_samples
+        together = wanted > 1 and self.server.capabilities.n
+        copies = 1 if together else wanted
+
+        def ask(i: int, attempt: int) -> Request:
+            drawn = {"temperature": 1.0, "seed": i % copies + copies * attempt}
+            draw = drawn if wanted > 1 else _variation(attempt)
+            return chat(
+                prompts[i // copies], max_tokens=60, n=wanted if together else 1, **draw
+            )
+
+        def read(_i: int, answer: dict[str, Any]) -> list[str]:
+            return [read_explanation(t) for t in texts(answer)]
+
+        flat = readable(self.server, ask, read, len(prompts) * copies, self.attempts)
+        return [
+            [text for part in flat[i : i + copies] for text in part]
+            for i in range(0, len(flat), copies)
+        ]
 
 
 def _messages(record: NeuronRecord, max_characters: int) -> list[dict[str, str]]:
@@ -115,62 +199,6 @@ def _messages(record: NeuronRecord, max_characters: int) -> list[dict[str, str]]
         )
     return explain_messages(seen, max_characters=max_characters)
 
-
-def _explanations(
-    explainer: ServerExplainer, prompts: Sequence[list[dict[str, str]]]
-) -> list[list[str]]:
-    """`n_samples` readable explanations per prompt: in one request each if the server
-    honours `n`, else in as many.
-    """
-    wanted = explainer.n_samples
-    together = wanted > 1 and explainer.server.capabilities.n
-    copies = 1 if together else wanted
-
-    def ask(i: int, attempt: int) -> Request:
-        draw = (
-            {"temperature": 1.0, "seed": i % copies + copies * attempt}
-            if wanted > 1
-            else _variation(attempt)
-        )
-        return chat(
-            prompts[i // copies], max_tokens=60, n=wanted if together else 1, **draw
-        )
-
-    def read(_i: int, answer: dict[str, Any]) -> list[str]:
-        return [read_explanation(t) for t in texts(answer)]
-
-    flat = readable(
-        explainer.server, ask, read, len(prompts) * copies, explainer.attempts
-    )
-    return [
-        [text for part in flat[i : i + copies] for text in part]
-        for i in range(0, len(flat), copies)
-    ]
-
-
-def _sentences(
-    explainer: ServerExplainer, explanation: Explanation, n: int
-) -> list[str]:
-    wanted = (
-        f"Write {n} short, very different sentences, one per line, that each contain"
-        f" {explanation.text}. No numbering."
-    )
-
-    def ask(_i: int, attempt: int) -> Request:
-        return chat(
-            [{"role": "user", "content": wanted}],
-            max_tokens=60 * n,
-            **_variation(attempt),
-        )
-
-    def read(_i: int, answer: dict[str, Any]) -> list[str]:
-        lines = [line.strip() for line in texts(answer)[0].splitlines() if line.strip()]
-        if not lines:
-            raise ValueError("no sentences")
-        return lines[:n]
-
-    return readable(explainer.server, ask, read, 1, explainer.attempts)[0]
-
 # %% ../../nbs/library/neurons/explainers.ipynb #c014
 Way = Literal["auto", "echo", "token", "decision", "json", "text"]
 
@@ -179,10 +207,15 @@ Way = Literal["auto", "echo", "token", "decision", "json", "text"]
 class ServerSimulator:
     """Simulates neurons by a language model.
 
-    `echo` asks once per excerpt for log-probabilities at every level, `token` once per
-    token, `decision` for probabilities of typed questions; `json` and `text` let the
-    model write the levels. `auto` takes the first that the server was seen to do. Above
-    a share `max_missing` of tokens without a usable answer, a simulation is an error.
+    Attributes:
+        server: The server.
+        way: "echo" asks once per excerpt for log-probabilities at every level, "token"
+            once per token, "decision" for probabilities of typed questions; "json" and
+            "text" let the model write the levels. "auto" takes the first that the
+            server was seen to do.
+        attempts: How often to ask for levels that can be read.
+        max_missing: Share of tokens without a usable answer above which a simulation is
+            an error.
     """
 
     server: Server
@@ -193,91 +226,140 @@ class ServerSimulator:
     def simulate(
         self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """Expected levels of every token. Raises `ServerError` rather than to guess."""
+        """Expected levels of every token.
+
+        Args:
+            explanation: What is said about the neuron.
+            excerpts: The tokens of each excerpt.
+
+        Returns:
+            One number per token of every excerpt.
+
+        Raises:
+            ServerError: If answers cannot be used; nothing is guessed.
+            ValueError: If `way` does not exist.
+        """
         ways = {
-            "echo": _by_echo,
-            "token": _by_token,
-            "decision": _by_decision,
-            "json": _written,
-            "text": _written,
+            "echo": self._by_echo,
+            "token": self._by_token,
+            "decision": self._by_decision,
+            "json": self._written,
+            "text": self._written,
         }
         if self.chosen not in ways:
             raise ValueError(
                 f"way must be 'auto' or one of {', '.join(ways)}, not {self.way!r}"
             )
-        return ways[self.chosen](self, explanation.text, [list(e) for e in excerpts])
+        return ways[self.chosen](explanation.text, [list(e) for e in excerpts])
 
     @property
     def chosen(self) -> str:
-        """The way that `auto` takes with this server."""
-        return _best_way(self.server) if self.way == "auto" else self.way
+        """The way that is taken with this server."""
+        if self.way != "auto":
+            return self.way
+        can = self.server.capabilities
+        able = {
+            "echo": can.echo_offset is not None,
+            "token": can.top_logprobs or can.completion_logprobs,
+            "decision": can.decision,
+            "json": can.json_mode,
+            "text": can.chat,
+        }
+        found = next((way for way, does in able.items() if does), None)
+        if found is None:
+            raise ServerError(
+                "this server can do nothing that a simulation needs: no"
+                " log-probabilities and no chat"
+            )
+        return found
 
-
-def _best_way(server: Server) -> str:
-    can = server.capabilities
-    able = {
-        "echo": can.echo_offset is not None,
-        "token": can.top_logprobs or can.completion_logprobs,
-        "decision": can.decision,
-        "json": can.json_mode,
-        "text": can.chat,
-    }
-    found = next((way for way, does in able.items() if does), None)
-    if found is None:
-        raise ServerError(
-            "this server can do nothing that a simulation needs: no log-probabilities"
-            " and no chat"
-        )
-    return found
-
-
-def _by_echo(
-    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
-) -> list[list[float]]:
-    can = simulator.server.capabilities
-    if can.echo_offset is None:
-        raise ServerError(
-            "this server gives no aligned log-probabilities of its prompt: use"
-            " another way"
-        )
-    prompts = [echo_prompt(said, e) for e in excerpts]
-    requests = [
-        completion(p, top_logprobs=can.completion_logprobs, echo=True)
-        for p, _ in prompts
-    ]
-    values = []
-    for (prompt, places), answer in zip(
-        prompts, simulator.server.send(requests), strict=True
-    ):
-        try:
-            tops = read_echo(prompt, places, *logprobs(answer), offset=can.echo_offset)
-        except ValueError as error:
-            raise ServerError(str(error)) from error
-        values.append(_expected(tops, simulator.max_missing))
-    return values
-
-
-def _by_token(
-    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
-) -> list[list[float]]:
-    """One request per token; all excerpts take their next step together."""
-    tops: list[list[list[tuple[str, float]]]] = [[] for _ in excerpts]
-    levels: list[list[int]] = [[] for _ in excerpts]
-    for pos in range(max(map(len, excerpts))):
-        going = [i for i, e in enumerate(excerpts) if pos < len(e)]
-        asked = [
-            next_level_messages(said, excerpts[i][: pos + 1], levels[i]) for i in going
+    def _by_echo(self, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+        can = self.server.capabilities
+        if can.echo_offset is None:
+            raise ServerError(
+                "this server gives no aligned log-probabilities of its prompt: use"
+                " another way"
+            )
+        prompts = [echo_prompt(said, e) for e in excerpts]
+        requests = [
+            completion(p, top_logprobs=can.completion_logprobs, echo=True)
+            for p, _ in prompts
         ]
-        answers = simulator.server.send(
-            [_one_level(simulator.server, m) for m in asked]
-        )
-        for i, answer in zip(going, answers, strict=True):
-            top = logprobs(answer)[1][0]
-            tops[i].append(top)
-            levels[i].append(0 if math.isnan(v := _value(top)) else round(v))
-    return [_expected(row, simulator.max_missing) for row in tops]
+        values = []
+        for (prompt, places), answer in zip(
+            prompts, self.server.send(requests), strict=True
+        ):
+            try:
+                tops = read_echo(
+                    prompt, places, *logprobs(answer), offset=can.echo_offset
+                )
+            except ValueError as error:
+                raise ServerError(str(error)) from error
+            values.append(_expected(tops, self.max_missing))
+        return values
 
+    def _by_token(self, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+        """One request per token; all excerpts take their next step together."""
+        tops: list[list[list[tuple[str, float]]]] = [[] for _ in excerpts]
+        levels: list[list[int]] = [[] for _ in excerpts]
+        for pos in range(max(map(len, excerpts))):
+            going = [i for i, e in enumerate(excerpts) if pos < len(e)]
+            asked = [
+                next_level_messages(said, excerpts[i][: pos + 1], levels[i])
+                for i in going
+            ]
+            answers = self.server.send([_one_level(self.server, m) for m in asked])
+            for i, answer in zip(going, answers, strict=True):
+                top = logprobs(answer)[1][0]
+                tops[i].append(top)
+                levels[i].append(0 if math.isnan(v := _value(top)) else round(v))
+        return [_expected(row, self.max_missing) for row in tops]
 
+    def _by_decision(self, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+        values = []
+        for tokens in excerpts:
+            state = f"A neuron reacts to: {said}. Text: {''.join(tokens)}"
+            asked = {
+                str(i): f"How active is it at token {i}, {show_token(t)!r}?"
+                for i, t in enumerate(tokens)
+            }
+            # 64 is the endpoint's limit
+            parts = [
+                dict(list(asked.items())[k : k + 64]) for k in range(0, len(asked), 64)
+            ]
+            answers = self.server.send([decision(state, part, 11) for part in parts])
+            values.append(
+                [
+                    v
+                    for a, part in zip(answers, parts, strict=True)
+                    for v in expected_levels(a, list(part))
+                ]
+            )
+        return values
+
+    def _written(self, said: str, excerpts: list[list[str]]) -> list[list[float]]:
+        as_json = self.chosen == "json"
+
+        def ask(i: int, attempt: int) -> Request:
+            messages = simulate_messages(said, excerpts[i], as_json=as_json)
+            # a lost answer costs more than room for a long one
+            room = 16 * len(excerpts[i]) + 32
+            return chat(
+                messages, max_tokens=room, json_mode=as_json, **_variation(attempt)
+            )
+
+        def read(i: int, answer: dict[str, Any]) -> list[int]:
+            text, tokens = texts(answer)[0], excerpts[i]
+            if as_json:
+                return parse_json_levels(
+                    text, len(tokens), max_missing=self.max_missing
+                )
+            return parse_levels(text, tokens, max_missing=self.max_missing)
+
+        rows = readable(self.server, ask, read, len(excerpts), self.attempts)
+        return [[float(v) for v in row] for row in rows]
+
+# %% ../../nbs/library/neurons/explainers.ipynb #c021
 def _one_level(server: Server, messages: list[dict[str, str]]) -> Request:
     """The request for one level: as a chat, or as plain text for servers with
     log-probabilities only there.
@@ -289,7 +371,7 @@ def _one_level(server: Server, messages: list[dict[str, str]]) -> Request:
         "\n".join(_as_text(messages)), top_logprobs=can.completion_logprobs
     )
 
-# %% ../../nbs/library/neurons/explainers.ipynb #c021
+
 def _as_text(messages: Sequence[dict[str, str]]) -> list[str]:
     """Messages as one plain text that ends where the level comes next: answers stand
     right behind the question's tab.
@@ -301,54 +383,6 @@ def _as_text(messages: Sequence[dict[str, str]]) -> list[str]:
         else:
             parts.append(m["content"])
     return parts
-
-
-def _by_decision(
-    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
-) -> list[list[float]]:
-    values = []
-    for tokens in excerpts:
-        state = f"A neuron reacts to: {said}. Text: {''.join(tokens)}"
-        asked = {
-            str(i): f"How active is it at token {i}, {show_token(t)!r}?"
-            for i, t in enumerate(tokens)
-        }
-        parts = [
-            dict(list(asked.items())[k : k + 64]) for k in range(0, len(asked), 64)
-        ]  # the endpoint's limit
-        answers = simulator.server.send([decision(state, part, 11) for part in parts])
-        values.append(
-            [
-                v
-                for a, part in zip(answers, parts, strict=True)
-                for v in expected_levels(a, list(part))
-            ]
-        )
-    return values
-
-
-def _written(
-    simulator: ServerSimulator, said: str, excerpts: list[list[str]]
-) -> list[list[float]]:
-    as_json = simulator.chosen == "json"
-
-    def ask(i: int, attempt: int) -> Request:
-        messages = simulate_messages(said, excerpts[i], as_json=as_json)
-        room = (
-            16 * len(excerpts[i]) + 32
-        )  # a lost answer costs more than room for a long one
-        return chat(messages, max_tokens=room, json_mode=as_json, **_variation(attempt))
-
-    def read(i: int, answer: dict[str, Any]) -> list[int]:
-        text, tokens = texts(answer)[0], excerpts[i]
-        if as_json:
-            return parse_json_levels(
-                text, len(tokens), max_missing=simulator.max_missing
-            )
-        return parse_levels(text, tokens, max_missing=simulator.max_missing)
-
-    rows = readable(simulator.server, ask, read, len(excerpts), simulator.attempts)
-    return [[float(v) for v in row] for row in rows]
 
 
 def _value(top: Sequence[tuple[str, float]]) -> float:
@@ -374,7 +408,13 @@ def _expected(
 # %% ../../nbs/library/neurons/explainers.ipynb #c028
 @dataclass(frozen=True)
 class ServerJudge:
-    """Answers yes or no about excerpts by a language model, `batch` at a time."""
+    """Answers yes or no about excerpts by a language model.
+
+    Attributes:
+        server: The server.
+        batch: Excerpts per request.
+        attempts: How often to ask for answers that can be read.
+    """
 
     server: Server
     batch: int = 10
@@ -383,7 +423,15 @@ class ServerJudge:
     def detect(
         self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
     ) -> list[bool]:
-        """Is the neuron active somewhere in each excerpt?"""
+        """Is the neuron active somewhere in each excerpt?
+
+        Args:
+            explanation: What is said about the neuron.
+            excerpts: The tokens of each excerpt.
+
+        Returns:
+            An answer per excerpt.
+        """
         return self._judge(explanation, ["".join(e) for e in excerpts], marked=False)
 
     def fuzz(
@@ -392,7 +440,16 @@ class ServerJudge:
         excerpts: Sequence[Sequence[str]],
         marks: Sequence[Sequence[bool]],
     ) -> list[bool]:
-        """Are the marked tokens of each excerpt those that the neuron reacts to?"""
+        """Are the marked tokens of each excerpt those that the neuron reacts to?
+
+        Args:
+            explanation: What is said about the neuron.
+            excerpts: The tokens of each excerpt.
+            marks: Which tokens are marked.
+
+        Returns:
+            An answer per excerpt.
+        """
         pairs = [zip(e, m, strict=True) for e, m in zip(excerpts, marks, strict=True)]
         return self._judge(
             explanation,
@@ -418,8 +475,5 @@ class ServerJudge:
         def read(i: int, answer: dict[str, Any]) -> list[bool]:
             return parse_answers(texts(answer)[0], len(parts[i]))
 
-        return [
-            a
-            for part in readable(self.server, ask, read, len(parts), self.attempts)
-            for a in part
-        ]
+        answers = readable(self.server, ask, read, len(parts), self.attempts)
+        return [a for part in answers for a in part]

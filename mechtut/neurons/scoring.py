@@ -4,31 +4,58 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LEVELS', 'Method', 'max_activation', 'discretize', 'split_records', 'records_of', 'expected_value',
-           'Calibration', 'calibrate', 'Scores', 'score', 'balanced_accuracy']
+           'Calibration', 'calibrate', 'Scores', 'score', 'ScoredExplanation', 'balanced_accuracy']
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c002
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from .records import ActivationRecord, NeuronRecord
+from ..patching.results import Result
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c004
 def max_activation(records: Iterable[ActivationRecord]) -> float:
-    """The largest activation of the records, 0 if none is positive.
+    """The largest activation of some records, 0 if none is positive.
 
-    Raises `ValueError` if there are no records.
+    Args:
+        records: The records, at least one.
+
+    Returns:
+        The scale for `discretize`.
+
+    Raises:
+        ValueError: If there are no records.
+
+    Example:
+        >>> max_activation([ActivationRecord(["a", "b"], [0.5, 2.0])])
+        2.0
     """
     return max(0.0, max(max(r.activations) for r in records))
 
 
 def discretize(activations: Sequence[float], max_activation: float) -> list[int]:
-    """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10; all 0 if
-    `max_activation` is not positive.
+    """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10.
+
+    Args:
+        activations: Activations.
+        max_activation: The activation of level 10; if it is not positive, all levels
+            are 0.
+
+    Returns:
+        A level per activation.
+
+    Example:
+        >>> discretize([-1.0, 0.05, 0.5, 1.5], 1.0)
+        [0, 0, 5, 10]
     """
     if max_activation <= 0:
         return [0] * len(activations)
@@ -41,22 +68,30 @@ SPLITS = ("train", "calibration", "valid", "test")
 def split_records(
     n_top: int, n_random: int, n_per_split: int | None = None
 ) -> dict[str, list[str]]:
-    """Which records belong to which split: `"T4"` is top record 4, `"R4"` random record
-    4.
+    """Which records belong to which split.
 
-    With `n_per_split` each split gets as many of each kind; else a quarter of the top
-    and a third of the random records. Raises `ValueError` if there are too few.
+    Args:
+        n_top: Number of top records.
+        n_random: Number of random records.
+        n_per_split: Records of each kind in each split; by default a quarter of the top
+            and a third of the random ones.
+
+    Returns:
+        Labels by split: "T4" is top record 4, "R4" random record 4. "train" has top
+        records only.
+
+    Raises:
+        ValueError: If there are too few records.
+
+    Example:
+        >>> split_records(n_top=4, n_random=3)["valid"]
+        ['T2', 'R1']
     """
-    tops, randoms = (
-        (n_top // 4, n_random // 3)
-        if n_per_split is None
-        else (n_per_split, n_per_split)
-    )
-    if (
-        tops * 4 > n_top
-        or randoms * 3 > n_random
-        or min(n_top, n_random, tops, randoms) < 0
-    ):
+    tops, randoms = n_top // 4, n_random // 3
+    if n_per_split is not None:
+        tops = randoms = n_per_split
+    smallest = min(n_top, n_random, tops, randoms)
+    if tops * 4 > n_top or randoms * 3 > n_random or smallest < 0:
         raise ValueError(
             f"n_per_split={n_per_split} needs {tops * 4} top and {randoms * 3} random"
             f" records, but there are {n_top} and {n_random}: collect more, or ask for"
@@ -75,9 +110,18 @@ def split_records(
 def records_of(
     record: NeuronRecord, split: str, n_per_split: int | None = None
 ) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
-    """The top and the random records of one split.
+    """The top and the random records of one split of a neuron.
 
-    Raises `ValueError` if it would be empty.
+    Args:
+        record: The neuron.
+        split: "train", "calibration", "valid" or "test".
+        n_per_split: As in `split_records`.
+
+    Returns:
+        The split's top records, and its random ones.
+
+    Raises:
+        ValueError: If the split does not exist or would be empty.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -99,10 +143,21 @@ LEVELS = {str(level): level for level in range(11)}
 def expected_value(
     top_logprobs: Mapping[str, float] | Iterable[tuple[str, float]],
 ) -> float:
-    """Mean level under the log-probabilities of the strings "0" … "10", renormalised;
-    other strings do not count.
+    """Mean level under the log-probabilities of the strings "0" … "10", renormalised.
 
-    0 with a warning if none of them is there; NaN if all their probabilities underflow.
+    Other strings do not count. Without any level the value is 0, with a warning; it is
+    NaN if all probabilities underflow.
+
+    Args:
+        top_logprobs: Log-probabilities by string, or pairs of both.
+
+    Returns:
+        The expected level.
+
+    Example:
+        >>> half = math.log(0.5)
+        >>> round(expected_value({"2": half, "8": half, "unknown": 0.0}), 6)
+        5.0
     """
     pairs = top_logprobs.items() if isinstance(top_logprobs, Mapping) else top_logprobs
     found = [(LEVELS[text], math.exp(lp)) for text, lp in pairs if text in LEVELS]
@@ -121,7 +176,19 @@ Method = Literal["none", "linear", "percentile"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A map from simulated levels to activations; call it with a list of levels."""
+    """A map from simulated levels to activations; call it with a list of levels.
+
+    Attributes:
+        method: "none", "linear" or "percentile".
+        slope: Of the line; 1 for "none".
+        intercept: Of the line; 0 for "none".
+        xs: For "percentile": the simulated levels it was fitted on, sorted.
+        ys: The activations, sorted.
+
+    Example:
+        >>> Calibration("linear", slope=2.0, intercept=1.0)([0, 3])
+        [1.0, 7.0]
+    """
 
     method: Method
     slope: float = 1.0
@@ -140,8 +207,24 @@ class Calibration:
 def calibrate(
     simulated: Sequence[Any], true: Sequence[Any], method: Method = "linear"
 ) -> Calibration:
-    """Fit a calibration: none, least squares (slope 0 for constant predictions), or
-    sorted onto sorted.
+    """Fit a map from simulated levels to activations.
+
+    Args:
+        simulated: Simulated levels, a flat list or a list of excerpts.
+        true: The activations, likewise.
+        method: "none"; "linear" for least squares, with slope 0 for constant levels;
+            "percentile" to map sorted levels onto sorted activations.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ValueError: For another method, unequal lengths, nothing at all, and values that
+            are not finite.
+
+    Example:
+        >>> calibrate([0, 1, 2], [0.0, 0.5, 1.0])([4])
+        [2.0]
     """
     if method not in ("none", "linear", "percentile"):
         raise ValueError(
@@ -187,8 +270,12 @@ def _flat(values: Sequence[Any]) -> np.ndarray:
 # %% ../../nbs/library/neurons/scoring.ipynb #c024
 @dataclass(frozen=True)
 class Scores:
-    """How well a simulation matches: Pearson correlation, R² about zero, explained
-    share of the absolute deviation.
+    """How well a simulation matches the activations.
+
+    Attributes:
+        correlation: Pearson's correlation, NaN if one side is constant.
+        r2: Explained share of the squares about zero.
+        absolute_deviation: Explained share of the absolute values about zero.
     """
 
     correlation: float
@@ -197,11 +284,23 @@ class Scores:
 
 
 def score(true: Sequence[Any], simulated: Sequence[Any]) -> Scores:
-    """Score simulated against true activations, flat lists or lists of excerpts.
+    """Score simulated against true activations.
 
-    Correlation is NaN where one side is constant. The others are -inf for an all-zero
-    truth, NaN if both are all zero. Raises `ValueError` for unequal lengths, nothing at
-    all, and values that are not finite.
+    Args:
+        true: Activations, a flat list or a list of excerpts.
+        simulated: The simulation, likewise.
+
+    Returns:
+        The scores. Those about zero are -inf for an all-zero truth, NaN if both are all
+        zero.
+
+    Raises:
+        ValueError: For unequal lengths, nothing at all, and values that are not finite.
+
+    Example:
+        >>> scores = score([0.0, 1.0, 3.0], [0, 2, 6])
+        >>> round(scores.correlation, 3), scores.r2
+        (1.0, 0.0)
     """
     y, p = _flat_pair(true, simulated)
     constant = np.all(y == y[0]) or np.all(p == p[0])
@@ -211,10 +310,96 @@ def score(true: Sequence[Any], simulated: Sequence[Any]) -> Scores:
         absolute = 1 - np.mean(np.abs(y - p)) / np.mean(np.abs(y))
     return Scores(correlation, float(r2), float(absolute))
 
+# %% ../../nbs/library/neurons/scoring.ipynb #n001
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoredExplanation(Result):
+    """An explanation, and the activations of excerpts beside what it predicts.
+
+    Attributes:
+        explanation: What was said about the neuron.
+        author: Who said it.
+        layer: The neuron's layer.
+        neuron: Its number.
+        split: The split whose excerpts were simulated.
+        calibration: The method of calibration.
+        true: Activations of all excerpts end to end, the top ones first.
+        simulated: The same, simulated and calibrated.
+        tokens: Tokens of all excerpts.
+        lengths: Number of tokens of each excerpt.
+        n_top: How many of the excerpts are top ones.
+    """
+
+    explanation: str
+    author: str
+    layer: int
+    neuron: int
+    split: str
+    calibration: str
+    true: Float[Tensor, "token"] = field(repr=False)
+    simulated: Float[Tensor, "token"] = field(repr=False)
+    tokens: tuple[str, ...] = field(repr=False)
+    lengths: tuple[int, ...] = field(repr=False)
+    n_top: int
+
+    @property
+    def score(self) -> float:
+        """The headline figure: correlation over all excerpts, NaN if not defined."""
+        return self.both.correlation
+
+    @property
+    def both(self) -> Scores:
+        """Scores over all excerpts."""
+        return self._of(slice(None))
+
+    @property
+    def top(self) -> Scores:
+        """Scores over the top excerpts alone."""
+        return self._of(slice(None, sum(self.lengths[: self.n_top])))
+
+    @property
+    def random(self) -> Scores:
+        """Scores over the random excerpts alone; `ValueError` if there are none."""
+        return self._of(slice(sum(self.lengths[: self.n_top]), None))
+
+    def _of(self, part: slice) -> Scores:
+        return score(self.true[part].tolist(), self.simulated[part].tolist())
+
+    @property
+    def excerpts(self) -> list[tuple[list[str], list[float], list[float]]]:
+        """Tokens, real and simulated activations of each excerpt."""
+        starts = [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
+        spans = [slice(a, b) for a, b in pairwise(starts)]
+        true, simulated = self.true.tolist(), self.simulated.tolist()
+        return [(list(self.tokens[s]), true[s], simulated[s]) for s in spans]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per token: excerpt, kind, token, real and simulated activation."""
+        rows = [
+            (i, *row)
+            for i, part in enumerate(self.excerpts)
+            for row in zip(*part, strict=True)
+        ]
+        table = pd.DataFrame(rows, columns=["excerpt", "token", "true", "simulated"])
+        kinds = ["top" if i < self.n_top else "random" for i in table.excerpt]
+        return table.assign(kind=kinds)
+
 # %% ../../nbs/library/neurons/scoring.ipynb #c028
 def balanced_accuracy(truth: Sequence[bool], answers: Sequence[bool]) -> float:
-    """Mean of the shares of yes-cases and no-cases judged right; raises `ValueError` if
-    one kind is missing.
+    """Mean of the shares of yes-cases and of no-cases that were judged right.
+
+    Args:
+        truth: What is right, with both kinds among it.
+        answers: The answers, one per case.
+
+    Returns:
+        The mean of both shares; 0.5 is chance.
+
+    Raises:
+        ValueError: If lengths differ or one kind is missing.
+
+    Example:
+        >>> balanced_accuracy([True, True, False], [True, False, False])
+        0.75
     """
     if len(truth) != len(answers) or len(set(truth)) < 2:
         raise ValueError(

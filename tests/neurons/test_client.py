@@ -14,7 +14,6 @@ pytest.importorskip(
     reason="talking to servers needs the openai package, mechtut's extra 'servers'",
 )
 
-from mechtut.neurons import client as servers
 from mechtut.neurons.client import (
     Capabilities,
     Server,
@@ -135,7 +134,7 @@ def test_nothing_paid_for_is_lost(tmp_path):
 
 
 def test_a_stopped_run_costs_nothing_twice(tmp_path, monkeypatch):
-    script, real, calls = Script(), servers._post, []
+    script, real, calls = Script(), Server._post, []
 
     def stopped(server, request):
         calls.append(request)
@@ -145,11 +144,11 @@ def test_a_stopped_run_costs_nothing_twice(tmp_path, monkeypatch):
 
     with serving(script) as url:
         parrot = server(url, cache=tmp_path, concurrency=1)
-        monkeypatch.setattr(servers, "_post", stopped)
+        monkeypatch.setattr(Server, "_post", stopped)
         with pytest.raises(KeyboardInterrupt):
             parrot.send(ask(20))
         assert len(calls) < 20, "it does not go on asking"
-        monkeypatch.setattr(servers, "_post", real)
+        monkeypatch.setattr(Server, "_post", real)
         assert parrot.estimate(ask(20)).cached >= 3
         parrot.send(ask(20))
         assert parrot.estimate(ask(20)).cached == 20 and len(script.asked) == 20
