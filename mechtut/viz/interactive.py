@@ -28,8 +28,11 @@ __all__ = ['Interactive', 'hover_map', 'explore_trace', 'explore_heads']
 # %% ../../nbs/library/viz/interactive.ipynb #c005
 @dataclass(frozen=True)
 class Interactive:
-    """A figure to point at: `html` is self-contained; `draw` makes the static picture
-    that stands in for it.
+    """A figure to point at.
+
+    Attributes:
+        html: The figure as HTML that needs nothing else.
+        draw: Makes the static picture that stands in for it.
     """
 
     html: str
@@ -56,7 +59,14 @@ class Interactive:
         }
 
     def save(self, file: str | Path) -> Path:
-        """Write a page of its own that can be opened, mailed or put on a server."""
+        """Write a page of its own that can be opened, mailed or put on a server.
+
+        Args:
+            file: The page's file.
+
+        Returns:
+            Its path.
+        """
         head = (
             '<!doctype html><html lang="en"><meta'
             ' charset="utf-8"><title>mechtut</title>'
@@ -68,39 +78,21 @@ class Interactive:
 
 # %% ../../nbs/library/viz/interactive.ipynb #c007
 _STYLE = """<style>
-#{id} {{display: inline-block; position: relative; max-width: 100%; overflow-x: auto; font: 12px/1.5 sans-serif
+#{id} {{display: inline-block; position: relative; max-width: 100%; \
+overflow-x: auto; font: 12px/1.5 sans-serif
   ; padding-bottom: 2.4em}}
-#{id} .map {{display: grid; grid-template-columns: max-content repeat({columns}, minmax(14px, 30px)); gap: 1px}}
+#{id} .map {{display: grid; \
+grid-template-columns: max-content repeat({columns}, minmax(14px, 30px)); gap: 1px}}
 #{id} b {{font-weight: normal; text-align: right; padding-right: 6px; white-space: pre}}
 #{id} u {{text-decoration: none; text-align: center}}
 #{id} i {{height: 18px; outline-offset: -2px}}
 #{id} i.marked {{box-shadow: inset 0 0 0 2px currentColor}}
 #{id} i:hover, #{id} i:focus {{outline: 2px solid #ff9500}}
-#{id} i:hover::after, #{id} i:focus::after {{content: attr(data-is); position: absolute; left: 0; bottom: 0.3em
+#{id} i:hover::after, #{id} i:focus::after {{content: attr(data-is); \
+position: absolute; left: 0; bottom: 0.3em
   ; font-style: normal; white-space: nowrap}}
 #{id} p {{margin: 4px 0 0}}
 </style>"""
-
-
-def _cells(
-    values: np.ndarray,
-    colours: list[list[str]],
-    told: list[list[str]],
-    rows: Sequence[str],
-    marked: Sequence[tuple[int, int]],
-) -> str:
-    """The rows of the map: a name and one cell for each value."""
-    parts = []
-    for r, name in enumerate(rows):
-        parts.append(f"<b>{html.escape(name)}</b>")
-        for c in range(values.shape[1]):
-            ring = ' class="marked"' if (r, c) in marked else ""
-            what = html.escape(told[r][c])
-            parts.append(
-                f'<i{ring} tabindex="0" style="background:{colours[r][c]}"'
-                f' data-is="{what}"></i>'
-            )
-    return "".join(parts)
 
 
 def hover_map(
@@ -119,9 +111,29 @@ def hover_map(
 ) -> Interactive:
     """A heat map whose cells say what they are when pointed at.
 
-    `centred` puts zero in the middle of the colours; `marked` cells (row, column) get a
-    frame; `draw` makes the static picture (by default the same heat map). Raises
-    `ValueError` when names and values do not match, or a value is not finite.
+    Args:
+        values: What is shown.
+        rows: A name for each row.
+        columns: A name for each column.
+        label: What the values are.
+        xlabel: What the columns are.
+        cmap: Name of the colour map.
+        low: The value at one end of the colours, by default the smallest.
+        high: The value at the other end, by default the largest.
+        centred: Whether zero is in the middle of the colours, whatever the ends.
+        marked: Cells (row, column) that get a frame.
+        draw: Makes the static picture, by default the same heat map.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If names and values do not match, or a value is not finite.
+
+    Example:
+        >>> figure = hover_map(np.array([[0.25]]), ["Riley"], ["0"], label="p")
+        >>> 'data-is="Riley · layer 0 · p 0.250"' in figure.html
+        True
     """
     values = np.asarray(values, dtype=float)
     if values.shape != (len(rows), len(columns)):
@@ -134,53 +146,54 @@ def hover_map(
             "values must be finite; replace NaN before drawing, e.g. with"
             " numpy.nan_to_num"
         )
-    norm = _norm(values, low, high, centred)
-    colours = [[to_hex(colormaps[cmap](norm(v))) for v in row] for row in values]
-    told = [
-        [
-            f"{name.strip()} · {xlabel} {column} · {label} {v:.3f}"
-            for column, v in zip(columns, row, strict=True)
-        ]
-        for name, row in zip(rows, values, strict=True)
-    ]
-    cells = _cells(values, colours, told, rows, marked)
-    name = "m" + hashlib.sha256(cells.encode()).hexdigest()[:10]
-    footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
-    text = (
-        f'<div id="{name}" role="group" aria-label="{html.escape(label)} by'
-        f' {html.escape(xlabel)}">'
-        + _STYLE.format(id=name, columns=len(columns))
-        + f'<div class="map">{cells}{footer}</div><p>{html.escape(xlabel)}; colour:'
-        f" {html.escape(label)}, {norm.vmin:.2f} to {norm.vmax:.2f}. Point at a cell"
-        " to read it.</p></div>"
-    )
-    bottom, top = float(norm.vmin or 0.0), norm.vmax
-    return Interactive(
-        text,
-        draw
-        or (
-            lambda: plots.heat_map(
-                values, rows, low=bottom, high=top, label=label, cmap=cmap
-            )
-        ),
-    )
-
-
-def _norm(
-    values: np.ndarray, low: float | None, high: float | None, centred: bool
-) -> Normalize:
-    """Where on the colour map a value lies; never an empty range."""
+    norm: Normalize
     if centred:
         largest = float(np.abs(values).max()) or 1.0
-        return TwoSlopeNorm(0.0, -largest, largest)
-    bottom = float(values.min()) if low is None else low
-    top = float(values.max()) if high is None else high
-    return Normalize(bottom, top if top > bottom else bottom + 1.0, clip=True)
+        norm = TwoSlopeNorm(0.0, -largest, largest)
+    else:
+        bottom = float(values.min()) if low is None else low
+        top = float(values.max()) if high is None else high
+        # never an empty range
+        norm = Normalize(bottom, top if top > bottom else bottom + 1.0, clip=True)
+    parts = []
+    for r, name in enumerate(rows):
+        parts.append(f"<b>{html.escape(name)}</b>")
+        for c, column in enumerate(columns):
+            told = f"{name.strip()} · {xlabel} {column} · {label} {values[r, c]:.3f}"
+            ring = ' class="marked"' if (r, c) in marked else ""
+            colour = to_hex(colormaps[cmap](norm(values[r, c])))
+            parts.append(
+                f'<i{ring} tabindex="0" style="background:{colour}"'
+                f' data-is="{html.escape(told)}"></i>'
+            )
+    cells = "".join(parts)
+    unique = "m" + hashlib.sha256(cells.encode()).hexdigest()[:10]
+    footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
+    what, across = html.escape(label), html.escape(xlabel)
+    text = (
+        f'<div id="{unique}" role="group" aria-label="{what} by {across}">'
+        + _STYLE.format(id=unique, columns=len(columns))
+        + f'<div class="map">{cells}{footer}</div><p>{across}; colour: {what},'
+        f" {norm.vmin:.2f} to {norm.vmax:.2f}. Point at a cell to read it.</p></div>"
+    )
+
+    def static() -> Axes:
+        lightest = float(norm.vmin or 0.0)
+        return plots.heat_map(
+            values, rows, low=lightest, high=norm.vmax, label=label, cmap=cmap
+        )
+
+    return Interactive(text, draw or static)
 
 # %% ../../nbs/library/viz/interactive.ipynb #c016
 def explore_trace(trace: Any) -> Interactive:
-    """A `CausalTrace` to point at: every restored state with its token, layer and
-    p(answer).
+    """A trace to point at: every restored state with its token, layer and p(answer).
+
+    Args:
+        trace: A `mechtut.papers.causal_tracing.CausalTrace`.
+
+    Returns:
+        The figure.
     """
     rows = [
         plots.starred(trace.tokens, trace.subject_range)[p] for p in trace.positions
@@ -202,8 +215,20 @@ def explore_heads(
     *,
     label: str = "AIE",
 ) -> Interactive:
-    """The effect of every attention head, zero in white; `heads` (layer, head) are
-    framed.
+    """The effect of every attention head, zero in white.
+
+    Args:
+        effects: The effects.
+        heads: Heads (layer, head) that get a frame.
+        label: What the effects are.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> figure = explore_heads(np.array([[0.1, -0.2]]), [(0, 1)])
+        >>> figure.html.count('class="marked"')
+        1
     """
     effects = np.asarray(effects, dtype=float)
     return hover_map(

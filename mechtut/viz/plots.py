@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # %% ../../nbs/library/viz/plots.ipynb #c003
-COMPONENTS = {  # component: (name for people, heat map, line colour)
+# component: (name for people, heat map, line colour)
+COMPONENTS = {
     "resid_post": ("residual stream", "Purples", "#6a51a3"),
     "mlp_out": ("MLP", "Greens", "#238b45"),
     "attn_out": ("attention", "Reds", "#cb181d"),
@@ -26,11 +27,9 @@ COMPONENTS = {  # component: (name for people, heat map, line colour)
 
 def _windowed(component: str, window: int) -> str:
     name = COMPONENTS[component][0]
-    return (
-        f"single layer of the {name}"
-        if component == "resid_post"
-        else f"centre of {window} restored {name} layers"
-    )
+    if component == "resid_post":
+        return f"single layer of the {name}"
+    return f"centre of {window} restored {name} layers"
 
 # %% ../../nbs/library/viz/plots.ipynb #c006
 def heat_map(
@@ -44,12 +43,24 @@ def heat_map(
     high: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Rows (tokens, roles) by layers on one sequential colour map that starts at `low`."""
+    """Rows (tokens, roles) by layers on one sequential colour map.
+
+    Args:
+        values: What is shown.
+        rows: A name for each row.
+        low: The value of the lightest colour.
+        label: What the values are.
+        xlabel: What the columns are.
+        cmap: Name of the colour map.
+        high: The value of the darkest colour, by default the largest.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes.
+    """
     if ax is None:
-        _, ax = plt.subplots(
-            figsize=(max(3.4, 0.28 * values.shape[1] + 2.2), 0.24 * len(rows) + 1.1),
-            layout="constrained",
-        )
+        size = (max(3.4, 0.28 * values.shape[1] + 2.2), 0.24 * len(rows) + 1.1)
+        _, ax = plt.subplots(figsize=size, layout="constrained")
     image = ax.imshow(
         values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
     )
@@ -62,7 +73,19 @@ def heat_map(
 
 
 def starred(tokens: Sequence[str], subject_range: Sequence[int]) -> list[str]:
-    """Tokens as axis labels: visible line breaks, and a star behind each subject token."""
+    r"""Tokens as axis labels: visible line breaks, and a star behind subject tokens.
+
+    Args:
+        tokens: The tokens.
+        subject_range: First token of the subject and the one behind the last.
+
+    Returns:
+        The labels.
+
+    Example:
+        >>> starred(["The", " Tower", "\n", " is"], (0, 2))
+        ['The*', 'Tower*', '\\n', 'is']
+    """
     shown = [t.strip().replace("\n", "\\n") or repr(t)[1:-1] for t in tokens]
     return [
         t + "*" if subject_range[0] <= i < subject_range[1] else t
@@ -71,8 +94,15 @@ def starred(tokens: Sequence[str], subject_range: Sequence[int]) -> list[str]:
 
 # %% ../../nbs/library/viz/plots.ipynb #c010
 def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) -> Axes:
-    """Heat map of one `CausalTrace`: p(answer) after restoring each state of a
-    corrupted run.
+    """Heat map of one trace: p(answer) after restoring each state of a corrupted run.
+
+    Args:
+        trace: A `mechtut.papers.causal_tracing.CausalTrace`.
+        ax: Where to draw, by default a new figure.
+        high: The value of the darkest colour, by default the largest.
+
+    Returns:
+        The axes.
     """
     _, cmap, _ = COMPONENTS[trace.component]
     rows = [starred(trace.tokens, trace.subject_range)[p] for p in trace.positions]
@@ -89,7 +119,14 @@ def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) 
 
 
 def causal_traces(traces: Sequence[Any]) -> Figure:
-    """The paper's three panels: one prompt, one panel per component, one colour scale."""
+    """Traces of one prompt side by side, one panel per component, one colour scale.
+
+    Args:
+        traces: The traces, as in `causal_trace`.
+
+    Returns:
+        The figure (figure 1 of the paper).
+    """
     n_rows, n_layers = traces[0].scores.shape
     size = (len(traces) * (0.16 * n_layers + 2.6), 0.24 * n_rows + 1.1)
     figure, axes = plt.subplots(
@@ -102,8 +139,14 @@ def causal_traces(traces: Sequence[Any]) -> Figure:
 
 # %% ../../nbs/library/viz/plots.ipynb #c013
 def average_trace(average: Any, ax: Axes | None = None) -> Axes:
-    """Heat map of an `AverageTrace`: indirect effect by token role and layer, clipped
-    at zero as in the paper.
+    """Heat map of indirect effects by token role and layer, clipped at zero.
+
+    Args:
+        average: A `mechtut.papers.causal_tracing.AverageTrace`.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes (figure 2 of the paper).
     """
     name, cmap, _ = COMPONENTS[average.component]
     effect = average.indirect_effect.clamp(min=0).float().numpy()
@@ -118,44 +161,34 @@ def average_trace(average: Any, ax: Axes | None = None) -> Axes:
 def average_lines(
     averages: Sequence[Any], roles: Sequence[str] | None = None
 ) -> Figure:
-    """Indirect effect by layer with 95 % confidence bands: one panel per component, one
-    line per role.
+    """Indirect effect by layer with 95 % confidence bands, one panel per component.
+
+    Args:
+        averages: The averages, as in `average_trace`.
+        roles: The roles to draw, by default all.
+
+    Returns:
+        The figure (figure 3 of the paper).
     """
+    size = (3.4 * len(averages), 2.8)
     figure, axes = plt.subplots(
-        1,
-        len(averages),
-        figsize=(3.4 * len(averages), 2.8),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
+        1, len(averages), figsize=size, sharey=True, layout="constrained", squeeze=False
     )
     for ax, average in zip(axes[0], averages, strict=True):
         for i, role in enumerate(average.roles):
-            if roles is None or role in roles:
-                _band(
-                    ax,
-                    average.indirect_effect[i].numpy(),
-                    average.half_width[i].numpy(),
-                    role,
-                )
+            if roles is not None and role not in roles:
+                continue
+            middle = average.indirect_effect[i].numpy()
+            half = average.half_width[i].numpy()
+            layers = range(len(middle))
+            (line,) = ax.plot(layers, middle, marker=".", lw=1.4, label=role)
+            low, high, colour = middle - half, middle + half, line.get_color()
+            ax.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
         ax.axhline(0, color="0.7", lw=0.8, zorder=0)
         ax.set(title=COMPONENTS[average.component][0], xlabel="layer")
     axes[0][0].set_ylabel("average indirect effect")
     axes[0][-1].legend(fontsize=8, frameon=False)
     return figure
-
-
-def _band(
-    ax: Axes,
-    middle: Float[np.ndarray, "layer"],
-    half: Float[np.ndarray, "layer"],
-    label: str,
-) -> None:
-    layers = np.arange(len(middle))
-    (line,) = ax.plot(layers, middle, marker=".", lw=1.4, label=label)
-    ax.fill_between(
-        layers, middle - half, middle + half, color=line.get_color(), alpha=0.15, lw=0
-    )
 
 # %% ../../nbs/library/viz/plots.ipynb #c017
 def head_effects(
@@ -165,8 +198,16 @@ def head_effects(
     label: str = "AIE",
     ax: Axes | None = None,
 ) -> Axes:
-    """Average effect of every head: layers across, heads down, zero in white, `heads`
-    (layer, head) ringed.
+    """Average effect of every head: layers across, heads down, zero in white.
+
+    Args:
+        effects: The effects.
+        heads: Heads (layer, head) to ring.
+        label: What the effects are.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes.
     """
     n_layers, n_heads = effects.shape
     if ax is None:
@@ -182,13 +223,8 @@ def head_effects(
         aspect="auto",
         interpolation="nearest",
     )
-    ax.scatter(
-        [layer for layer, _ in heads],
-        [head for _, head in heads],
-        s=40,
-        facecolors="none",
-        edgecolors="black",
-    )
+    layers, numbers = [layer for layer, _ in heads], [head for _, head in heads]
+    ax.scatter(layers, numbers, s=40, facecolors="none", edgecolors="black")
     ax.set(xlabel="layer", xticks=range(0, n_layers, 1 + n_layers // 16))
     ax.set(ylabel="head", yticks=range(0, n_heads, 1 + n_heads // 16))
     ax.figure.colorbar(image, ax=ax, pad=0.02).set_label(label)
@@ -200,8 +236,15 @@ def accuracy_by_layer(
     baselines: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """One line per table (columns `layer`, `top1`, `low`, `high`) with its 95 % band;
-    baselines as dashed lines.
+    """Accuracy by layer, one line with its 95 % band per table.
+
+    Args:
+        tables: Tables with columns `layer`, `top1`, `low` and `high`, by name.
+        baselines: Accuracies to mark with a dashed line, by name.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes.
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3), layout="constrained")
