@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WIRES', 'Module', 'Project', 'Wires', 'find_wires', 'qkv_weights', 'Wiring', 'mlp_out', 'apply_mlp', 'projector',
-           'attend', 'attention_gain', 'Run', 'run', 'attention_bias']
+           'attend', 'attention_gain', 'attention_bias', 'Run', 'run']
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c002
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,25 +16,29 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..patching.partial import record_blocks
 from .graph import Graph
-from ..models.loading import Model
 from ..models.hooks import attention_tap
+from ..models.loading import Model
+from ..patching.partial import record_blocks
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c004
 @dataclass(frozen=True)
 class Wires:
-    """What a graph needs to know of a family beyond `mechtut.models.families.Family`;
-    module paths below a block.
+    """What a graph needs to know of a family beyond `mechtut.models.families.Family`.
+
+    Attributes:
+        norm_attn: Path of the norm before attention, below a block, if there is one.
+        norm_mlp: Path of the norm before the MLP, below a block, if there is one.
+        parallel: Whether attention and MLP of a block read the same stream.
+        positions: Path of the learned position embedding, from the model's root.
+        first_position: Its row for position 0.
     """
 
     norm_attn: str | None = "input_layernorm"
     norm_mlp: str | None = "post_attention_layernorm"
     parallel: bool = False
-    positions: str | None = (
-        None  # the learned position embedding, from the model's root
-    )
-    first_position: int = 0  # its row for position 0
+    positions: str | None = None
+    first_position: int = 0
 
 
 WIRES: dict[str, Wires] = {
@@ -57,7 +61,14 @@ WIRES: dict[str, Wires] = {
 def find_wires(model: Model) -> Wires:
     """The wiring row of a model.
 
-    Raises `NotImplementedError` for a family that has none (GPT-J).
+    Args:
+        model: The model.
+
+    Returns:
+        The row of its family.
+
+    Raises:
+        NotImplementedError: For a family that has none (GPT-J).
     """
     kind = model.config.model_type
     if kind not in WIRES:
@@ -72,39 +83,35 @@ def find_wires(model: Model) -> Wires:
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c008
 def _matrix(module: Any) -> Any:
-    """A linear layer's weight as input × output (GPT-2's Conv1D stores it so,
-    `nn.Linear` the other way round).
+    """A linear layer's weight as input × output.
+
+    GPT-2's Conv1D stores it so, `nn.Linear` the other way round.
     """
     return module.weight if type(module).__name__ == "Conv1D" else module.weight.t()
-
-
-def _by_head(
-    weight: Tensor, bias: Tensor | None, n: int
-) -> tuple[Tensor, Tensor | None]:
-    heads = rearrange(weight, "d (head d_head) -> head d d_head", head=n).contiguous()
-    return heads, (
-        None
-        if bias is None
-        else rearrange(bias, "(head d_head) -> head 1 d_head", head=n)
-    )
 
 
 def qkv_weights(
     model: Model, layer: int
 ) -> dict[str, tuple[Float[Tensor, "head d d_head"], Tensor | None]]:
-    """Weights and biases of a layer's queries, keys and values, one matrix per head."""
+    """Weights and biases of a layer's queries, keys and values, one matrix per head.
+
+    Args:
+        model: The model.
+        layer: Number of the layer.
+
+    Returns:
+        Weight and bias (`None` without) of "q", "k" and "v"; biases are `[head, 1,
+        d_head]`.
+    """
     attn: Any = model.part(layer, model.family.attn)
     biases: Any
     weights: Any
     counts = {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
     if hasattr(attn, "c_attn"):  # GPT-2: side by side in one matrix
-        weights, biases = (
-            _matrix(attn.c_attn).chunk(3, dim=1),
-            attn.c_attn.bias.chunk(3),
-        )
-    elif hasattr(
-        attn, "query_key_value"
-    ):  # GPT-NeoX: q, k and v of one head after another
+        weights = _matrix(attn.c_attn).chunk(3, dim=1)
+        biases = attn.c_attn.bias.chunk(3)
+    elif hasattr(attn, "query_key_value"):
+        # GPT-NeoX: q, k and v of one head after another
         fused, heads = attn.query_key_value, {"head": model.n_heads, "part": 3}
         weights = list(
             rearrange(
@@ -120,102 +127,18 @@ def qkv_weights(
             )
     else:
         projections = [attn.q_proj, attn.k_proj, attn.v_proj]
-        weights, biases = (
-            [_matrix(p) for p in projections],
-            [p.bias for p in projections],
-        )
-    return {
-        name: _by_head(w, b, n)
-        for (name, n), w, b in zip(counts.items(), weights, biases, strict=True)
-    }
+        weights = [_matrix(p) for p in projections]
+        biases = [p.bias for p in projections]
+    found = {}
+    for (name, n), weight, bias in zip(counts.items(), weights, biases, strict=True):
+        mine = rearrange(weight, "d (head d_head) -> head d d_head", head=n)
+        if bias is not None:
+            bias = rearrange(bias, "(head d_head) -> head 1 d_head", head=n)
+        found[name] = mine.contiguous(), bias
+    return found
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c012
 Module = Callable[[Tensor], Tensor]
-
-
-class Wiring:
-    """A model taken apart for prompts of one length.
-
-    Its weights are the model's own.
-    """
-
-    def __init__(self, model: Model, tokens: Int[Tensor, "batch pos"]):
-        self.model, self.wires = model, find_wires(model)
-        self.n_pos = tokens.shape[1]
-        with torch.no_grad(), attention_tap(model, explicit_mask=True):
-            first = record_blocks(model, tokens[:1])
-        layers = range(model.n_layers)
-        self.parts = [_parts(model, self.wires, layer) for layer in layers]
-        self.weights = [qkv_weights(model, layer) for layer in layers]
-        self.outputs = [_output_weights(model, layer) for layer in layers]
-        self.masks = [
-            _mask(model, layer, first.arguments[layer], self.n_pos) for layer in layers
-        ]
-        self.rotary = [
-            first.arguments[layer].get("position_embeddings") for layer in layers
-        ]
-        self.kv_of_head = torch.arange(model.n_heads, device=model.device) // (
-            model.n_heads // model.n_kv_heads
-        )
-        # In an attention-only model the MLPs were taken out or zeroed; one zero MLP
-        # among others is still a node.
-        self.has_mlp = any(_writes(self, layer) for layer in layers)
-
-    def graph(self, split_qkv: bool = True, split_positions: bool = False) -> Graph:
-        """The graph of this model."""
-        if split_positions and self.wires.positions is None:
-            raise ValueError(
-                f"{self.model.config.model_type} has no learned position embedding to"
-                " split off"
-            )
-        model = self.model
-        return Graph(
-            model.n_layers,
-            model.n_heads,
-            model.n_kv_heads,
-            self.has_mlp,
-            self.wires.parallel,
-            split_qkv,
-            split_positions,
-        )
-
-
-def _output_weights(model: Model, layer: int) -> Float[Tensor, "head d_head d"]:
-    projection = model.part(layer, model.family.attn_proj)
-    return rearrange(
-        _matrix(projection), "(head d_head) d -> head d_head d", head=model.n_heads
-    ).contiguous()
-
-
-def _mask(
-    model: Model, layer: int, arguments: dict[str, Any], n_pos: int
-) -> Float[Tensor, "pos pos"]:
-    """What attention adds to its scores: 0 where a query may look, minus infinity
-    elsewhere.
-    """
-    mask, attn = arguments.get("attention_mask"), model.part(layer, model.family.attn)
-    if mask is None:
-        seen = torch.ones(n_pos, n_pos, dtype=torch.bool, device=model.device)
-        seen = seen.tril() if getattr(attn, "is_causal", True) else seen
-    else:
-        seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
-    return torch.zeros(
-        n_pos, n_pos, dtype=model.dtype, device=model.device
-    ).masked_fill(~seen, -torch.inf)
-
-
-def _writes(wiring: Wiring, layer: int) -> bool:
-    """Whether this layer's MLP writes anything, given noise."""
-    noise = torch.randn(
-        1, 256, wiring.model.d_model, generator=torch.Generator().manual_seed(0)
-    )
-    noise = (
-        noise * torch.logspace(0, 3, 256)[:, None]
-    )  # loud enough for any neuron's threshold
-    return any(
-        bool(mlp_out(wiring, layer, some.to(wiring.model.embed.weight)).any())
-        for some in noise.split(32, dim=1)
-    )
 
 
 @dataclass(frozen=True)
@@ -227,88 +150,200 @@ class _Parts:
     attn: Any
 
 
-def _parts(model: Model, wires: Wires, layer: int) -> _Parts:
-    def part(path: str | None) -> Module:
-        return nn.Identity() if path is None else model.part(layer, path)
+class Wiring:
+    """A model taken apart for prompts of one length; its weights are the model's own.
 
-    block = model.blocks[layer]
-    # OPT's block calls the two layers of its MLP itself
-    inside = (
-        (block.fc1, block.activation_fn, block.fc2)
-        if model.config.model_type == "opt"
-        else (part("mlp"),)
-    )
-    after = (
-        (part(model.family.mlp_out),) if model.family.mlp_out.endswith("norm") else ()
-    )
-    return _Parts(
-        part(wires.norm_attn),
-        (part(wires.norm_mlp), *inside, *after),
-        part(model.family.attn),
-    )
+    By layer: `parts` (modules), `weights` and `outputs` (of the heads), `masks` (what
+    attention adds to its scores), `rotary` (tables of rotary embeddings, if any).
+    `kv_of_head` is the key/value head that each head reads.
+
+    Args:
+        model: The model.
+        tokens: Token ids of prompts; the first is run once.
+    """
+
+    def __init__(self, model: Model, tokens: Int[Tensor, "batch pos"]):
+        self.model, self.wires = model, find_wires(model)
+        self.n_pos = tokens.shape[1]
+        with torch.no_grad(), attention_tap(model, explicit_mask=True):
+            first = record_blocks(model, tokens[:1])
+        layers = range(model.n_layers)
+        self.parts = [self._modules(layer) for layer in layers]
+        self.weights = [qkv_weights(model, layer) for layer in layers]
+        self.outputs = [self._output_weights(layer) for layer in layers]
+        self.masks = [self._mask(layer, first.arguments[layer]) for layer in layers]
+        self.rotary = [
+            first.arguments[layer].get("position_embeddings") for layer in layers
+        ]
+        self.kv_of_head = torch.arange(model.n_heads, device=model.device) // (
+            model.n_heads // model.n_kv_heads
+        )
+        # In an attention-only model the MLPs were taken out or zeroed; one zero MLP
+        # among others is still a node.
+        self.has_mlp = any(self._mlp_writes(layer) for layer in layers)
+
+    def graph(self, split_qkv: bool = True, split_positions: bool = False) -> Graph:
+        """The graph of this model.
+
+        Args:
+            split_qkv: Whether a head has an input of its own for q, k and v each.
+            split_positions: Whether to split the embedding into tokens and positions.
+
+        Returns:
+            The graph.
+
+        Raises:
+            ValueError: If there is no learned position embedding to split off.
+        """
+        if split_positions and self.wires.positions is None:
+            raise ValueError(
+                f"{self.model.config.model_type} has no learned position embedding to"
+                " split off"
+            )
+        return Graph(
+            self.model.n_layers,
+            self.model.n_heads,
+            self.model.n_kv_heads,
+            self.has_mlp,
+            self.wires.parallel,
+            split_qkv,
+            split_positions,
+        )
+
+    def _modules(self, layer: int) -> _Parts:
+        model, block = self.model, self.model.blocks[layer]
+
+        def part(path: str | None) -> Module:
+            return nn.Identity() if path is None else model.part(layer, path)
+
+        inside: tuple[Module, ...]
+        if model.config.model_type == "opt":
+            # its block calls the two layers of its MLP itself
+            inside = (block.fc1, block.activation_fn, block.fc2)
+        else:
+            inside = (part("mlp"),)
+        if model.family.mlp_out.endswith("norm"):
+            inside = (*inside, part(model.family.mlp_out))
+        return _Parts(
+            part(self.wires.norm_attn),
+            (part(self.wires.norm_mlp), *inside),
+            part(model.family.attn),
+        )
+
+    def _output_weights(self, layer: int) -> Float[Tensor, "head d_head d"]:
+        weight = _matrix(self.model.part(layer, self.model.family.attn_proj))
+        return rearrange(
+            weight, "(head d_head) d -> head d_head d", head=self.model.n_heads
+        ).contiguous()
+
+    def _mask(self, layer: int, arguments: dict[str, Any]) -> Float[Tensor, "pos pos"]:
+        """0 where a query may look, minus infinity elsewhere."""
+        model, n = self.model, self.n_pos
+        mask, attn = (
+            arguments.get("attention_mask"),
+            model.part(layer, model.family.attn),
+        )
+        if mask is None:
+            seen = torch.ones(n, n, dtype=torch.bool, device=model.device)
+            seen = seen.tril() if getattr(attn, "is_causal", True) else seen
+        else:
+            seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        nothing = torch.zeros(n, n, dtype=model.dtype, device=model.device)
+        return nothing.masked_fill(~seen, -torch.inf)
+
+    def _mlp_writes(self, layer: int) -> bool:
+        """Whether this layer's MLP writes anything, given noise."""
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, 256, self.model.d_model, generator=draw)
+        # loud enough for any neuron's threshold
+        noise = noise * torch.logspace(0, 3, 256)[:, None]
+        return any(
+            bool(mlp_out(self, layer, some.to(self.model.embed.weight)).any())
+            for some in noise.split(32, dim=1)
+        )
 
 
 @torch.no_grad()
 def mlp_out(
     wiring: Wiring, layer: int, x: Float[Tensor, "batch pos d"]
 ) -> Float[Tensor, "batch pos d"]:
-    """What the MLP of a layer writes, given the stream before its norm."""
+    """What the MLP of a layer writes.
+
+    Args:
+        wiring: The model, taken apart.
+        layer: Number of the layer.
+        x: The stream before its norm.
+
+    Returns:
+        What is added to the stream.
+    """
     return apply_mlp(wiring, layer, x)
 
 
 def apply_mlp(wiring: Wiring, layer: int, x: Tensor) -> Tensor:
-    """The same, with gradients where they are on."""
+    """The same as `mlp_out`, with gradients where they are on.
+
+    Args:
+        wiring: The model, taken apart.
+        layer: Number of the layer.
+        x: The stream before its norm.
+
+    Returns:
+        What is added to the stream.
+    """
     for module in wiring.parts[layer].mlp:
         x = module(x)
     return x
 
-
+# %% ../../nbs/library/circuits/wiring.ipynb #c022
 Project = Callable[
     [Float[Tensor, "n batch pos d"]], Float[Tensor, "n batch pos d_head"]
 ]
 
-# %% ../../nbs/library/circuits/wiring.ipynb #c022
+
 def projector(
     wiring: Wiring, layer: int, part: str, heads: Tensor, rows: Tensor
 ) -> Project:
-    """The function from `heads`' own copies of the stream at positions `rows` to their
-    q, k or v, norm included.
+    """The function from heads' own copies of the stream to their q, k or v.
 
-    One copy serves all heads where there is only one.
+    Norms and rotary embedding are included. One copy serves all heads where there is
+    only one.
+
+    Args:
+        wiring: The model, taken apart.
+        layer: Number of the layer.
+        part: "q", "k" or "v".
+        heads: Numbers of the heads (of key/value heads for "k" and "v").
+        rows: The positions that the copies stand for.
+
+    Returns:
+        The function.
     """
     parts, (weight, bias) = wiring.parts[layer], wiring.weights[layer][part]
-    norm, mine = _head_norm(parts.attn, part), weight[heads]
-    offset, index = (
-        None if bias is None else bias[heads],
-        torch.arange(len(heads), device=weight.device),
-    )
+    # the norm of queries or keys, in the families that have one
+    norm = getattr(parts.attn, f"{part}_norm", None)
+    norm = norm or getattr(parts.attn, f"{part}_layernorm", None)
+    mine, index = weight[heads], torch.arange(len(heads), device=weight.device)
+    offset = None if bias is None else bias[heads]
     turn = _rotation(wiring, layer, rows) if part != "v" else None
 
     def apply(x: Tensor) -> Tensor:
         y = parts.norm_attn(x).expand(len(mine), *x.shape[1:])
-        if (
-            norm is not None and norm.weight.numel() > weight.shape[-1]
-        ):  # OLMo 2 normalises all heads together
+        if norm is not None and norm.weight.numel() > weight.shape[-1]:
+            # OLMo 2 normalises all heads together
             every = torch.einsum("nbpd,hde->nbphe", y, weight)
             out = norm(every.flatten(-2)).view_as(every)[index, :, :, heads]
         else:
-            out = (
-                torch.bmm(y.flatten(1, 2), mine)
-                if offset is None
-                else torch.baddbmm(offset, y.flatten(1, 2), mine)
-            )
+            flat = y.flatten(1, 2)
+            if offset is None:
+                out = torch.bmm(flat, mine)
+            else:
+                out = torch.baddbmm(offset, flat, mine)
             out = out.unflatten(1, x.shape[1:3])
             out = out if norm is None else norm(out)
         return out if turn is None else turn(out)
 
     return apply
-
-
-def _head_norm(attn: Any, part: str) -> Any:
-    """The norm of queries or keys, in the families that have one."""
-    return getattr(attn, f"{part}_norm", None) or getattr(
-        attn, f"{part}_layernorm", None
-    )
 
 
 def _rotation(
@@ -338,7 +373,19 @@ def attend(
     v: Float[Tensor, "n batch pos d_head"],
     mask: Float[Tensor, "row pos"],
 ) -> Float[Tensor, "n batch row d_head"]:
-    """z of some heads; `mask` is what is added to their scores."""
+    """z of some heads: their values, weighted by their attention.
+
+    Args:
+        wiring: The model, taken apart.
+        layer: Number of the layer.
+        q: Queries of the heads.
+        k: Keys, one for each head.
+        v: Values, one for each head.
+        mask: What is added to the scores.
+
+    Returns:
+        z, before the output projection.
+    """
     attn = wiring.parts[layer].attn
     scale, cap = float(attn.scaling), getattr(attn, "attn_logit_softcapping", None)
     keys = k.flatten(0, 1).transpose(1, 2)
@@ -352,11 +399,19 @@ def attend(
 def attention_gain(
     wiring: Wiring, layer: int, z: Float[Tensor, "head batch pos d_head"]
 ) -> Tensor | None:
-    """What the norm behind attention multiplies each head's output with, in families
-    that have one (Gemma, OLMo 2).
+    """What the norm behind attention multiplies each head's output with.
 
-    It divides the *sum* of the heads by its size. Here that size is a fixed number,
-    taken from this run, so that each head still adds its own share.
+    Gemma and OLMo 2 have such a norm. It divides the *sum* of the heads by its size.
+    Here that size is a fixed number, taken from this run, so that each head still adds
+    its own share.
+
+    Args:
+        wiring: The model, taken apart.
+        layer: Number of the layer.
+        z: z of all heads.
+
+    Returns:
+        The factor, `[batch, pos, d]`; `None` in families without such a norm.
     """
     model = wiring.model
     if not model.family.attn_out.endswith("norm"):
@@ -367,23 +422,84 @@ def attention_gain(
     ones = norm(torch.ones_like(total)) * (1 + eps) ** 0.5
     return ones * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
 
+
+def attention_bias(model: Model, layer: int) -> Tensor | float:
+    """The bias that a layer's attention adds once, whatever its heads write.
+
+    Args:
+        model: The model.
+        layer: Number of the layer.
+
+    Returns:
+        The bias; 0.0 where there is none.
+    """
+    bias = getattr(model.part(layer, model.family.attn_proj), "bias", None)
+    return 0.0 if bias is None else bias
+
 # %% ../../nbs/library/circuits/wiring.ipynb #c028
 @dataclass(frozen=True)
 class Run:
-    """Every value of one run of the model.
+    """Every value of one run of the model, by layer.
 
-    Heads first: q, k, v and z are `[head, batch, pos, d_head]`.
+    Heads come first: q, k, v and z are `[head, batch, pos, d_head]`.
+
+    Attributes:
+        attn_in: The stream that attention reads.
+        mlp_in: The stream that the MLP reads.
+        out: The last residual stream.
+        qkv: Queries, keys and values.
+        z: What each head collects.
+        gains: See `attention_gain`.
+        mlps: What each MLP writes; empty where there is none.
     """
 
-    attn_in: list[
-        Float[Tensor, "batch pos d"]
-    ]  # the stream that attention reads, by layer
+    attn_in: list[Float[Tensor, "batch pos d"]]
     mlp_in: list[Float[Tensor, "batch pos d"]]
     out: Float[Tensor, "batch pos d"]
     qkv: list[dict[str, Tensor]]
     z: list[Tensor]
     gains: list[Tensor | None]
-    mlps: list[Tensor]  # what each MLP writes; empty where there is none
+    mlps: list[Tensor]
+
+    def prompts(self, some: slice) -> "Run":
+        """The run of some of the prompts.
+
+        Args:
+            some: Which ones.
+
+        Returns:
+            A run that shares its numbers with this one.
+        """
+        return Run(
+            [x[some] for x in self.attn_in],
+            [x[some] for x in self.mlp_in],
+            self.out[some],
+            [{part: x[:, some] for part, x in of.items()} for of in self.qkv],
+            [z[:, some] for z in self.z],
+            [None if gain is None else gain[some] for gain in self.gains],
+            [x[some] for x in self.mlps],
+        )
+
+    def at(self, rows: Int[Tensor, "row"]) -> "Run":
+        """The run at some positions.
+
+        Keys and values keep all positions, to be looked at; so do the gains.
+
+        Args:
+            rows: The positions.
+
+        Returns:
+            The run there.
+        """
+        return Run(
+            [x[:, rows] for x in self.attn_in],
+            [x[:, rows] for x in self.mlp_in],
+            self.out[:, rows],
+            [{**of, "q": of["q"][:, :, rows]} for of in self.qkv],
+            [z[:, :, rows] for z in self.z],
+            self.gains,
+            [x[:, rows] if len(x) else x for x in self.mlps],
+        )
 
 
 def run(
@@ -394,18 +510,33 @@ def run(
 ) -> Run:
     """Run the model from the input of block 0. Gradients flow if asked for.
 
-    `add` has tensors to be added to what is read (`"q.3"`, `"m.3"`, `"out"`), which is
-    how gradients are taken; `write` has tensors to be added to the stream after
-    attention (key 2·layer) or after the MLP (2·layer + 1) of a layer.
+    Args:
+        wiring: The model, taken apart.
+        x: The input of block 0.
+        add: Tensors to be added to what is read (`"q.3"`, `"m.3"`, `"out"`), which is
+            how gradients are taken.
+        write: Tensors to be added to the stream after attention (key 2·layer) or after
+            the MLP (2·layer + 1) of a layer.
+
+    Returns:
+        Every value of the run.
     """
     add, write, model = add or {}, write or {}, wiring.model
     found = Run([], [], x, [], [], [], [])
+    rows = torch.arange(wiring.n_pos, device=x.device)
     for layer in range(model.n_layers):
         found.attn_in.append(x)
-        z = _attention(wiring, layer, x, add, found)
-        gain = attention_gain(
-            wiring, layer, z.detach()
-        )  # a fixed number, also for gradients
+        values = {}
+        for part, (weight, _) in wiring.weights[layer].items():
+            every = torch.arange(len(weight), device=x.device)
+            new = projector(wiring, layer, part, every, rows)(x[None])
+            values[part] = new + add.get(f"{part}.{layer}", 0)
+        found.qkv.append(values)
+        k, v = (values[part][wiring.kv_of_head] for part in "kv")
+        z = attend(wiring, layer, values["q"], k, v, wiring.masks[layer])
+        found.z.append(z)
+        # a fixed number, also for gradients
+        gain = attention_gain(wiring, layer, z.detach())
         found.gains.append(gain)
         heads = torch.einsum("hbpe,hed->bpd", z, wiring.outputs[layer])
         middle = (
@@ -416,43 +547,11 @@ def run(
         )
         source = x if wiring.wires.parallel else middle
         found.mlp_in.append(source)
-        found.mlps.append(
-            apply_mlp(wiring, layer, source + add.get(f"m.{layer}", 0))
-            if wiring.has_mlp
-            else x[:0]
-        )
-        x = (
-            middle
-            + (found.mlps[-1] if wiring.has_mlp else 0)
-            + write.get(2 * layer + 1, 0)
-        )
-    return Run(
-        found.attn_in,
-        found.mlp_in,
-        x + add.get("out", 0),
-        found.qkv,
-        found.z,
-        found.gains,
-        found.mlps,
-    )
-
-
-def _attention(
-    wiring: Wiring, layer: int, x: Tensor, add: dict[str, Tensor], found: Run
-) -> Tensor:
-    rows, values = torch.arange(wiring.n_pos, device=x.device), {}
-    for part, (weight, _) in wiring.weights[layer].items():
-        n = weight.shape[0]
-        heads = torch.arange(n, device=x.device)
-        new = projector(wiring, layer, part, heads, rows)(x[None])
-        values[part] = new + add.get(f"{part}.{layer}", 0)
-    found.qkv.append(values)
-    k, v = (values[part][wiring.kv_of_head] for part in "kv")
-    found.z.append(attend(wiring, layer, values["q"], k, v, wiring.masks[layer]))
-    return found.z[-1]
-
-
-def attention_bias(model: Model, layer: int) -> Tensor | float:
-    """The bias that a layer's attention adds once, whatever its heads write."""
-    bias = getattr(model.part(layer, model.family.attn_proj), "bias", None)
-    return 0.0 if bias is None else bias
+        if wiring.has_mlp:
+            source = source + add.get(f"m.{layer}", 0)
+            found.mlps.append(apply_mlp(wiring, layer, source))
+            x = middle + found.mlps[-1] + write.get(2 * layer + 1, 0)
+        else:
+            found.mlps.append(x[:0])
+            x = middle + write.get(2 * layer + 1, 0)
+    return replace(found, out=x + add.get("out", 0))
