@@ -16,18 +16,15 @@ import torch
 from common import gpt2_small, measure
 from transformers import PreTrainedTokenizerFast
 
-from mechtut.editing.evaluation import mlp_projection, pad_right, target_ids
+from mechtut.editing.weights import mlp_projection
+from mechtut.models.loading import pad_right
+from mechtut.prompts.facts import target_ids
 from mechtut.mini.world import World
 from mechtut.models.loading import Model, mask_arguments
 from mechtut.models.weights import mini_folder
-from mechtut.papers.rome import (
-    RomeConfig,
-    _optimise,
-    _problem,
-    context_templates,
-    key_covariance,
-    locate,
-)
+from mechtut.editing.covariance import key_covariance
+from mechtut.editing.requests import context_templates, locate
+from mechtut.papers.rome import RomeConfig, _optimise, _problem
 from mechtut.patching.matmul import fast_matmul
 
 PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"

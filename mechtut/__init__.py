@@ -3,57 +3,63 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mechtut._lazy import lazy_package
+from mechtut._packages import lazy_package
 
 __version__ = "0.2.0"
 
-# Public name -> the module that has it. A module is imported when one of its names is first asked for,
-# so that `import mechtut` itself needs neither torch nor transformers.
+# Public name -> the module that has it. A module is imported when one of its names is
+# first asked for, so that `import mechtut` itself needs neither torch nor transformers.
 _WHERE = {
-    "Model": "models.loading",
-    "load_model": "models.loading",
-    "Site": "models.hooks",
+    "Activations": "models.hooks",
     "capture": "models.hooks",
     "Edit": "models.hooks",
     "intervene": "models.hooks",
+    "Site": "models.hooks",
+    "load_model": "models.loading",
+    "Model": "models.loading",
     "Replay": "patching.replay",
+    "ICLPrompt": "prompts.few_shot",
+    "load_task": "prompts.few_shot",
+    "sample_prompts": "prompts.few_shot",
+    "Task": "prompts.few_shot",
+    "layer_average": "prompts.mean_activations",
+    "mean_head_activations": "prompts.mean_activations",
     "Noise": "prompts.subject_noise",
+    "Fact": "mini.world",
+    "World": "mini.world",
+    "key_covariance": "editing.covariance",
+    "evaluate_edit": "editing.evaluation",
+    "context_templates": "editing.requests",
+    "WeightEdit": "editing.weights",
+    "attribution_scores": "circuits.attribution",
+    "EdgeScores": "circuits.attribution",
+    "Circuit": "circuits.circuit",
+    "evaluate_circuit": "circuits.circuit",
+    "roc": "circuits.circuit",
+    "refine": "circuits.refining",
+    "RefinedCircuit": "circuits.refining",
+    "collect": "neurons.collect",
+    "NeuronRecords": "neurons.records",
+    "explore_heads": "viz.interactive",
+    "explore_trace": "viz.interactive",
+    "acdc": "papers.acdc",
     "AverageTrace": "papers.causal_tracing",
     "CausalTrace": "papers.causal_tracing",
     "trace": "papers.causal_tracing",
     "trace_facts": "papers.causal_tracing",
-    "acdc": "papers.acdc",
-    "RomeConfig": "papers.rome",
-    "context_templates": "papers.rome",
-    "edit_fact": "papers.rome",
-    "key_covariance": "papers.rome",
-    "evaluate_edit": "editing.evaluation",
-    "ICLPrompt": "prompts.few_shot",
-    "load_task": "prompts.few_shot",
-    "sample_prompts": "prompts.few_shot",
     "function_vector": "papers.function_vectors",
+    "FunctionVector": "papers.function_vectors",
     "indirect_effect": "papers.function_vectors",
     "inject": "papers.function_vectors",
-    "layer_average": "papers.function_vectors",
-    "mean_head_activations": "papers.function_vectors",
-    "Circuit": "circuits.circuit",
-    "evaluate_circuit": "circuits.circuit",
-    "roc": "circuits.circuit",
-    "attribution_scores": "circuits.attribution",
-    "refine": "circuits.refining",
-    "NeuronRecords": "neurons.records",
-    "collect": "neurons.collect",
     "explain": "papers.neuron_explanation",
-    "simulate": "papers.neuron_explanation",
     "score_explanation": "papers.neuron_explanation",
-    "explore_heads": "viz.interactive",
-    "explore_trace": "viz.interactive",
-    "Fact": "mini.world",
-    "World": "mini.world",
+    "simulate": "papers.neuron_explanation",
+    "edit_fact": "papers.rome",
+    "RomeConfig": "papers.rome",
+    "RomeEdit": "papers.rome",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]
-
 
 _package, _packages = lazy_package(__name__, __path__)
 
@@ -75,56 +81,94 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what type checkers and editors read
-    from mechtut.circuits.attribution import attribution_scores as attribution_scores
-    from mechtut.papers.causal_tracing import (
-        AverageTrace as AverageTrace,
-        CausalTrace as CausalTrace,
-        trace as trace,
-        trace_facts as trace_facts,
+    from mechtut.circuits.attribution import (
+        EdgeScores as EdgeScores,
+        attribution_scores as attribution_scores,
     )
     from mechtut.circuits.circuit import (
         Circuit as Circuit,
         evaluate_circuit as evaluate_circuit,
         roc as roc,
     )
-    from mechtut.neurons.collect import collect as collect
-    from mechtut.prompts.subject_noise import Noise as Noise
-    from mechtut.editing.evaluation import evaluate_edit as evaluate_edit
-    from mechtut.papers.function_vectors import (
-        function_vector as function_vector,
-        indirect_effect as indirect_effect,
-        inject as inject,
-        layer_average as layer_average,
-        mean_head_activations as mean_head_activations,
+    from mechtut.circuits.refining import (
+        RefinedCircuit as RefinedCircuit,
+        refine as refine,
     )
-    from mechtut.prompts.few_shot import (
-        ICLPrompt as ICLPrompt,
-        load_task as load_task,
-        sample_prompts as sample_prompts,
-    )
-    from mechtut.viz.interactive import (
-        explore_heads as explore_heads,
-        explore_trace as explore_trace,
-    )
-    from mechtut.models.loading import Model as Model, load_model as load_model
-    from mechtut.papers.neuron_explanation import (
-        explain as explain,
-        score_explanation as score_explanation,
-        simulate as simulate,
-    )
-    from mechtut.neurons.records import NeuronRecords as NeuronRecords
-    from mechtut.circuits.refining import refine as refine
-    from mechtut.patching.replay import Replay as Replay
-    from mechtut.papers.rome import (
-        RomeConfig as RomeConfig,
-        context_templates as context_templates,
-        edit_fact as edit_fact,
+    from mechtut.editing.covariance import (
         key_covariance as key_covariance,
     )
+    from mechtut.editing.evaluation import (
+        evaluate_edit as evaluate_edit,
+    )
+    from mechtut.editing.requests import (
+        context_templates as context_templates,
+    )
+    from mechtut.editing.weights import (
+        WeightEdit as WeightEdit,
+    )
+    from mechtut.mini.world import (
+        Fact as Fact,
+        World as World,
+    )
     from mechtut.models.hooks import (
+        Activations as Activations,
         Edit as Edit,
         Site as Site,
         capture as capture,
         intervene as intervene,
     )
-    from mechtut.mini.world import Fact as Fact, World as World
+    from mechtut.models.loading import (
+        Model as Model,
+        load_model as load_model,
+    )
+    from mechtut.neurons.collect import (
+        collect as collect,
+    )
+    from mechtut.neurons.records import (
+        NeuronRecords as NeuronRecords,
+    )
+    from mechtut.papers.acdc import (
+        acdc as acdc,
+    )
+    from mechtut.papers.causal_tracing import (
+        AverageTrace as AverageTrace,
+        CausalTrace as CausalTrace,
+        trace as trace,
+        trace_facts as trace_facts,
+    )
+    from mechtut.papers.function_vectors import (
+        FunctionVector as FunctionVector,
+        function_vector as function_vector,
+        indirect_effect as indirect_effect,
+        inject as inject,
+    )
+    from mechtut.papers.neuron_explanation import (
+        explain as explain,
+        score_explanation as score_explanation,
+        simulate as simulate,
+    )
+    from mechtut.papers.rome import (
+        RomeConfig as RomeConfig,
+        RomeEdit as RomeEdit,
+        edit_fact as edit_fact,
+    )
+    from mechtut.patching.replay import (
+        Replay as Replay,
+    )
+    from mechtut.prompts.few_shot import (
+        ICLPrompt as ICLPrompt,
+        Task as Task,
+        load_task as load_task,
+        sample_prompts as sample_prompts,
+    )
+    from mechtut.prompts.mean_activations import (
+        layer_average as layer_average,
+        mean_head_activations as mean_head_activations,
+    )
+    from mechtut.prompts.subject_noise import (
+        Noise as Noise,
+    )
+    from mechtut.viz.interactive import (
+        explore_heads as explore_heads,
+        explore_trace as explore_trace,
+    )

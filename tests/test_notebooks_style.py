@@ -1,14 +1,19 @@
-"""The rules of the house that a machine can check: see CONTRIBUTING.md."""
+"""What protects readers of the notebooks, as far as a machine can check it.
+
+Lengths are judgement and not rules: `tools/lengths.py` reports them.
+"""
 
 import ast
 import json
 import re
 from functools import cache
 from pathlib import Path
-from statistics import median
 
 import pytest
 import yaml
+
+import mechtut
+from mechtut._packages import import_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
@@ -16,20 +21,32 @@ NOTEBOOKS = sorted(
     for p in (ROOT / "nbs").rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
-MODULES = sorted(p.name for p in (ROOT / "mechtut").glob("[a-z]*.py"))
-LONGEST_CELL, TYPICAL_CELL, WIDEST_LINE, LONGEST_MODULE, MOST_CELLS = (
-    30,
-    8,
-    125,
-    450,
-    80,
+WRITTEN_BY_HAND = ("__init__", "__main__", "_packages", "_modidx")
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT / "mechtut").with_suffix("").parts)
+    for p in (ROOT / "mechtut").rglob("*.py")
+    if p.stem not in WRITTEN_BY_HAND
 )
-MAY_BE_LONGER = {
-    "class Model:": 60
-}  # first line of an exported class that cannot be split -> its most lines
+WIDEST_LINE = 88
+# Packages from the bottom up, and what each may import beside itself.
+MAY_IMPORT = {
+    "models": set(),
+    "viz": set(),
+    "patching": {"models"},
+    "mini": {"models"},
+    "prompts": {"models", "patching", "mini"},
+    "editing": {"models", "patching", "prompts", "mini"},
+    "circuits": {"models", "patching", "viz"},
+    "neurons": {"models", "patching", "viz"},
+    "papers": {
+        *("models", "patching", "mini", "prompts", "editing", "circuits", "neurons"),
+        "viz",
+    },
+}
+MAY_IMPORT["experiments"] = {*MAY_IMPORT, "papers"}
 THIS_MACHINE = re.compile(
-    r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+|[A-Z]:\\\\\S+| at"
-    r" 0x[0-9a-f]{6,}"
+    r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+"
+    r"|[A-Z]:\\\\\S+| at 0x[0-9a-f]{6,}"
 )
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS)
@@ -46,20 +63,10 @@ def code(path: str) -> list[dict]:
     return [c for c in cells(path) if c["cell_type"] == "code" and c["source"].strip()]
 
 
-def lines(cell: dict) -> list[str]:
-    """The lines of code in a cell: no directives, no blank lines, no docstrings."""
-    numbers = set(range(1, len(cell["source"].splitlines()) + 1))
-    for node in ast.walk(parse(cell)):
-        if isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        ) and ast.get_docstring(node):
-            numbers -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    kept = [
-        line
-        for n, line in enumerate(cell["source"].splitlines(), 1)
-        if n in numbers and line.strip()
-    ]
-    return [line for line in kept if not re.match(r"#\s*\||# NBVAL_", line)]
+def parse(cell: dict) -> ast.Module:
+    """The cell's syntax tree, without notebook magics."""
+    lines = cell["source"].splitlines()
+    return ast.parse("\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", x) for x in lines))
 
 
 def imported(path: str) -> set[str]:
@@ -68,42 +75,18 @@ def imported(path: str) -> set[str]:
     for cell in code(path):
         for node in ast.walk(parse(cell)):
             if isinstance(node, ast.ImportFrom):
-                names |= {node.module or ""} | {
-                    f"{node.module}.{a.name}" for a in node.names
-                }
+                names |= {node.module or ""}
             elif isinstance(node, ast.Import):
                 names |= {a.name for a in node.names}
     return names
 
 
-def parse(cell: dict) -> ast.Module:
-    """The cell's syntax tree, without notebook magics."""
-    return ast.parse(
-        "\n".join(
-            re.sub(r"^(\s*)[%!].*", r"\1pass", line)
-            for line in cell["source"].splitlines()
-        )
-    )
-
-
 def exports(path: str) -> str | None:
     """The module that a notebook writes."""
-    found = [
-        m[1]
-        for c in code(path)
-        if (m := re.search(r"^#\s*\|\s*default_exp\s+(\S+)", c["source"], re.MULTILINE))
-    ]
+    mark = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.MULTILINE)
+    found = [m[1] for c in code(path) if (m := mark.search(c["source"]))]
     assert len(found) <= 1, f"{path} has {len(found)} default_exp lines"
     return found[0] if found else None
-
-
-@cache
-def papers() -> frozenset[str]:
-    return frozenset(
-        f"mechtut.{m}"
-        for p in NOTEBOOKS
-        if p.startswith("nbs/papers/") and (m := exports(p))
-    )
 
 
 @each_notebook
@@ -118,61 +101,56 @@ def test_begins_with_title_and_summary(path):
 @each_notebook
 def test_imports(path):
     for cell in code(path):
-        assert not any(
-            isinstance(n, ast.ImportFrom) and n.names[0].name == "*"
-            for n in ast.walk(parse(cell))
-        ), f"{path} {cell['id']}: name what you import, no `import *`"
-    foreign = {
-        n for n in imported(path) if n.split(".")[0] in {"fastcore", "nbdev", "execnb"}
-    }
-    assert not foreign, (
-        f"{path} imports {foreign}: readers should need Python and the library only"
-    )
+        stars = [n for n in ast.walk(parse(cell)) if isinstance(n, ast.ImportFrom)]
+        assert not any(n.names[0].name == "*" for n in stars), (
+            f"{path} {cell['id']}: name what you import, no `import *`"
+        )
+    parts = {n.split(".")[0] for n in imported(path)}
+    foreign = parts & {"fastcore", "nbdev", "execnb"}
+    assert not foreign, f"{path} imports {foreign}: readers should not need it"
     assert not {n for n in imported(path) if n.startswith(".")}
 
 
-@each_notebook
-def test_arrows_go_one_way(path):
-    """models → sites → replay → papers → guides: core knows no paper, a paper knows no
-    other paper.
-    """
-    if path.startswith(("nbs/core/", "nbs/papers/")):
-        own = {f"mechtut.{exports(path)}"}
-        wrong = imported(path) & (papers() - own)
-        assert not wrong, (
-            f"{path} imports {wrong}: what two papers need belongs in core"
-        )
+def graph() -> dict[str, set[str]]:
+    return import_graph(ROOT / "mechtut", mechtut._WHERE)
+
+
+def test_packages_are_those_of_the_plan():
+    packages = {p.name for p in (ROOT / "mechtut").iterdir() if p.is_dir()}
+    assert packages - {"data", "__pycache__"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if "." in m])
+def test_imports_point_downward(module):
+    """models → patching → prompts → circuits … → papers; a paper knows no paper."""
+    package = module.split(".")[0]
+    allowed = MAY_IMPORT[package] | ({package} if package != "papers" else set())
+    used = {m.split(".")[1] for m in graph()[f"mechtut.{module}"] if m.count(".") > 1}
+    assert not (wrong := used - allowed), (
+        f"mechtut.{module} imports from {sorted(wrong)}; mechtut.{package} may use"
+        f" {sorted(allowed)}: what two packages need moves down"
+    )
+
+
+def test_no_module_only_hands_on_what_others_define():
+    for module in MODULES:
+        path = ROOT / "mechtut" / (module.replace(".", "/") + ".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        kinds = ast.FunctionDef | ast.ClassDef
+        assert any(isinstance(n, kinds) for n in tree.body), f"{module} defines nothing"
+        exported = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
+        again = [a.name for n in exported for a in n.names if a.asname == a.name]
+        assert not again, f"{module} imports {again} only to hand them on"
 
 
 @each_notebook
-def test_cells_are_short(path):
+def test_code_fits_the_page(path):
     for cell in code(path):
-        allowed = max(
-            [n for first, n in MAY_BE_LONGER.items() if first in cell["source"]],
-            default=LONGEST_CELL,
-        )
-        assert len(lines(cell)) <= allowed, (
-            f"{path} {cell['id']}: {len(lines(cell))} lines; split it"
-        )
-        wide = [line for line in cell["source"].splitlines() if len(line) > WIDEST_LINE]
+        wide = [x for x in cell["source"].splitlines() if len(x) > WIDEST_LINE]
         assert not wide, (
             f"{path} {cell['id']}: {len(wide[0])} characters, more than {WIDEST_LINE}:"
             f" {wide[0].strip()}"
         )
-        ends = [line for line in lines(cell) if line.rstrip().endswith(";")]
-        assert not ends, f"{path} {cell['id']}: ends with `;`: {ends[0]}"
-    typical = median(len(lines(c)) for c in code(path)) if code(path) else 0
-    assert typical <= TYPICAL_CELL, (
-        f"{path}: the median code cell has {typical} lines, more than {TYPICAL_CELL}"
-    )
-    shown = [
-        c
-        for c in cells(path)
-        if not re.match(r"#\s*\|\s*(hide|default_exp)", c["source"])
-    ]
-    assert len(shown) <= MOST_CELLS, (
-        f"{path} has {len(shown)} cells to read: that is two rooms"
-    )
 
 
 @each_notebook
@@ -195,20 +173,11 @@ def test_outputs_are_the_same_everywhere(path):
             assert output.get("name") != "stderr", (
                 f"{where}: saved stderr: {''.join(output.get('text', ''))[:200]}"
             )
-            data = {
-                k: v
-                for k, v in output.get("data", {}).items()
-                if not k.startswith("image/")
-            }
-            text = "".join(
-                "".join(v) if isinstance(v, list) else str(v)
-                for v in [output.get("text", ""), *data.values()]
-            )
-            found = re.search(
-                r"(?<![\w./])/(home|work|tmp|root|usr|Users|var|opt)/\S+|[A-Z]:\\\\\S+|"
-                r" at 0x[0-9a-f]{6,}",
-                text,
-            )
+            data = output.get("data", {})
+            shown = [v for k, v in data.items() if not k.startswith("image/")]
+            parts = [output.get("text", ""), *shown]
+            text = "".join("".join(v) if isinstance(v, list) else str(v) for v in parts)
+            found = THIS_MACHINE.search(text)
             assert not found, f"{where}: the output shows {found and found[0]!r}"
 
 
@@ -220,18 +189,26 @@ def test_metadata(path):
     assert len(set(ids)) == len(ids), f"{path}: two cells have the same id"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_are_short(name):
-    count = len((ROOT / "mechtut" / name).read_text(encoding="utf-8").splitlines())
-    assert count <= LONGEST_MODULE, (
-        f"mechtut/{name} has {count} lines, more than {LONGEST_MODULE}: that is two"
-        " rooms"
-    )
-
-
 def test_every_module_is_exported_by_one_notebook():
-    written = [m for p in NOTEBOOKS if (m := exports(p))]
-    assert sorted(written) == sorted(n.removesuffix(".py") for n in MODULES)
+    written = {m: p for p in NOTEBOOKS if (m := exports(p))}
+    assert sorted(written) == MODULES
+    for module, path in written.items():
+        package, _, room = module.rpartition(".")
+        name = re.sub(r"^\d+_", "", Path(path).stem)
+        assert name == room.lstrip("_"), f"{path} writes {module}"
+        folder = "nbs/papers" if package == "papers" else f"nbs/library/{package}"
+        assert Path(path).parent.as_posix() == folder, f"{path} writes {module}"
+
+
+def test_tests_stand_beside_what_they_test():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        package = path.parent.name
+        if package == "tests":
+            continue
+        assert package in MAY_IMPORT, f"{path}: there is no package {package}"
+        tested = path.stem.removeprefix("test_")
+        rooms = [m.split(".")[1].lstrip("_") for m in MODULES if m.startswith(package)]
+        assert tested.startswith(tuple(rooms)), f"{path.name}: no module of that name"
 
 
 def test_quarto_lists_every_notebook():
@@ -239,26 +216,17 @@ def test_quarto_lists_every_notebook():
         if isinstance(node, str):
             return [node]
         if isinstance(node, dict):
-            return [
-                f
-                for key in ("contents", "href", "file")
-                if key in node
-                for f in files(node[key])
-            ]
+            keys = ("contents", "href", "file")
+            return [f for key in keys if key in node for f in files(node[key])]
         return [f for child in node for f in files(child)]
 
-    listed = files(
-        yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"][
-            "contents"
-        ]
-    )
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    listed = files(config["website"]["sidebar"]["contents"])
     assert len(set(listed)) == len(listed)
-    assert not (gone := [f for f in listed if not (ROOT / f).is_file()]), (
-        f"_quarto.yml lists files that do not exist: {gone}"
-    )
-    assert not (missing := sorted(set(NOTEBOOKS) - set(listed))), (
-        f"add to the sidebar in _quarto.yml: {missing}"
-    )
+    gone = [f for f in listed if not (ROOT / f).is_file()]
+    assert not gone, f"_quarto.yml lists files that do not exist: {gone}"
+    missing = sorted(set(NOTEBOOKS) - set(listed))
+    assert not missing, f"add to the sidebar in _quarto.yml: {missing}"
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, "README.md", "CONTRIBUTING.md"])

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,72 +44,76 @@ def text(annotation: Any) -> str:
     return f"`{written}`".replace("|", "\\|")
 
 
-def table(thing: Any) -> list[str]:
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
+
+
+def sections(thing: Any) -> dict[str, str]:
+    """A docstring in parts: its text under "", then each of `SECTIONS` that it has."""
+    written = inspect.getdoc(thing) or ""
+    if dataclasses.is_dataclass(thing) and written.startswith(f"{thing.__name__}("):
+        return {"": ""}  # the one that `dataclass` makes up
+    mark = re.compile(rf"^({'|'.join(SECTIONS)}):$\n?", re.MULTILINE)
+    first, *rest = mark.split(written)
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    return {"": first.strip()} | {k: textwrap.dedent(v).strip() for k, v in pairs}
+
+
+def items(text: str) -> dict[str, str]:
+    """The entries of a section: what is named and what is said of it."""
+    found = re.findall(r"^(\S+): ((?:.*\n?)(?:^[ ].*\n?)*)", text, re.MULTILINE)
+    return {name.lstrip("*"): " ".join(said.split()) for name, said in found}
+
+
+def table(thing: Any, said: dict[str, str]) -> list[str]:
     """The parameters of a function, or of a class, as a table."""
     try:
-        parameters = [
-            p
-            for n, p in inspect.signature(thing).parameters.items()
-            if n not in ("self", "cls")
-        ]
+        signature = inspect.signature(thing).parameters.items()
     except (TypeError, ValueError):
         return []
+    parameters = [p for n, p in signature if n not in ("self", "cls")]
     if not parameters:
         return []
-    lines = ["", "| parameter | type | default |", "| --- | --- | --- |"]
+    head = ["", "| parameter | type | default | what it is |"]
+    lines = [*head, "| --- | --- | --- | --- |"]
     for p in parameters:
-        name = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
-        default = (
-            ""
-            if p.default is p.empty
-            else "made anew"
-            if "factory" in repr(p.default)
-            else f"`{p.default!r}`"
-        )
-        lines.append(
-            f"| `{name}` | {text(p.annotation)} |"
-            f" {default.replace('|', chr(92) + '|')} |"
-        )
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        default = "" if p.default is p.empty else f"`{p.default!r}`"
+        default = "made anew" if "factory" in repr(p.default) else default
+        cells = [f"`{stars}{p.name}`", text(p.annotation)]
+        cells += [default.replace("|", chr(92) + "|"), safe(said.get(p.name, ""))]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def docstring(thing: Any) -> str:
-    """The docstring, safe inside Markdown: brackets and stars in it are meant as they
-    stand.
-    """
-    written = inspect.getdoc(thing) or ""
-    if dataclasses.is_dataclass(thing) and written.startswith(
-        getattr(thing, "__name__", "") + "("
-    ):
-        return ""  # the one that `dataclass` makes up, which only repeats the table
+def safe(written: str) -> str:
+    """Text as it stands in Markdown: brackets and stars in it are meant."""
     pieces = re.split(r"(```.*?```|`[^`]*`|\$[^$]+\$)", written, flags=re.DOTALL)
-    return "".join(
-        p if i % 2 else re.sub(r"([\[\]*_<>|{}])", r"\\\1", p)
-        for i, p in enumerate(pieces)
-    )
+    escaped = [re.sub(r"([\[\]*_<>|{}])", r"\\\1", p) for p in pieces]
+    both = zip(pieces, escaped, strict=True)
+    return "".join(p if i % 2 else e for i, (p, e) in enumerate(both))
 
 
 def entry(name: str, thing: Any, source: str, level: int = 2) -> list[str]:
-    """Heading, text, parameters and source link of one function or class, and the
-    methods of a class.
+    """Heading, text, parameters, what comes back and an example, with the methods of a
+    class behind it.
     """
     kind = "class" if inspect.isclass(thing) else "function" if level == 2 else "method"
-    lines = [
-        "#" * level + f" {name}",
-        "",
-        f"*{kind}* · [source]({source}#L{line(thing)})",
-        "",
-        docstring(thing),
-        *table(thing),
-        "",
-    ]
+    told = sections(thing)
+    said = items(told.get("Args", "")) | items(told.get("Attributes", ""))
+    lines = ["#" * level + f" {name}", ""]
+    lines += [f"*{kind}* · [source]({source}#L{line(thing)})", "", safe(told[""])]
+    lines += [*table(thing, said), ""]
+    for part in ("Returns", "Yields"):
+        if part in told:
+            lines += [f"**{part}** {safe(told[part])}", ""]
+    if "Raises" in told:
+        lines += ["**Raises**", ""]
+        lines += [f"- `{n}`: {safe(w)}" for n, w in items(told["Raises"]).items()]
+    if "Example" in told:
+        lines += ["", "```pycon", told["Example"], "```", ""]
     if inspect.isclass(thing):
         for n, member in vars(thing).items():
-            method = (
-                member.__func__
-                if isinstance(member, classmethod | staticmethod)
-                else member
-            )
+            method = getattr(member, "__func__", member)
             if not n.startswith("_") and inspect.isfunction(method) and method.__doc__:
                 lines += entry(f"{name}.{n}", method, source, 3)
     return lines
@@ -133,13 +138,12 @@ def api_pages(folder: Path, repository: str) -> None:
     for found in pkgutil.walk_packages(mechtut.__path__, "mechtut."):
         name = found.name.removeprefix("mechtut.")
         if found.ispkg:
-            index.append(
-                f"| **{name}** | {docstring(importlib.import_module(found.name))} |"
-            )
+            what = importlib.import_module(found.name).__doc__ or ""
+            index.append(f"| **{name}** | {safe(what)} |")
         elif not any(part.startswith("_") for part in name.split(".")):
             module = importlib.import_module(found.name)
             source = f"{repository}/blob/main/mechtut/{name.replace('.', '/')}.py"
-            summary = docstring(module)
+            summary = safe(inspect.getdoc(module) or "")
             lines = [f"# mechtut.{name}", "", summary, ""]
             for public_name, thing in public(module):
                 lines += entry(public_name, thing, source)

@@ -1,9 +1,10 @@
 """The whole test suite, one step after another; the first that fails ends it.
 
 `python tools/check.py` runs all steps, `python tools/check.py fresh lint` the named
-ones. Steps: fresh (what is generated agrees with the notebooks), lint (ruff, mypy),
-tests (pytest), notebooks (every notebook, every output), build (wheel and sdist),
-installed (every notebook again, on the built wheel).
+ones, and `python tools/check.py --changed [COMMIT]` what a change since a commit (by
+default the last one) can reach by imports. Steps: build (sdist and wheel), fresh (what
+is generated agrees with the notebooks), lint (ruff, mypy), tests (pytest, doctests),
+notebooks (every notebook once, on the installed wheel). Each tells its slowest parts.
 """
 
 import filecmp
@@ -19,27 +20,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-WORKERS = [
-    "-n",
-    str(min(os.cpu_count() or 1, 8)),
-    "--dist",
-    "loadfile",
-]  # a notebook stays in one kernel
+WHEEL_ENVIRONMENT = ROOT / "build/wheel-environment"
+# a notebook stays in one worker, and long ones come first
+WORKERS = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "loadfile"]
+WORKERS += ["--no-loadscope-reorder"]
 COLOUR = [] if sys.stdout.isatty() else ["--color=no"]
-WRITTEN_BY_HAND = {"__init__.py", "__main__.py", "_lazy.py"}
-MUST_BE_PACKED = [
-    "py.typed",
-    "data/mini/config.json",
-    "data/mini/tokenizer.json",
-    "data/mini/model.safetensors",
-]
+WRITTEN_BY_HAND = {"__init__.py", "__main__.py", "_packages.py"}
+MUST_BE_PACKED = ["py.typed"]
+MUST_BE_PACKED += [f"data/mini/{f}.json" for f in ("config", "tokenizer")]
+MUST_BE_PACKED += ["data/mini/model.safetensors"]
+spent: list[tuple[float, str]] = []  # seconds of each command of the present step
 
 
 def run(*command: object, cwd: Path = ROOT) -> None:
     """Run a command; if it fails, so does the suite."""
-    subprocess.run(
-        [str(c) for c in command], cwd=cwd, check=True, stdin=subprocess.DEVNULL
-    )
+    words, start = [str(c) for c in command], time.monotonic()
+    subprocess.run(words, cwd=cwd, check=True, stdin=subprocess.DEVNULL)
+    name = " ".join(Path(w).name if "/" in w else w for w in words[:6])
+    spent.append((time.monotonic() - start, name))
 
 
 def fail(message: str) -> None:
@@ -53,162 +51,148 @@ def python_m(*arguments: object) -> None:
 
 def files_of(folder: Path, *patterns: str) -> set[str]:
     """Relative paths of the files below `folder` that match."""
-    found = {
-        p
-        for pattern in patterns
-        for p in folder.glob(pattern)
-        if ".ipynb_checkpoints" not in p.parts
-    }
-    return {p.relative_to(folder).as_posix() for p in found if p.is_file()}
+    found = {p for pattern in patterns for p in folder.glob(pattern)}
+    mine = {p for p in found if ".ipynb_checkpoints" not in p.parts and p.is_file()}
+    return {p.relative_to(folder).as_posix() for p in mine}
+
+
+def build() -> None:
+    """Wheel and sdist into dist/; both must hold package, data and types."""
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    # setuptools would pack what an earlier build left there
+    for old in ("lib", "bdist.linux-x86_64"):
+        shutil.rmtree(ROOT / "build" / old, ignore_errors=True)
+    command = [sys.executable, "-m", "build", "-o", "dist"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print("\n".join((done.stdout + done.stderr).splitlines()[-40:]))
+        fail("the build")
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    (sdist,) = (ROOT / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as z, tarfile.open(sdist) as tar:
+        packed = {wheel: z.namelist(), sdist: tar.getnames()}
+    wanted = files_of(ROOT / "mechtut", "**/*.py", "data/**/*") | set(MUST_BE_PACKED)
+    for archive, names in packed.items():
+        lacks = [
+            w for w in wanted if not any(n.endswith(f"mechtut/{w}") for n in names)
+        ]
+        if lacks:
+            fail(f"{archive.name} lacks {', '.join(sorted(lacks))}")
+        size = archive.stat().st_size / 1e6
+        print(f"{archive.name}: {len(names)} files, {size:.1f} MB")
+
+
+def wheel_environment() -> subprocess.Popen:
+    """Begin to install the wheel into an environment of its own, beside other work."""
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    command = [sys.executable, "tools/notebooks.py", wheel, WHEEL_ENVIRONMENT]
+    return subprocess.Popen([*map(str, command), "--prepare"], cwd=ROOT)
 
 
 def fresh() -> None:
-    """Export and clean a copy: the modules, the notebooks and README.md must be what is
-    in the checkout.
-    """
-    watched = [
-        "settings.ini",
-        "pyproject.toml",
-        "README.md",
-        "mechtut/**/*.py",
-        "nbs/**/*.ipynb",
-    ]
+    """Export and clean a copy: modules, notebooks, README.md must be as checked out."""
+    watched = ["settings.ini", "pyproject.toml", "README.md", "mechtut/**/*.py"]
+    watched += ["nbs/**/*.ipynb"]
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "mechtut"
         for name in files_of(ROOT, *watched, "tools/*.py", "docs/figures/*"):
-            if not name.startswith("mechtut/") or Path(name).name in WRITTEN_BY_HAND:
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, copy / name)
+            if name.startswith("mechtut/") and Path(name).name not in WRITTEN_BY_HAND:
+                continue
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
         run(BIN / "nbdev_export", cwd=copy)
         run(BIN / "nbdev_clean", cwd=copy)
-        if (copy / "nbs/index.ipynb").exists():
-            run(sys.executable, "tools/readme.py", cwd=copy)
+        run(sys.executable, "tools/readme.py", cwd=copy)
         watched.append("docs/figures/*")
         theirs, ours = files_of(copy, *watched), files_of(ROOT, *watched)
-        stale = [
-            n
-            for n in sorted(theirs & ours)
-            if not filecmp.cmp(ROOT / n, copy / n, shallow=False)
-        ]
+        both = sorted(theirs & ours)
+        differ = filecmp.cmpfiles(ROOT, copy, both, shallow=False)
+        stale = [*differ[1], *differ[2]]
         stale += [f"{n} (no notebook writes it)" for n in sorted(ours - theirs)]
         stale += [f"{n} (missing)" for n in sorted(theirs - ours)]
     if stale:
         fail(
             "these differ from what the notebooks give:\n  "
             + "\n  ".join(stale)
-            + "\nRun `python tools/save.py NOTEBOOK`, look at the difference and"
-            " commit it."
+            + "\nRun `python tools/save.py NOTEBOOK`, look at it and commit it."
         )
     print(f"{len(ours)} files agree with the notebooks")
 
 
 def lint() -> None:
-    """Style of all Python files, and types of the package."""
-    folders = [
-        f
-        for f in (
-            "mechtut",
-            "tests",
-            "tools",
-            "benchmarks",
-            "nbs/conftest.py",
-            "setup.py",
-        )
-        if (ROOT / f).exists()
-    ]
+    """Style of all Python files, types of the package, and a report of lengths."""
+    folders = ["mechtut", "tests", "tools", "benchmarks", "nbs/conftest.py", "setup.py"]
     python_m("ruff", "check", *folders)
     mine = [p for p in (ROOT / "mechtut").rglob("*.py") if p.name in WRITTEN_BY_HAND]
-    handwritten = [*mine, *folders[1:]]  # exported cells keep the notebook's layout
-    python_m("ruff", "format", "--check", *handwritten)
+    python_m("ruff", "format", "--check", *mine, *folders[1:])
     python_m("mypy")
+    run(sys.executable, "tools/lengths.py")
 
 
-def tests() -> None:
-    """Everything in tests/."""
-    python_m("pytest", "-q", *COLOUR, *WORKERS, "tests")
+def tests(*paths: object) -> None:
+    """Everything in tests/, and the examples in docstrings."""
+    chosen = paths or ("tests", "mechtut")
+    slow = ["--durations=10", "--durations-min=1", "--doctest-modules"]
+    python_m("pytest", "-q", *slow, *COLOUR, *WORKERS, *chosen)
 
 
-def notebooks() -> None:
-    """Every cell of every notebook, its output compared with the saved one."""
-    python_m("pytest", "-q", "--nbval", "--nbval-current-env", *COLOUR, *WORKERS, "nbs")
-
-
-def build() -> None:
-    """Wheel and sdist into dist/; both must hold the embedded model and the type
-    marker.
-    """
-    shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    shutil.rmtree(
-        ROOT / "build", ignore_errors=True
-    )  # setuptools would pack what an earlier build left there
-    with (
-        tempfile.TemporaryDirectory() as temporary
-    ):  # build the sdist, then the wheel from the sdist alone
-        log = Path(temporary) / "log"
-        with log.open("w") as out:
-            built = subprocess.run(
-                [sys.executable, "-m", "build", "-o", "dist"],
-                cwd=ROOT,
-                stdout=out,
-                stderr=out,
-            )
-        if built.returncode:
-            print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-            fail("the build")
+def notebooks(*paths: object) -> None:
+    """Every cell of every notebook, with the package from the wheel."""
+    quiet = ["-q", *COLOUR, *WORKERS]
+    if paths:  # the inner loop: as they are, in this environment
+        python_m("pytest", "--nbval", "--nbval-current-env", *quiet, *paths)
+        return
     (wheel,) = (ROOT / "dist").glob("*.whl")
-    (sdist,) = (ROOT / "dist").glob("*.tar.gz")
-    with zipfile.ZipFile(wheel) as z, tarfile.open(sdist) as tar:
-        packed = {wheel: z.namelist(), sdist: tar.getnames()}
-    modules = (ROOT / "mechtut").rglob("*.py")
-    wanted = {p.relative_to(ROOT / "mechtut").as_posix() for p in modules} | set(
-        MUST_BE_PACKED
-    )
-    wanted |= {
-        p.relative_to(ROOT / "mechtut").as_posix()
-        for p in (ROOT / "mechtut/data").rglob("*")
-        if p.is_file()
-    }
-    for archive, names in packed.items():
-        if missing := sorted(
-            w for w in wanted if not any(n.endswith(f"mechtut/{w}") for n in names)
-        ):
-            fail(f"{archive.name} lacks {', '.join(missing)}")
-        print(
-            f"{archive.name}: {len(names)} files, {archive.stat().st_size / 1e6:.1f} MB"
-        )
+    run(sys.executable, "tools/notebooks.py", wheel, WHEEL_ENVIRONMENT, *quiet)
 
 
-def installed() -> None:
-    """Every notebook again, with the package from the wheel."""
-    (wheel,) = (ROOT / "dist").glob("*.whl")
-    run(sys.executable, "tools/installed.py", wheel, "-q", *COLOUR, *WORKERS)
-
-
-STEPS = [fresh, lint, tests, notebooks, build, installed]
+def report(name: str, start: float) -> str:
+    """Print how long a step took, and its slowest commands."""
+    if len(spent) > 1:
+        print("slowest commands:")
+        for seconds, command in sorted(spent, reverse=True)[:10]:
+            print(f"{seconds:7.1f} s  {command}")
+    spent.clear()
+    line = f"{name} {time.monotonic() - start:.0f} s"
+    print(f"--- {line}", flush=True)
+    return line
 
 
 def main() -> None:
-    by_name = {step.__name__: step for step in STEPS}
-    names = sys.argv[1:] or list(by_name)
-    if unknown := [n for n in names if n not in by_name]:
-        sys.exit(f"no step {', '.join(unknown)}; the steps are {', '.join(by_name)}")
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # outputs were saved with one thread, and the workers share the cores
+    # outputs were saved with one thread, and the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    times = []
-    for name in names:
-        print(f"\n=== {name}: {by_name[name].__doc__}", flush=True)
+    steps = {
+        step.__name__: (step, ()) for step in (build, fresh, lint, tests, notebooks)
+    }
+    names = sys.argv[1:]
+    if names[:1] == ["--changed"]:
+        sys.path.insert(0, str(Path(__file__).parent))
+        from changed import reached
+
+        some_tests, some_notebooks = reached(*names[1:2])
+        print(f"{len(some_tests)} test files, {len(some_notebooks)} notebooks")
+        steps = {n: steps[n] for n in ("fresh", "lint")}
+        steps |= {"tests": (tests, some_tests)} if some_tests else {}
+        steps |= {"notebooks": (notebooks, some_notebooks)} if some_notebooks else {}
+        names = []
+    if unknown := [n for n in names if n not in steps]:
+        sys.exit(f"no step {', '.join(unknown)}; the steps are {', '.join(steps)}")
+    times, preparing = [], None
+    for name in names or list(steps):
+        step, arguments = steps[name]
+        print(f"\n=== {name}: {step.__doc__}", flush=True)
         start = time.monotonic()
         try:
-            by_name[name]()
+            if preparing and name == "notebooks" and preparing.wait():
+                fail("installing the wheel; see above")
+            step(*arguments)
         except subprocess.CalledProcessError as error:
-            fail(
-                f"step {name}, exit code {error.returncode}. Again, alone: python"
-                f" tools/check.py {name}"
-            )
-        times.append(f"{name} {time.monotonic() - start:.0f} s")
-        print(f"--- {times[-1]}", flush=True)
+            fail(f"step {name}, exit code {error.returncode}. Again, alone: "
+                 f"python tools/check.py {name}")  # fmt: skip
+        if name == "build" and (not names or "notebooks" in names):
+            preparing = wheel_environment()
+        times.append(report(name, start))
     print(f"\nAll green: {', '.join(times)}", flush=True)
 
 

@@ -1,5 +1,5 @@
 """Load a language model, name the places inside it, read them and change them."""
 
-from mechtut._lazy import lazy_package
+from mechtut._packages import lazy_package
 
 __getattr__, __dir__ = lazy_package(__name__, __path__)

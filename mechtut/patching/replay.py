@@ -63,36 +63,6 @@ def naive_replay(
             rows.append(model.logits(tokens)[:, -1])
     return torch.stack(rows)
 
-# %% ../../nbs/library/patching/replay.ipynb #c008
-@dataclass(frozen=True)
-class _Base(BlockInputs):
-    keys: list[Float[Tensor, "batch kv_head pos d_head"]]
-    values: list[Float[Tensor, "batch kv_head pos d_head"]]
-
-
-def _record(
-    model: Model, tokens: Tensor, edits: Intervention, mask: Tensor | None
-) -> _Base:
-    """Run the model once under `edits` (on the embedding only) and keep what restarts
-    need.
-    """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def keep_kv(
-        _layer: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        keys.append(k)
-        values.append(v)
-        return q, k, v
-
-    with (
-        attention_tap(model, arguments=keep_kv, explicit_mask=True),
-        intervene(model, edits, must_fire=False),
-    ):
-        inputs = record_blocks(model, tokens, mask)
-    return _Base(inputs.resid, inputs.arguments, keys, values)
-
 # %% ../../nbs/library/patching/replay.ipynb #c011
 def _slice_arguments(
     arguments: dict[str, Any], n_pos: int, start: int, stop: int, copies: int
@@ -423,8 +393,9 @@ class Replay:
         self.n_pos = self.readout[-1] + 1
         self.batch_size = batch_size or _default_batch(model, self.n_pos)
         self._mask, self._edits = attention_mask, base_edits
-        with fast_matmul(model):
-            self.base = _record(model, self.tokens, base_edits, attention_mask)
+        edited = intervene(model, base_edits, must_fire=False)
+        with fast_matmul(model), edited:
+            self.base = record_blocks(model, self.tokens, attention_mask, keys=True)
 
     def reads(self, start: int) -> list[int]:
         """The readout positions from one position on.
@@ -509,7 +480,7 @@ def _default_batch(model: Model, n_pos: int) -> int:
 
 # %% ../../nbs/library/patching/replay.ipynb #c040
 def _groups(
-    plans: Sequence[_Plan | None], base: _Base, limit_bytes: int = 2**30
+    plans: Sequence[_Plan | None], base: BlockInputs, limit_bytes: int = 2**30
 ) -> list[list[int]]:
     """Interventions by first changed position, then layer, in groups whose live streams
     fit the limit.

@@ -1,5 +1,5 @@
 """Prompts and what is known about their tokens: subjects and their noise, few-shot tasks, facts, completions."""
 
-from mechtut._lazy import lazy_package
+from mechtut._packages import lazy_package
 
 __getattr__, __dir__ = lazy_package(__name__, __path__)

@@ -25,11 +25,25 @@ from ..models.loading import Model
 def complete(
     model: Model, prompt: Prompt, n_tokens: int = 16, *, cache: bool = True
 ) -> list[int]:
-    """The `n_tokens` token ids that the model writes after a prompt; stops after an
-    end-of-text token.
+    """What the model writes after a prompt, by greedy decoding.
 
-    Raises `ValueError` if the prompt and its completion do not fit into the model's
-    context.
+    Args:
+        model: The model.
+        prompt: A few-shot prompt, a text, or `(token ids, target id)`.
+        n_tokens: The most tokens; it stops after an end-of-text token.
+        cache: Whether to keep keys and values between steps.
+
+    Returns:
+        The new token ids.
+
+    Raises:
+        ValueError: If prompt and completion do not fit into the model's context.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> model = load_model("mini")
+        >>> model.decode(complete(model, "Riley Martin works as a", 1))
+        ' singer'
     """
     ids, kept, out = encode(model, prompt).ids, None, list[int]()
     if len(ids) + n_tokens > model.n_ctx:
@@ -60,27 +74,63 @@ def _words(text: str) -> list[str]:
 
 
 def exact(written: str, answer: str) -> float:
-    """1 if the first line of what was written is the answer, apart from case and
-    punctuation.
+    """1 if the first line of a completion is the answer, but for case and punctuation.
+
+    Args:
+        written: What the model wrote.
+        answer: What would be right.
+
+    Returns:
+        1 or 0.
+
+    Example:
+        >>> exact(" Small.\\nbig", "small")
+        1.0
     """
     return float(_words(written.strip().split("\n")[0]) == _words(answer))
 
 
 def first_word(written: str, answer: str) -> float:
-    """1 if the first written word is the answer's first word."""
+    """1 if the first written word is the answer's first word.
+
+    Args:
+        written: What the model wrote.
+        answer: What would be right.
+
+    Returns:
+        1 or 0.
+    """
     return float(_words(written)[:1] == _words(answer)[:1])
 
 
 def f1(written: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of the words of the first line."""
+    """Harmonic mean of precision and recall of the words of the first line.
+
+    Args:
+        written: What the model wrote.
+        answer: What would be right.
+
+    Returns:
+        Between 0 and 1.
+
+    Example:
+        >>> f1("New York City", "New York")
+        0.8
+    """
     a, b = Counter(_words(written.strip().split("\n")[0])), Counter(_words(answer))
     common = sum((a & b).values())
     return 2 * common / (a.total() + b.total()) if common else 0.0
 
 
 def mentions(written: str, answer: str) -> float:
-    """1 if the answer's words occur anywhere in what was written, in order and
-    together.
+    """1 if the answer's words occur anywhere in a completion, in order and together.
+
+    Args:
+        written: What the model wrote.
+        answer: What would be right.
+
+    Returns:
+        1 or 0.
     """
     return float(f" {' '.join(_words(answer))} " in f" {' '.join(_words(written))} ")
 
@@ -89,8 +139,16 @@ def mentions(written: str, answer: str) -> float:
 def answer_nll(
     model: Model, prompt: Any, change: Callable[[int], Any] | None = None
 ) -> float:
-    """Mean negative log-likelihood of a prompt's answer per token; `change(pos)` gives
-    a context manager to run under.
+    """Mean negative log-likelihood of a prompt's answer, per token.
+
+    Args:
+        model: The model.
+        prompt: A few-shot prompt with its answer.
+        change: `change(pos)` gives a context manager to run under, where `pos` is the
+            prompt's last position.
+
+    Returns:
+        Nats per token.
     """
     ids = encode(model, prompt).ids
     answer = answer_ids(model, prompt)
@@ -107,11 +165,17 @@ def answer_nll(
 def shot_baselines(
     model: Model, task: Task, shots: Sequence[int] = (0, 1, 2, 5, 10), seed: int = 42
 ) -> pd.DataFrame:
-    """Accuracy and perplexity of a task's test answers after each number of true
-    demonstrations: one row per number.
+    """How well a task is answered after each number of true demonstrations.
 
-    `top1` counts answers whose first token is the likeliest; `perplexity` is exp(mean
-    negative log-likelihood per token).
+    Args:
+        model: The model.
+        task: The task; its test queries are asked.
+        shots: Numbers of demonstrations.
+        seed: Of the split and the demonstrations.
+
+    Returns:
+        A row per number of shots: `n` prompts, `top1` (share of answers whose first token
+        is the likeliest), `perplexity` (exp of the mean negative log-likelihood).
     """
     rows = []
     for n in shots:
@@ -145,7 +209,19 @@ def _prompt_tokens(
 def decode_vector(
     model: Model, vector: Float[Tensor, "d_model"], k: int = 10
 ) -> pd.DataFrame:
-    """The `k` likeliest tokens of a vector read by the final norm and the unembedding."""
+    """The likeliest tokens of a vector, read by final norm and unembedding.
+
+    Args:
+        model: The model.
+        vector: A state of the residual stream.
+        k: How many tokens.
+
+    Returns:
+        Columns `token` and `probability`.
+
+    Raises:
+        ValueError: If the vector has another width.
+    """
     if tuple(vector.shape) != (model.d_model,):
         raise ValueError(
             f"the vector must have shape ({model.d_model},), not {tuple(vector.shape)}"
@@ -165,10 +241,20 @@ def reconstruct(
     lr: float = 0.5,
     seed: int = 42,
 ) -> Float[Tensor, "d_model"]:
-    """A vector found from `vector`'s decoded distribution alone (its first `k` tokens),
-    scaled to the same length.
+    """A vector found from another one's decoded distribution alone.
 
-    Cross-entropy, Adam, a random start, as in appendix of the paper.
+    Cross-entropy, Adam, a random start (Todd et al. 2024, appendix).
+
+    Args:
+        model: The model.
+        vector: The vector.
+        k: Only its likeliest `k` tokens count; `None` for all.
+        steps: Steps of the optimiser.
+        lr: Its learning rate.
+        seed: Of the start.
+
+    Returns:
+        The found vector, scaled to the length of `vector`.
     """
     with torch.no_grad():
         wanted = model.unembed(vector).softmax(-1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pair', 'TODD', 'COMMIT', 'Role', 'WORDS', 'PREFIXES', 'SEPARATORS', 'Prompt', 'Split', 'Task', 'load_task',
            'Template', 'ICLPrompt', 'template_grid', 'sample_prompts', 'every_query', 'Encoded', 'bos_text', 'encode',
-           'answer_ids', 'Layout', 'layout', 'Batch', 'batches']
+           'answer_ids', 'encode_all', 'Layout', 'layout', 'Batch', 'batches']
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c002
 import json
@@ -32,7 +32,13 @@ Pair = tuple[str, str]
 
 
 class Split(NamedTuple):
-    """A task's pairs in three disjoint parts."""
+    """A task's pairs in three disjoint parts.
+
+    Attributes:
+        train: What demonstrations are taken from.
+        valid: What queries are taken from while something is measured or chosen.
+        test: What queries are taken from for the final numbers.
+    """
 
     train: tuple[Pair, ...]
     valid: tuple[Pair, ...]
@@ -41,7 +47,12 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A word-to-word task: a name and its (input, output) pairs."""
+    """A word-to-word task.
+
+    Attributes:
+        name: Its name.
+        pairs: Its (input, output) pairs.
+    """
 
     name: str
     pairs: tuple[Pair, ...]
@@ -49,7 +60,14 @@ class Task:
     def split(self, seed: int = 42) -> Split:
         """70/9/21 % of the pairs, shuffled by numpy's legacy generator.
 
-        Raises `ValueError` with fewer than 4 pairs.
+        Args:
+            seed: Of the shuffle.
+
+        Returns:
+            The three parts.
+
+        Raises:
+            ValueError: With fewer than 4 pairs.
         """
         if len(self.pairs) < 4:
             raise ValueError(
@@ -71,12 +89,23 @@ def _cut(pairs: Sequence[Pair], seed: int) -> tuple[tuple[Pair, ...], tuple[Pair
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c010
 def load_task(source: str | Path) -> Task:
-    """A task of the embedded world by name, the authors' `"todd/<name>"`, or a JSON
-    file of `{"input", "output"}`.
+    """Load a task.
 
-    Tasks on lists of the embedded world ("first copy", "last capital") come as 100
-    pairs, always the same. Raises `FileNotFoundError` for an unknown name and
-    `ValueError` for a file that is not a list of pairs.
+    Args:
+        source: A task of the embedded world by name, the authors' `"todd/<name>"`, or a
+            JSON file of `{"input", "output"}`.
+
+    Returns:
+        The task. Tasks on lists of the embedded world ("first copy", "last capital") come
+        as 100 pairs, always the same.
+
+    Raises:
+        FileNotFoundError: For an unknown name.
+        ValueError: For a file that is not a list of pairs.
+
+    Example:
+        >>> load_task("antonym").name
+        'antonym'
     """
     from mechtut.mini.world import World  # the world is not needed to read a file
 
@@ -207,7 +236,14 @@ def _download(name: str, clone: Path) -> bytes:
 # %% ../../nbs/library/prompts/few_shot.ipynb #c019
 @dataclass(frozen=True)
 class Template:
-    """What stands around the words: `question x between answer y after`, and so on."""
+    """What stands around the words: `question x between answer y after`, and so on.
+
+    Attributes:
+        question: Before the input.
+        answer: Before the output.
+        between: Between input and `answer`.
+        after: After the output.
+    """
 
     question: str = "Q:"
     answer: str = "A:"
@@ -216,9 +252,16 @@ class Template:
 
     @staticmethod
     def parse(text: str) -> "Template":
-        """Read `"Q:{}\\nA:{}\\n\\n"`.
+        """Read a template.
 
-        Raises `ValueError` unless there are two `{}` with something after each.
+        Args:
+            text: Such as `"Q:{}\\nA:{}\\n\\n"`.
+
+        Returns:
+            The template.
+
+        Raises:
+            ValueError: Unless there are two `{}` with something after each.
         """
         parts = text.split("{}")
         if len(parts) != 3 or not parts[1] or not parts[2]:
@@ -254,7 +297,25 @@ WORDS = (
 # %% ../../nbs/library/prompts/few_shot.ipynb #c022
 @dataclass(frozen=True)
 class ICLPrompt:
-    """Demonstrations, a query, and the answer that would be right."""
+    """Demonstrations, a query, and the answer that would be right.
+
+    Attributes:
+        demonstrations: (input, output) pairs that are shown.
+        query: The input that is asked.
+        target: The answer that would be right.
+        template: What stands around the words.
+
+    Raises:
+        ValueError: If a word is empty.
+
+    Example:
+        >>> print(ICLPrompt([("hot", "cold")], "big", "small").text)
+        Q: hot
+        A: cold
+        <BLANKLINE>
+        Q: big
+        A:
+    """
 
     demonstrations: Sequence[Pair]
     query: str
@@ -335,7 +396,11 @@ SEPARATORS = (
 
 
 def template_grid() -> list[Template]:
-    """All 120 combinations of `PREFIXES` and `SEPARATORS`."""
+    """All combinations of `PREFIXES` and `SEPARATORS`.
+
+    Returns:
+        120 templates.
+    """
     return [
         Template(q, a, between, after)
         for q, a in PREFIXES
@@ -354,13 +419,29 @@ def sample_prompts(
     words: Sequence[str] | None = None,
     template: Template = Template(),
 ) -> list[ICLPrompt]:
-    """Prompts with demonstrations from the task's train part and queries from its valid
-    part.
+    """Prompts with demonstrations of the train part and queries of the valid part.
 
-    `queries` limits the queries to these indices of the valid part. `corrupt="shuffle"`
-    permutes the labels within each prompt; `"random"` takes them from `words` (by
-    default all words of the embedded world). Raises `ValueError` if there are not
-    enough pairs.
+    Args:
+        task: The task.
+        n_prompts: How many.
+        n_shots: Demonstrations in each.
+        seed: Of the split and of every draw.
+        corrupt: `"shuffle"` permutes the labels within each prompt, `"random"` takes them
+            from `words`.
+        queries: Limits the queries to these indices of the valid part.
+        words: Where random labels come from; by default all words of the embedded world.
+        template: What stands around the words.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ValueError: If there are not enough pairs.
+
+    Example:
+        >>> prompts = sample_prompts(load_task("antonym"), 2, n_shots=5)
+        >>> len(prompts[0].demonstrations)
+        5
     """
     _check_corrupt(corrupt)
     split, random = task.split(seed), np.random.RandomState(seed)
@@ -433,9 +514,21 @@ def every_query(
     words: Sequence[str] | None = None,
     template: Template = Template(),
 ) -> list[ICLPrompt]:
-    """One prompt per query of a part (or of those at the indices `keep`), in order.
+    """One prompt per query of a part, in order.
 
-    `split_seed` defaults to `seed`.
+    Args:
+        task: The task.
+        n_shots: Demonstrations in each prompt, from the train part.
+        seed: Of the demonstrations.
+        corrupt: As in `sample_prompts`.
+        part: Where the queries come from.
+        keep: Only the queries at these indices.
+        split_seed: Of the split; `seed` by default.
+        words: Where random labels come from.
+        template: What stands around the words.
+
+    Returns:
+        The prompts.
     """
     _check_corrupt(corrupt)
     split, random = (
@@ -453,28 +546,34 @@ def every_query(
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c038
 class Encoded(NamedTuple):
-    """A prompt as token ids, and the id of its answer's first token."""
+    """A prompt as token ids.
+
+    Attributes:
+        ids: The ids.
+        target: The id of its answer's first token; -1 if there is none.
+    """
 
     ids: list[int]
     target: int
 
 
-Prompt = (
-    ICLPrompt | str | tuple[Any, Any]
-)  # a tuple holds token ids and the target's id
+# a tuple holds token ids and the target's id
+Prompt = ICLPrompt | str | tuple[Any, Any]
 
 
 def bos_text(model: Model) -> str:
-    """What a prompt begins with: the BOS token if the tokenizer has one and does not
-    add it on its own.
+    """What a prompt begins with.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The BOS token if the tokenizer has one and does not add it on its own, else "".
     """
     tokenizer = _tokenizer(model)
     token = getattr(tokenizer, "bos_token", None)
-    return (
-        token
-        if token and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]
-        else ""
-    )
+    adds_it = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return token if token and not adds_it else ""
 
 
 def _tokenizer(model: Model) -> Any:
@@ -487,10 +586,17 @@ def _tokenizer(model: Model) -> Any:
 
 
 def encode(model: Model, prompt: Prompt) -> Encoded:
-    """Token ids of a prompt.
+    """Token ids of a prompt; plain text gets no BOS and no target (-1).
 
-    Plain text gets no BOS and no target (-1). Raises `ValueError` for words without
-    tokens.
+    Args:
+        model: The model.
+        prompt: A few-shot prompt, a text, or `(token ids, target id)`.
+
+    Returns:
+        The ids, and that of the answer's first token.
+
+    Raises:
+        ValueError: For words without tokens.
     """
     if isinstance(prompt, tuple):
         ids, target = model.to_tokens(prompt[0]).tolist(), int(prompt[1])
@@ -502,7 +608,18 @@ def encode(model: Model, prompt: Prompt) -> Encoded:
 
 
 def answer_ids(model: Model, prompt: ICLPrompt) -> list[int]:
-    """All tokens that a prompt's right answer adds to it."""
+    """All tokens that a prompt's right answer adds to it.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        ValueError: If it adds none.
+    """
     text, tokenizer = bos_text(model) + prompt.text, _tokenizer(model)
     n_prompt = len(tokenizer(text)["input_ids"])
     new: list[int] = tokenizer(f"{text} {prompt.target}")["input_ids"][n_prompt:]
@@ -513,9 +630,34 @@ def answer_ids(model: Model, prompt: ICLPrompt) -> list[int]:
         )
     return new
 
+
+def encode_all(model: Model, prompts: Sequence[Prompt]) -> list[Encoded]:
+    """Token ids of several prompts.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+
+    Returns:
+        One entry per prompt.
+
+    Raises:
+        TypeError: If this is one prompt instead of a list of them.
+    """
+    if isinstance(prompts, ICLPrompt | str):
+        kind = type(prompts).__name__
+        raise TypeError(f"prompts must be a list of prompts, not one {kind}")
+    return [encode(model, p) for p in prompts]
+
 # %% ../../nbs/library/prompts/few_shot.ipynb #c046
 class Layout(NamedTuple):
-    """The tokens of a prompt with the role and the slot of each."""
+    """The tokens of a prompt with the role and the slot of each.
+
+    Attributes:
+        ids: Token ids.
+        roles: What each token is for.
+        slots: Where it counts: all tokens of a word share one slot.
+    """
 
     ids: list[int]
     roles: list[Role]
@@ -525,19 +667,24 @@ class Layout(NamedTuple):
 def layout(model: Model, prompt: ICLPrompt) -> Layout:
     """Roles and slots of a prompt's tokens.
 
-    Raises `ValueError` for a word that adds no token.
+    Args:
+        model: The model.
+        prompt: The prompt.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: For a word that adds no token.
     """
     tokenizer, text = _tokenizer(model), bos_text(model)
-    roles: list[Role] = ["bos"] * len(
-        tokenizer(text)["input_ids"]
-    )  # also one that the tokenizer adds by itself
+    # also one that the tokenizer adds by itself
+    roles: list[Role] = ["bos"] * len(tokenizer(text)["input_ids"])
     slots = list(range(len(roles)))
     for piece, role in prompt.parts():
         text += piece
-        new, first = (
-            len(tokenizer(text)["input_ids"]) - len(roles),
-            slots[-1] + 1 if slots else 0,
-        )
+        new = len(tokenizer(text)["input_ids"]) - len(roles)
+        first = slots[-1] + 1 if slots else 0
         if role in WORDS and new < 1:
             raise ValueError(
                 f"the word {piece.strip()!r} has no token of its own here; this"
@@ -557,11 +704,18 @@ def layout(model: Model, prompt: ICLPrompt) -> Layout:
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c050
 class Batch(NamedTuple):
-    """Some prompts, padded on the right; `rows` says which of the list they are."""
+    """Some prompts, padded on the right.
+
+    Attributes:
+        rows: Which of the list they are.
+        tokens: Token ids.
+        last: Position of each prompt's last token.
+        targets: Id of each answer's first token.
+    """
 
     rows: list[int]
     tokens: Int[Tensor, "prompt pos"]
-    last: Int[Tensor, "prompt"]  # position of each prompt's last token
+    last: Int[Tensor, "prompt"]
     targets: Int[Tensor, "prompt"]
 
 
@@ -570,8 +724,16 @@ def batches(
 ) -> Iterator[Batch]:
     """The prompts in batches, short ones first, so that little padding is needed.
 
-    By default a batch's recorded run takes about 256 MB. Raises `ValueError` for no
-    prompts or a `batch_size` below 1.
+    Args:
+        model: The model.
+        prompts: The prompts as ids.
+        batch_size: Prompts per batch; by default a recorded run takes about 256 MB.
+
+    Yields:
+        The batches.
+
+    Raises:
+        ValueError: For no prompts or a `batch_size` below 1.
     """
     if not prompts:
         raise ValueError("there are no prompts")
@@ -579,20 +741,14 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     longest = len(prompts[order[-1]].ids)
-    size = batch_size or max(
-        1, 2**28 // (12 * model.n_layers * model.d_model * longest)
-    )
+    fits = 2**28 // (12 * model.n_layers * model.d_model * longest)
+    size = batch_size or max(1, fits)
     for rows in (order[i : i + size] for i in range(0, len(order), size)):
         chosen = [prompts[i] for i in rows]
         width = max(len(p.ids) for p in chosen)
-        tokens = torch.tensor(
-            [p.ids + p.ids[-1:] * (width - len(p.ids)) for p in chosen],
-            device=model.device,
+        padded = [p.ids + p.ids[-1:] * (width - len(p.ids)) for p in chosen]
+        ends, targets = [len(p.ids) - 1 for p in chosen], [p.target for p in chosen]
+        columns = (
+            torch.tensor(c, device=model.device) for c in (padded, ends, targets)
         )
-        ends = torch.tensor([len(p.ids) - 1 for p in chosen], device=model.device)
-        yield Batch(
-            rows,
-            tokens,
-            ends,
-            torch.tensor([p.target for p in chosen], device=model.device),
-        )
+        yield Batch(rows, *columns)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from families import CONFIGS, tiny
 
-from mechtut.models.hooks import ATTENTION_SITES, SITES, Edit, capture, intervene
 from mechtut.models.families import FAMILIES
+from mechtut.models.hooks import ATTENTION_SITES, SITES, Edit, capture, intervene
 from mechtut.models.loading import load_model, mask_arguments
 from mechtut.patching.replay import Replay, naive_replay
 

@@ -123,7 +123,10 @@ def test_a_failing_forward_leaves_no_hooks():
     ):
         MODEL.logits(TOKENS)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in MODEL.hf.modules())
-    with pytest.raises(ValueError, match="does not fit"), intervene(MODEL, [Edit("q", 0, torch.ones(5))]):
+    with (
+        pytest.raises(ValueError, match="does not fit"),
+        intervene(MODEL, [Edit("q", 0, torch.ones(5))]),
+    ):
         MODEL.logits(TOKENS)
     assert MODEL.config._attn_implementation != "mechtut"
 

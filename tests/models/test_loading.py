@@ -12,10 +12,10 @@ import pytest
 import torch
 from families import tiny
 
+from mechtut.models import loading
 from mechtut.models.families import FAMILIES
 from mechtut.models.loading import load_model, weight_fingerprint
 from mechtut.models.weights import mini_folder
-from mechtut.models import loading
 
 
 def test_mini_loads_and_speaks():

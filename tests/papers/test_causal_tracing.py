@@ -12,12 +12,16 @@ from mechtut.models.loading import load_model
 from mechtut.papers.causal_tracing import (
     AverageTrace,
     CausalTrace,
-    token_roles,
     trace,
     trace_facts,
     window_layers,
 )
-from mechtut.prompts.subject_noise import Noise, embedding_std, find_subject
+from mechtut.prompts.subject_noise import (
+    Noise,
+    embedding_std,
+    find_subject,
+    token_roles,
+)
 
 MODEL = rome_model("tiny_facts", torch.float64)
 PROMPT, SUBJECT = "Lumgath Elmstov plays the sport of", "Lumgath Elmstov"
@@ -227,8 +231,8 @@ def test_windows_are_those_of_the_authors(window):
         ({"prompt": "rugby " * 80}, "reads at most 64"),
         ({"component": "resid_mid"}, "unknown component 'resid_mid'"),
         ({"sever": "mlp"}, "sever must be"),
-        ({"window": 0}, "window and n_samples"),
-        ({"n_samples": 0}, "window and n_samples"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"n_samples": 0}, "n_samples must be at least 1"),
         ({"noise": -1.0}, "positive finite"),
         ({"noise": 0.0}, "positive finite"),
         ({"noise": float("nan")}, "positive finite"),

@@ -27,15 +27,11 @@ from mechtut.papers.function_vectors import (
     indirect_effect,
     indirect_effect_by_class,
     inject,
-    known_queries,
-    layer_average,
-    mean_head_activations,
-    pooled,
-    target_ranks,
     top_heads,
 )
 from mechtut.patching.last_token import GROUP, Change, naive_changes, run_changes
 from mechtut.prompts import few_shot as icl
+from mechtut.prompts.accuracy import known_queries, pooled, target_ranks
 from mechtut.prompts.completions import (
     answer_nll,
     complete,
@@ -56,6 +52,7 @@ from mechtut.prompts.few_shot import (
     load_task,
     sample_prompts,
 )
+from mechtut.prompts.mean_activations import layer_average, mean_head_activations
 
 MODEL = fv_model(torch.float64)
 MINI = load_model("mini", device="cpu")

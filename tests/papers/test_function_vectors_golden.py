@@ -15,12 +15,10 @@ from mechtut.papers.function_vectors import (
     indirect_effect,
     indirect_effect_by_class,
     inject,
-    layer_average,
-    mean_head_activations,
-    target_ranks,
     top_heads,
 )
 from mechtut.patching.last_token import Change, run_changes
+from mechtut.prompts.accuracy import target_ranks
 from mechtut.prompts.completions import answer_nll, complete, decode_vector
 from mechtut.prompts.few_shot import (
     ICLPrompt,
@@ -30,6 +28,7 @@ from mechtut.prompts.few_shot import (
     layout,
     sample_prompts,
 )
+from mechtut.prompts.mean_activations import layer_average, mean_head_activations
 
 MODEL = fv_model()
 PROMPTS = sample_prompts(TASK, 100, 10, SEED)

@@ -9,23 +9,16 @@ import torch
 from families import CONFIGS, tiny
 from golden_models import GOLDEN, rome_model
 
-from mechtut.editing import evaluation
-from mechtut.editing.evaluation import (
-    WeightEdit,
-    fine_tune,
-    mlp_projection,
-    target_nll,
-    world_cases,
-)
+from mechtut.editing import covariance, evaluation, weights
+from mechtut.editing.covariance import key_covariance
+from mechtut.editing.evaluation import target_nll
+from mechtut.editing.requests import context_templates, locate
+from mechtut.editing.weights import WeightEdit, fine_tune, mlp_projection
 from mechtut.models.loading import load_model
 from mechtut.papers import rome
-from mechtut.papers.rome import (
-    RomeConfig,
-    context_templates,
-    edit_fact,
-    key_covariance,
-    locate,
-)
+from mechtut.papers.rome import RomeConfig, edit_fact
+from mechtut.prompts import facts
+from mechtut.prompts.facts import world_cases
 
 MODEL = rome_model("tiny_facts", torch.float32)
 REQUEST = {
@@ -47,7 +40,7 @@ def weights_of(model, layer=0):
 def ridge(model, layer=0):
     """A covariance that can be inverted, of the right width."""
     module = mlp_projection(model, layer)
-    width = evaluation.as_stored(module, module.weight).shape[0]
+    width = weights.as_stored(module, module.weight).shape[0]
     return torch.eye(width, dtype=torch.float64)
 
 
@@ -129,7 +122,7 @@ def test_edits_nest_and_come_off_in_order():
 
 def test_targets_of_several_tokens():
     goal = "ice hockey"
-    assert len(evaluation.target_ids(MODEL, goal)) > 1
+    assert len(facts.target_ids(MODEL, goal)) > 1
     edit = edit_fact(
         MODEL,
         **{**REQUEST, "target": goal},
@@ -147,7 +140,7 @@ def test_covariance_is_streamed_and_resumed(tmp_path, monkeypatch):
     whole = key_covariance(MODEL, TEXTS, 0)
     keys = torch.cat(
         [
-            rome._keys(
+            covariance.mlp_keys(
                 MODEL,
                 MODEL.to_tokens(t)[None],
                 torch.ones(1, len(MODEL.to_tokens(t))).long(),
@@ -159,7 +152,7 @@ def test_covariance_is_streamed_and_resumed(tmp_path, monkeypatch):
     assert torch.allclose(
         whole, (keys.double().T @ keys.double()) / len(keys), atol=1e-6
     )
-    real, calls = rome._chunk_sum, []
+    real, calls = covariance._chunk_sum, []
 
     def dies(*args):
         calls.append(1)
@@ -167,7 +160,7 @@ def test_covariance_is_streamed_and_resumed(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(rome, "_chunk_sum", dies)
+    monkeypatch.setattr(covariance, "_chunk_sum", dies)
     with pytest.raises(KeyboardInterrupt):
         key_covariance(MODEL, iter(TEXTS), 0, chunk=30, folder=tmp_path)
     assert torch.allclose(
@@ -270,17 +263,17 @@ def test_original_file_formats(tmp_path):
         "loc_ans": "Fenmar Elmstov",
     }
     (tmp_path / "zsre.json").write_text(json.dumps([line]))
-    record = evaluation.load_zsre(tmp_path / "zsre.json", MODEL)[0]
+    record = facts.load_zsre(tmp_path / "zsre.json", MODEL)[0]
     assert record["requested_rewrite"]["prompt"] == "What sport does {} play?"
     assert (
         "".join(n["target"] for n in record["neighborhood_prompts"])
         == " Fenmar Elmstov"
     )
     (tmp_path / "cf.json").write_text(json.dumps([record]))
-    assert evaluation.load_counterfact(tmp_path / "cf.json") == [record]
+    assert facts.load_counterfact(tmp_path / "cf.json") == [record]
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="no CounterFact file"):
-        evaluation.load_counterfact(tmp_path / "bad.json")
+        facts.load_counterfact(tmp_path / "bad.json")
 
 
 def test_generation_measures():

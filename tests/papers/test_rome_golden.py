@@ -11,14 +11,9 @@ import pytest
 import torch
 from golden_models import GOLDEN, read_json, rome_model
 
+from mechtut.editing.covariance import key_covariance
 from mechtut.editing.evaluation import evaluate_edit, summarize
-from mechtut.papers.rome import (
-    RomeConfig,
-    _optimise,
-    _problem,
-    edit_fact,
-    key_covariance,
-)
+from mechtut.papers.rome import RomeConfig, _optimise, _problem, edit_fact
 
 META = read_json("rome/edits.json")
 ARRAYS = np.load(GOLDEN / "rome" / "edits.npz")

@@ -1,17 +1,18 @@
-"""Run every notebook against the built wheel instead of the checkout: `python
-tools/installed.py WHEEL [pytest arguments]`.
+"""Run every notebook once, as on Colab: `python tools/notebooks.py WHEEL ENVIRONMENT`.
 
-This is the Colab way: a new environment that holds the wheel and its `tutorials` extra
-and nothing else, another folder. A copy of each notebook is made there in which the
-exported cells are replaced by imports of the same names from the installed package;
-every other cell, and its saved output, stays. So a notebook that works only because of
-something in the checkout, or in a cell that was not exported, fails here.
+A new environment holds the wheel and its `tutorials` extra and nothing else, in another
+folder. Papers, guides and the index run as they are written. In the library's notebooks
+the exported cells are replaced by imports of the same names from the wheel (the step
+`fresh` has shown that both are the same code); every other cell, and its saved output,
+stays. So a notebook that works only because of something in the checkout fails here.
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,36 +76,32 @@ def rewrite(notebook: dict) -> int:
 
 
 def wheel_python(wheel: Path, folder: Path) -> Path:
-    """A Python in a new environment that has what Colab would install: the wheel and
-    its `tutorials` extra.
+    """A Python in an environment that has what Colab would install: the wheel and its
+    `tutorials` extra. One that is there already gets the new wheel only.
     """
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-q",
-        "--disable-pip-version-check",
-        "--python",
-        python,
-    ]
-    subprocess.run(
-        [*pip, "install", "-c", ROOT / "constraints.txt", f"{wheel}[tutorials]"],
-        check=True,
-    )
+    pinned = ROOT / "constraints.txt"
+    requirements = (ROOT / "settings.ini").read_bytes() + pinned.read_bytes()
+    wanted = hashlib.sha256(requirements).hexdigest()
+    stamp, python = folder / "made-from", folder / "bin/python"
+    if os.name == "nt":
+        python = folder / "Scripts/python.exe"
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python"]
+    install = [*pip, python, "install", "-c", pinned]
+    if stamp.exists() and stamp.read_text() == wanted:
+        subprocess.run([*install, "--no-deps", "--force-reinstall", wheel], check=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        venv = [sys.executable, "-m", "venv", "--without-pip", folder]
+        subprocess.run(venv, check=True)
+        subprocess.run([*install, f"{wheel}[tutorials]"], check=True)
+        stamp.write_text(wanted)
     code = (
-        "import mechtut, sysconfig; print(mechtut.__file__);"
-        " print(sysconfig.get_path('purelib'))"
+        "import mechtut, sysconfig as s; print(mechtut.__file__, s.get_path('purelib'))"
     )
-    told = subprocess.run(
-        [python, "-c", code], check=True, capture_output=True, text=True, cwd=folder
-    )
-    where, site = told.stdout.split()
+    told = subprocess.check_output([python, "-c", code], text=True, cwd=folder)
+    where, site = told.split()
     if not Path(where).is_relative_to(Path(site)):
-        raise SystemExit(
-            f"mechtut was imported from {where}, not from the wheel in {site}"
-        )
+        sys.exit(f"mechtut was imported from {where}, not from the wheel in {site}")
     return python
 
 
@@ -119,44 +116,36 @@ def kernel(python: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-        sys.exit("usage: python tools/installed.py WHEEL [pytest arguments]")
-    wheel, *arguments = sys.argv[1:]
+    if len(sys.argv) < 3 or not Path(sys.argv[1]).is_file():
+        sys.exit(
+            "usage: python tools/notebooks.py WHEEL ENVIRONMENT [pytest arguments]"
+        )
+    wheel, environment, *arguments = sys.argv[1:]
+    python = wheel_python(Path(wheel).resolve(), Path(environment).resolve())
+    if arguments == ["--prepare"]:
+        return 0
     with tempfile.TemporaryDirectory(prefix="mechtut-wheel-") as temporary:
         folder = Path(temporary).resolve()
-        python = wheel_python(Path(wheel).resolve(), folder / "env")
         exported = 0
         for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
             if ".ipynb_checkpoints" in path.parts:
                 continue
             notebook = json.loads(path.read_text(encoding="utf-8"))
-            exported += rewrite(notebook)
+            if "library" in path.parts:
+                exported += rewrite(notebook)
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(notebook), encoding="utf-8")
-        (folder / "nbs/conftest.py").write_text(
-            (ROOT / "nbs/conftest.py").read_text(encoding="utf-8")
-        )
+        settings = (ROOT / "nbs/conftest.py").read_text(encoding="utf-8")
+        (folder / "nbs/conftest.py").write_text(settings, encoding="utf-8")
         (folder / "pytest.ini").write_text("[pytest]\n")
-        print(
-            f"{exported} exported cells replaced by imports from {Path(wheel).name}",
-            flush=True,
-        )
+        print(f"{exported} exported cells replaced by imports from {Path(wheel).name}")
         kernel(python, folder / "jupyter")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--nbval",
-            "--nbval-kernel-name",
-            "wheel",
-            *arguments,
-            "nbs",
-        ]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-            "JUPYTER_PATH": str(folder / "jupyter")
-        }
-        return subprocess.run(command, cwd=folder, env=environment).returncode
+        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name"]
+        command += ["wheel", *arguments, "nbs"]
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        clean["JUPYTER_PATH"] = str(folder / "jupyter")
+        return subprocess.run(command, cwd=folder, env=clean).returncode
 
 
 if __name__ == "__main__":
