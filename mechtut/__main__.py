@@ -106,8 +106,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def new_paper(name: str, folder: Path) -> Path:
-    """Write the template under the next free number; raises `ValueError` for a bad
-    name, a missing folder, or a module that exists.
+    """Write a new paper's notebook from the template, under the next free number.
+
+    Args:
+        name: Name of its module.
+        folder: Where the papers' notebooks are.
+
+    Returns:
+        The notebook.
+
+    Raises:
+        ValueError: For a bad name, a missing folder, or a module that exists.
     """
     if not (name.isidentifier() and name == name.lower()):
         raise ValueError(
@@ -119,21 +128,16 @@ def new_paper(name: str, folder: Path) -> Path:
             f"there is no folder {folder}; run this at the top of a checkout of"
             " mechtut, or give --folder"
         )
-    if taken := sorted(folder.glob(f"*_{name}.ipynb")) or [
-        p for p in [Path(__file__).with_name(f"{name}.py")] if p.exists()
-    ]:
-        raise ValueError(f"{taken[0]} exists already; choose another name")
+    here = Path(__file__).parent
+    taken = [*folder.glob(f"*_{name}.ipynb"), *here.glob(f"papers/{name}.py")]
+    if taken:
+        raise ValueError(f"{min(taken)} exists already; choose another name")
     numbers = [int(p.name[:2]) for p in folder.glob("[0-9][0-9]_*.ipynb")]
     target = folder / f"{max([*numbers, 0]) // 10 * 10 + 10:02d}_{name}.ipynb"
     words = name.split("_")
-    text = (Path(__file__).parent / "data" / "new_paper.json").read_text(
-        encoding="utf-8"
-    )
-    for mark, value in {
-        "name": name,
-        "title": " ".join(words).capitalize(),
-        "Class": "".join(map(str.capitalize, words)),
-    }.items():
+    title, class_name = " ".join(words).capitalize(), "".join(w.title() for w in words)
+    text = (here / "data" / "new_paper.json").read_text(encoding="utf-8")
+    for mark, value in {"name": name, "title": title, "Class": class_name}.items():
         text = text.replace("{{" + mark + "}}", value)
     target.write_text(text, encoding="utf-8")
     return target

@@ -23,13 +23,18 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# the longest files: they begin first, so that the workers finish together
+LONG = ("test_site.py", "mini/test_training.py", "papers/", "circuits/", "neurons/")
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `hub` download a model; they run with MECHTUT_ONLINE=1 only."""
+    """Long files first. Tests marked `hub` download a model; they run with
+    MECHTUT_ONLINE=1 only.
+    """
+    ranks = {part: i for i, part in enumerate(LONG)}
+    items.sort(key=lambda x: min([ranks[p] for p in LONG if p in x.nodeid] or [9]))
     if not ONLINE:
+        reason = "needs the Hugging Face hub; set MECHTUT_ONLINE=1"
         for item in items:
             if item.get_closest_marker("hub"):
-                item.add_marker(
-                    pytest.mark.skip(
-                        reason="needs the Hugging Face hub; set MECHTUT_ONLINE=1"
-                    )
-                )
+                item.add_marker(pytest.mark.skip(reason=reason))

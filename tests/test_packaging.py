@@ -186,7 +186,7 @@ def test_a_new_paper_runs_and_exports(tmp_path):
     assert main(["new-paper", "logit_lens", "--folder", str(folder)]) == 0
     notebook = json.loads((folder / "40_logit_lens.ipynb").read_text())
     code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    assert "#| default_exp logit_lens" in code
+    assert "#| default_exp papers.logit_lens" in code
     run = "\n\n".join(
         c for c in code if "#| eval: false" not in c and "# Colab:" not in c
     )

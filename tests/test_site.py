@@ -105,6 +105,29 @@ def browser():
         chromium.close()
 
 
+def watched(context, address: str, complaints: list[str]):
+    """A page that notes what fails and what is asked of another host."""
+    page = context.new_page()
+
+    def console(message) -> None:
+        if message.type == "error":
+            complaints.append(f"console: {message.text}")
+
+    def request(asked) -> None:
+        if not asked.url.startswith((address, "data:", "blob:")):
+            complaints.append(f"another host: {asked.url}")
+
+    def response(answer) -> None:
+        if answer.status >= 400:
+            complaints.append(f"{answer.status}: {answer.url}")
+
+    page.on("console", console)
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("response", response)
+    page.on("request", request)
+    return page
+
+
 @pytest.fixture
 def visit(browser, address):
     """Open a page; at the end of the test, nothing may have failed and nothing may have
@@ -113,32 +136,10 @@ def visit(browser, address):
     complaints, contexts = [], []
 
     def go(path: str, width: int = 1280, scheme: str = "light"):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme
-        )
+        size = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, color_scheme=scheme)
         contexts.append(context)
-        page = context.new_page()
-        page.on(
-            "console",
-            lambda m: (
-                complaints.append(f"console: {m.text}") if m.type == "error" else None
-            ),
-        )
-        page.on("pageerror", lambda e: complaints.append(f"error: {e}"))
-        page.on(
-            "response",
-            lambda r: (
-                complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None
-            ),
-        )
-        page.on(
-            "request",
-            lambda r: (
-                None
-                if r.url.startswith((address, "data:", "blob:"))
-                else complaints.append(r.url)
-            ),
-        )
+        page = watched(context, address, complaints)
         page.goto(address + path, wait_until="load")
         return page
 
@@ -146,6 +147,22 @@ def visit(browser, address):
     for context in contexts:
         context.close()
     assert not complaints
+
+
+@pytest.fixture(scope="module")
+def phone(browser, address):
+    """One small screen for all pages, so that scripts and styles are loaded once."""
+    context = browser.new_context(viewport={"width": 390, "height": 900})
+    complaints: list[str] = []
+    page = watched(context, address, complaints)
+
+    def go(path: str):
+        complaints.clear()
+        page.goto(address + path, wait_until="load")
+        return page, complaints
+
+    yield go
+    context.close()
 
 
 def test_every_notebook_has_a_page_with_its_figures(site):
@@ -169,17 +186,17 @@ def test_landing_page_says_what_this_is_within_one_screen(visit):
 
 
 @pytest.mark.parametrize("path", NOTEBOOK_PAGES + OTHER_PAGES)
-def test_page_works_on_a_phone(visit, path):
-    page = visit(path, width=390)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390, (
-        "the page itself scrolls sideways"
-    )
+def test_page_works_on_a_phone(phone, path):
+    page, complaints = phone(path)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390, "the page itself scrolls sideways"
     broken = page.eval_on_selector_all(
         "article img",
         "all => all.filter(i => { i.loading = 'eager'; return i.complete &&"
         " !i.naturalWidth }).map(i => i.src)",
     )
     assert not broken
+    assert not complaints
 
 
 def test_search_finds_indirect_effect(visit):

@@ -36,11 +36,10 @@ def text(annotation: Any) -> str:
     """An annotation as a reader would write it."""
     if annotation is inspect.Parameter.empty:
         return ""
-    written = (
-        annotation
-        if isinstance(annotation, str)
-        else inspect.formatannotation(annotation)
-    )
+    written = annotation
+    if not isinstance(annotation, str):
+        written = inspect.formatannotation(annotation)
+    written = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", written)  # no module paths
     return f"`{written}`".replace("|", "\\|")
 
 

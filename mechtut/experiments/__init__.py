@@ -1,5 +1,5 @@
 """Measurements that use several papers at once."""
 
-from mechtut._lazy import lazy_package
+from mechtut._packages import lazy_package
 
 __getattr__, __dir__ = lazy_package(__name__, __path__)

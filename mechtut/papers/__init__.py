@@ -1,5 +1,5 @@
 """One module a paper, exported from its notebook in nbs/papers."""
 
-from mechtut._lazy import lazy_package
+from mechtut._packages import lazy_package
 
 __getattr__, __dir__ = lazy_package(__name__, __path__)
