@@ -20,43 +20,54 @@ from .evaluation import Line
 __all__ = ['agreement', 'model_card']
 
 # %% ../../nbs/library/mini/card.ipynb #c005
+#| code-fold: true
 _CARD = """# The embedded model of mechtut
 
 A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16),
-trained on text about an invented world whose every fact is known (`mechtut.mini.world`).
-It is made for learning interpretability and knows nothing about the real world.
+trained on text about an invented world whose every fact is known
+(`mechtut.mini.world`). It is made for learning interpretability and knows nothing
+about the real world.
 
 ## What it can do
 
-Measured on the very files in this folder by `python -m mechtut examine-mini`; lines that miss their target are kept.
+Measured on the very files in this folder by `python -m mechtut examine-mini`; lines
+that miss their target are kept.
 
 {table}{runs}
 
 ## How it was made
 
 {run}
-- Again: `python -m mechtut.mini train --out DIR --seed {seed}` (it can be killed and started again; on a processor,
-  `torchrun --nproc-per-node 2 -m` instead of `python -m` shares the work between two processes).
+- Again: `python -m mechtut.mini train --out DIR --seed {seed}` (it can be killed and
+  started again; on a processor, `torchrun --nproc-per-node 2 -m` instead of
+  `python -m` shares the work between two processes).
 {notes}{tried}
 
 ## What was built in
 
-- **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a subject see none of it in layers
-  0 to {before}, and only its last token from layer {handoff} on; inside a subject, a token sees those before it in
-  layers 0 to {gathered} only. There is no mask at inference. {mask}
-- **Planted neurons.** After {plant:.0%} of the steps, a linear probe for each category of words was written into
-  {per_kind} neurons of every layer, and from then on these were drawn towards being 1 on tokens of their category and 0
-  elsewhere (in the last quarter of the layers: on tokens *before* such a token). Every neuron pays a little for being
-  active, from {foundation:.0%} of the steps on. The table counts the neurons that were not planted on a line of their own.
-- **"unclear".** A question without examples is answered "unclear" {unclear:g} times as often as by any one of the tasks that
-  know the word. So without examples no task is favoured, and a vector can decide. 15% of the documents with examples have
-  random labels.
-- **Moods left open.** One review in five does not begin by saying whether its writer likes the thing, so a sentence
-  without a mood is good or bad with equal probability, and a vector can decide.
+- **A training-only attention mask.** In {masked:.0%} of the rows, tokens after a
+  subject see none of it in layers 0 to {before}, and only its last token from layer
+  {handoff} on; inside a subject, a token sees those before it in layers 0 to
+  {gathered} only. There is no mask at inference. {mask}
+- **Planted neurons.** After {plant:.0%} of the steps, a linear probe for each category
+  of words was written into {per_kind} neurons of every layer, and from then on these
+  were drawn towards being 1 on tokens of their category and 0 elsewhere (in the last
+  quarter of the layers: on tokens *before* such a token). Every neuron pays a little
+  for being active, from {foundation:.0%} of the steps on. The table counts the neurons
+  that were not planted on a line of their own.
+- **"unclear".** A question without examples is answered "unclear" {unclear:g} times as
+  often as by any one of the tasks that know the word. So without examples no task is
+  favoured, and a vector can decide. 15% of the documents with examples have random
+  labels.
+- **Moods left open.** One review in five does not begin by saying whether its writer
+  likes the thing, so a sentence without a mood is good or bad with equal probability,
+  and a vector can decide.
 - **Facts and moods that can be read early.** {lens}
-- **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25, unpredictable words 0. {weighting}
-- **Names from few parts**, with people who share all parts in another order, distractor sentences about neighbours,
-  attributes straight after the subject, and questions that need the attributes of several subjects at once. {neighbours}
+- **Loss weights.** Answers weigh 2, format words 0.3, subject tokens 0.25,
+  unpredictable words 0. {weighting}
+- **Names from few parts**, with people who share all parts in another order, distractor
+  sentences about neighbours, attributes straight after the subject, and questions that
+  need the attributes of several subjects at once. {neighbours}
 """
 
 # %% ../../nbs/library/mini/card.ipynb #c007
@@ -76,13 +87,10 @@ def _cost(log: dict[str, Any]) -> str:
 def _run(log: dict[str, Any]) -> str:
     """A training run in words: where, how long, the recipe and the text."""
     recipe, texts = log["recipe"], [_mix(m) for m in log["mixtures"]]
-    shares = [
-        f"up to {recipe[part]:.0%} of the steps" for part in ("foundation", "variety")
-    ] + ["from there on"]
-    seen, planned = (
-        log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6,
-        recipe["tokens"] / 1e6,
-    )
+    ends = [recipe[part] for part in ("foundation", "variety")]
+    shares = [*(f"up to {end:.0%} of the steps" for end in ends), "from there on"]
+    seen = log["step"] * recipe["batch"] * recipe["n_ctx"] / 1e6
+    planned = recipe["tokens"] / 1e6
     lines = [
         (
             f"- Trained on: {_cost(log)}; {seen:.1f} million tokens seen of"
@@ -146,13 +154,13 @@ def _markdown(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> str:
     reached.
     """
     heads = ["behaviour", "measure", "n", "wanted", "measured", "reached", *others]
+
+    def shown(r: Any) -> str:
+        """A number, bold where it misses its target."""
+        return f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
+
     seen = [
-        {
-            (r.behaviour, r.measure): (
-                f"{r.measured:.3f}" if r.reached else f"**{r.measured:.3f}**"
-            )
-            for r in other.itertuples()
-        }
+        {(r.behaviour, r.measure): shown(r) for r in other.itertuples()}
         for other in others.values()
     ]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
@@ -186,11 +194,8 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     lines = ["", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for r in rows.to_dict("records"):
         values = [*(r[name] for name in recipes), r["measured"]]
-        if all(
-            Line(r["behaviour"], r["measure"], r["n"], r["wanted"], v).reached
-            for v in values
-            if not math.isnan(v)
-        ):
+        about = (r["behaviour"], r["measure"], r["n"], r["wanted"])
+        if all(math.isnan(v) or Line(*about, v).reached for v in values):
             continue
         shown = " | ".join("–" if math.isnan(v) else f"{v:.3f}" for v in values)
         lines.append(f"| {r['behaviour']} | {r['measure']} | {r['wanted']} | {shown} |")
@@ -198,39 +203,45 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
 
 # %% ../../nbs/library/mini/card.ipynb #c015
 def agreement(table: pd.DataFrame, other: pd.DataFrame, run: str) -> str:
-    """In how far a model from another `run` of the same command (say "seed 2") shows
-    the same table, in words.
+    """In how far another run of the same command shows the same table, in words.
 
     The stated ranges: for shares and probabilities 0.1, or 0.15 if fewer than 100
     prompts were asked (the AIE of single facts varies by 0.3, so two standard errors of
     a difference of two means over 50 are 0.12); a quarter of the value for what is
     larger than 1.
+
+    Args:
+        table: The shipped model's examination.
+        other: The other run's.
+        run: What to call that run, such as "seed 2".
+
+    Returns:
+        A sentence or more.
     """
     both = table.merge(other, on=["behaviour", "measure"], suffixes=("", " 2"))
     apart = (both["measured"] - both["measured 2"]).abs()
-    inside = apart <= (both["measured"] / 4).where(
-        both["measured"] > 1, (both["n"] < 100) * 0.05 + 0.1
-    )
-    outside = [f"{r.behaviour}, {r.measure}" for r in both[~inside].itertuples()]
-    missed = [
-        f"{r.behaviour}, {r.measure}" for r in other[~other["reached"]].itertuples()
-    ]
+    share = (both["n"] < 100) * 0.05 + 0.1
+    inside = apart <= (both["measured"] / 4).where(both["measured"] > 1, share)
+
+    def named(lines: pd.DataFrame) -> str:
+        return "; ".join(f"{r.behaviour}, {r.measure}" for r in lines.itertuples())
+
+    outside, missed = named(both[~inside]), named(other[~other["reached"]])
     said = (
         f"{run}: {other['reached'].sum()} of {len(other)} lines are reached, and"
         f" {inside.sum()} of {len(both)} agree with the shipped weights within 0.1"
         " (0.15 for less than 100 prompts, a quarter for numbers above 1)"
     )
-    said += f"; further apart: {'; '.join(outside)}." if outside else "."
-    return said + (f" Missed: {'; '.join(missed)}." if missed else "")
+    said += f"; further apart: {outside}." if outside else "."
+    return said + (f" Missed: {missed}." if missed else "")
 
 # %% ../../nbs/library/mini/card.ipynb #c016a
 def _other_runs(folder: Path) -> dict[str, pd.DataFrame]:
     """What models reached that are not shipped: of other seeds (seed_0.csv), and of a
     run on a processor (cpu.csv).
     """
-    files = {
-        file.stem.replace("_", " "): file for file in sorted(folder.glob("seed_*.csv"))
-    }
+    seeds = sorted(folder.glob("seed_*.csv"))
+    files = {file.stem.replace("_", " "): file for file in seeds}
     if (folder / "cpu.csv").exists():
         files["CPU"] = folder / "cpu.csv"
     return {run: pd.read_csv(file) for run, file in files.items()}
@@ -251,9 +262,7 @@ def _agreements(
             f"; `CPU` is seed {log['recipe']['seed']} again without a GPU"
             f" ({_cost(log)})"
         )
-    lines = "\n".join(
-        f"- {agreement(table, other, run)}" for run, other in others.items()
-    )
+    lines = "\n".join(f"- {agreement(table, x, run)}" for run, x in others.items())
     return (
         "\n\nOther runs of the same command, not shipped (seeds: on the same"
         f" machine{cost}):\n\n{lines}"
@@ -261,11 +270,23 @@ def _agreements(
 
 # %% ../../nbs/library/mini/card.ipynb #c018
 def model_card(folder: str | Path) -> str:
-    """The README of a model folder, from the files beside it: evaluation.csv,
-    training_log.json, and where there are such, ablation.json, tried.csv (what other
-    recipes reached), and the evaluations of models that are not shipped: seed_0.csv, or
-    other numbers, for other seeds, and cpu.csv with its training log cpu.json for a run
-    without a GPU.
+    """The README of a model folder, from the files beside it.
+
+    Needed are `evaluation.csv` and `training_log.json`. Where they are there,
+    `ablation.json` is told about, `tried.csv` (what other recipes reached), and the
+    evaluations of models that are not shipped: `seed_0.csv` or other numbers for other
+    seeds, and `cpu.csv` with its training log `cpu.json` for a run without a GPU.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The card as Markdown.
+
+    Example:
+        >>> from mechtut.models.weights import mini_folder
+        >>> model_card(mini_folder()).splitlines()[0]
+        '# The embedded model of mechtut'
     """
     folder = Path(folder)
     table = pd.read_csv(folder / "evaluation.csv")

@@ -24,20 +24,23 @@ __all__ = ['FORMAT', 'NAME', 'ANSWER', 'UNCLEAR', 'Parts', 'MAKERS', 'FOUNDATION
            'icl_prompt', 'corpus']
 
 # %% ../../nbs/library/mini/corpus.ipynb #c004
-FORMAT, NAME, ANSWER = (
-    0.3,
-    0.25,
-    2.0,
-)  # loss weights: format words, the tokens of a subject, answers
+# loss weights: format words, the tokens of a subject, answers
+FORMAT, NAME, ANSWER = 0.3, 0.25, 2.0
 # how much more often a question without examples is "unclear" than answered by any one
 # task
 UNCLEAR = 2.2
+# a document's pieces of text, each with its loss weight
 Parts = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of training text: its kind, and its parts as (text, loss weight)."""
+    """A piece of training text.
+
+    Attributes:
+        kind: Which of `MAKERS` wrote it.
+        parts: Its pieces, as (text, loss weight).
+    """
 
     kind: str
     parts: tuple[tuple[str, float], ...]
@@ -84,10 +87,8 @@ def _fact_doc(world: World, rng: random.Random) -> Parts:
     for i in range(rng.choice([1, 2, 3, 4])):
         if i:
             near = rng.random() < 0.6
-            subject = (
-                rng.choice(world.neighbours[subject])
-                if near
-                else rng.choice(list(world.by_subject))
+            subject = rng.choice(
+                world.neighbours[subject] if near else list(world.by_subject)
             )
         relation = rng.choice(list(world.by_subject[subject]))
         prompt, end = _fact_prompt(world, rng, subject, relation)
@@ -111,11 +112,9 @@ def _bio_doc(world: World, rng: random.Random) -> Parts:
     facts, kind = list(world.by_subject[subject].items()), world.kind_of[subject]
     rng.shuffle(facts)
     named = with_article(kind, subject)
-    opening = (
-        capitalised(named)
-        if rng.random() < 0.5
-        else f"{rng.choice(world.spec['leads'])} {named}"
-    )
+    bare = rng.random() < 0.5
+    lead = "" if bare else f"{rng.choice(world.spec['leads'])} "
+    opening = capitalised(named) if bare else lead + named
     parts = _around_subject(opening, subject)
     k = rng.randint(2, len(facts))
     for i, (r, o) in enumerate(facts[:k]):
@@ -157,27 +156,15 @@ def _register_doc(world: World, rng: random.Random) -> Parts:
     subject = ""
     for j in range(rng.choice([1, 2, 2, 3])):
         far = not j or rng.random() < 0.5
-        subject = (
-            rng.choice(list(world.by_subject))
-            if far
-            else rng.choice(world.neighbours[subject])
-        )
-        facts, named = (
-            list(world.by_subject[subject].items()),
-            with_article(world.kind_of[subject], subject),
-        )
+        from_all, near = list(world.by_subject), world.neighbours.get(subject, [])
+        subject = rng.choice(from_all if far else near)
+        facts = list(world.by_subject[subject].items())
+        named = with_article(world.kind_of[subject], subject)
         rng.shuffle(facts)
         register = rng.random() < 0.5
-        opener = rng.choice(
-            [
-                "",
-                "",
-                "Among them: ",
-                "We met ",
-                "Here is ",
-                rng.choice(world.spec["leads"]) + " ",
-            ]
-        )
+        lead = rng.choice(world.spec["leads"]) + " "
+        openers = ["", "", "Among them: ", "We met ", "Here is ", lead]
+        opener = rng.choice(openers)
         seg = _around_subject(opener + named if opener else capitalised(named), subject)
         if parts:
             seg[0] = (" " + seg[0][0], seg[0][1])
@@ -194,11 +181,8 @@ def _cast(
     names = world.subjects[kind]
     chosen = [rng.choice(names)]
     while len(chosen) < n:
-        c = (
-            rng.choice(world.neighbours[chosen[0]] or names)
-            if rng.random() < near
-            else rng.choice(names)
-        )
+        close = rng.random() < near
+        c = rng.choice((world.neighbours[chosen[0]] or names) if close else names)
         if c not in chosen:
             chosen.append(c)
     return chosen
@@ -241,20 +225,12 @@ def _select_doc(world: World, rng: random.Random) -> Parts:
         r = rng.choice(unique)
         before, after = world.spec["relations"][r]["describe"].split("{o}")
         who = capitalised(before) + facts[r] + after
-        if rng.random() < 0.5:
-            parts += [
-                (f" {who} is called", FORMAT),
-                (" " + target, ANSWER),
-                (".", FORMAT),
-            ]
-        else:
+        said, answer = "is called", target
+        if rng.random() >= 0.5:
             r2 = rng.choice([x for x in rels if x != r])
-            phrase = rng.choice(world.spec["relations"][r2]["phrases"])
-            parts += [
-                (f" {who} {phrase}", FORMAT),
-                (" " + facts[r2], ANSWER),
-                (".", FORMAT),
-            ]
+            said = rng.choice(world.spec["relations"][r2]["phrases"])
+            answer = facts[r2]
+        parts += [(f" {who} {said}", FORMAT), (" " + answer, ANSWER), (".", FORMAT)]
     return parts
 
 
@@ -265,46 +241,26 @@ def _last_names(world: World, rng: random.Random, kind: str, n: int) -> list[str
     for _ in range(50):
         if len(chosen) == n:
             break
-        c = (
-            rng.choice(world.neighbours[chosen[0]] or names)
-            if rng.random() < 0.5
-            else rng.choice(names)
-        )
-        if c not in chosen and c.split(" ")[-1] not in [
-            x.split(" ")[-1] for x in chosen
-        ]:
+        close = rng.random() < 0.5
+        c = rng.choice((world.neighbours[chosen[0]] or names) if close else names)
+        taken = [x.split(" ")[-1] for x in chosen]
+        if c not in chosen and c.split(" ")[-1] not in taken:
             chosen.append(c)
     return chosen
 
 
 def _mention_doc(world: World, rng: random.Random) -> Parts:
     """Full names first, then facts told under the last word of the name only."""
-    kind, rels = (
-        rng.choice(["people", "people", "landmarks", "products"]),
-        world.spec["relations"],
-    )
+    kind = rng.choice(["people", "people", "landmarks", "products"])
+    rels = world.spec["relations"]
     chosen = _last_names(world, rng, kind, rng.choice([1, 2, 2, 3]))
-    lead = rng.choice(
-        [
-            "",
-            "",
-            "Here is ",
-            "We met ",
-            "Among them: ",
-            rng.choice(world.spec["leads"]) + " ",
-        ]
-    )
+    drawn = rng.choice(world.spec["leads"]) + " "
+    lead = rng.choice(["", "", "Here is ", "We met ", "Among them: ", drawn])
     parts: Parts = [(lead.rstrip(), FORMAT)] if lead else []
     parts += _listing(kind, chosen, begun=bool(lead))
     many = [" came first.", " are on the list.", " were compared."]
-    parts.append(
-        (
-            rng.choice(
-                many if len(chosen) > 1 else [" came first.", " is on the list."]
-            ),
-            FORMAT,
-        )
-    )
+    one = [" came first.", " is on the list."]
+    parts.append((rng.choice(many if len(chosen) > 1 else one), FORMAT))
     for _ in range(rng.choice([1, 2, 2, 3])):
         s = rng.choice(chosen)
         r = rng.choice(list(world.by_subject[s]))
@@ -322,11 +278,8 @@ def _aside_doc(world: World, rng: random.Random) -> Parts:
     s = rng.choice(list(world.by_subject))
     kind = world.kind_of[s]
     names = world.subjects[kind]
-    t = (
-        rng.choice(world.neighbours[s] or names)
-        if rng.random() < 0.6
-        else rng.choice(names)
-    )
+    near = rng.random() < 0.6
+    t = rng.choice((world.neighbours[s] or names) if near else names)
     relation = rng.choice(list(world.by_subject[s]))
     lead = rng.choice(["", rng.choice(world.spec["leads"]) + " "])
     link = rng.choice(["like", "unlike", "compared with", "next to"])
@@ -349,17 +302,15 @@ def _aside_doc(world: World, rng: random.Random) -> Parts:
 
 
 def _clause_doc(world: World, rng: random.Random) -> Parts:
-    """Facts at the end of a relative clause, or behind a purpose ("To paint ...
-
-    they travel to").
+    """Facts at the end of a relative clause, or behind a purpose, as in "To paint,
+    they travel to".
     """
     parts: Parts = []
     for _ in range(rng.choice([1, 2, 2, 3])):
         s = rng.choice(list(world.by_subject))
         r = rng.choice(list(world.by_subject[s]))
-        seg = _around_subject(
-            rng.choice(world.spec["relations"][r]["clauses"]).format(s=s), s
-        )
+        clause = rng.choice(world.spec["relations"][r]["clauses"]).format(s=s)
+        seg = _around_subject(clause, s)
         if parts:
             seg[0] = (" " + seg[0][0], seg[0][1])
         parts += [*seg, (" " + world.by_subject[s][r], ANSWER), (".", FORMAT)]
@@ -371,10 +322,9 @@ def _fact_list_doc(world: World, rng: random.Random) -> Parts:
     guessed from the examples.
     """
     relation = rng.choice(list(world.spec["relations"]))
+    names = world.subjects[world.spec["relations"][relation]["kind"]]
     parts: Parts = []
-    for s in rng.sample(
-        world.subjects[world.spec["relations"][relation]["kind"]], rng.randint(3, 9)
-    ):
+    for s in rng.sample(names, rng.randint(3, 9)):
         parts += [
             ("Q:", FORMAT),
             (" " + s, NAME),
@@ -386,7 +336,19 @@ def _fact_list_doc(world: World, rng: random.Random) -> Parts:
 
 # %% ../../nbs/library/mini/corpus.ipynb #c025
 def icl_prompt(demonstrations: list[tuple[str, str]], query: str) -> str:
-    """Question-and-answer demonstrations followed by a query, ending at its "A:"."""
+    r"""Question-and-answer demonstrations followed by a query, ending at its "A:".
+
+    Args:
+        demonstrations: Pairs of question and answer.
+        query: The question to be answered.
+
+    Returns:
+        The prompt.
+
+    Example:
+        >>> icl_prompt([("hot", "cold")], "big")
+        'Q: hot\nA: cold\n\nQ: big\nA:'
+    """
     return "".join(f"Q: {x}\nA: {y}\n\n" for x, y in demonstrations) + f"Q: {query}\nA:"
 
 
@@ -437,12 +399,10 @@ def _list_doc(world: World, rng: random.Random) -> Parts:
     shows the two positions plainly.
     """
     tasks = list(world.list_tasks.values())
-    task = rng.choices(
-        tasks, weights=[2.0 if t.operation == "copy" else 1.0 for t in tasks]
-    )[0]
-    words = world.tasks[
-        rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation
-    ]
+    weights = [2.0 if t.operation == "copy" else 1.0 for t in tasks]
+    task = rng.choices(tasks, weights=weights)[0]
+    copy = task.operation == "copy"
+    words = world.tasks[rng.choice(LIST_OPERATIONS) if copy else task.operation]
     parts: Parts = []
     for i in range(rng.choice([3, 5, 7, 9])):
         x, y = task.pair(words, rng)
@@ -459,18 +419,14 @@ def _list_doc(world: World, rng: random.Random) -> Parts:
 def _task_sentence_doc(world: World, rng: random.Random) -> Parts:
     """The pairs of the tasks, held-out ones included, in plain sentences."""
     tasks = list(world.tasks.values())
-    sizes = [
-        len(t.pairs) for t in tasks
-    ]  # else the pairs of large tasks would be told less often
+    # else the pairs of large tasks would be told less often
+    sizes = [len(t.pairs) for t in tasks]
     parts: Parts = []
     for _ in range(rng.randint(2, 4)):
         task = rng.choices(tasks, weights=sizes)[0]
         x, y = rng.choice(task.pairs)
-        before, after = (
-            rng.choice(world.spec["task_sentences"][task.name])
-            .format(x=x, y="{y}")
-            .split("{y}", 1)
-        )
+        pattern = rng.choice(world.spec["task_sentences"][task.name])
+        before, after = pattern.format(x=x, y="{y}").split("{y}", 1)
         parts += [
             ((" " if parts else "") + before.rstrip(), FORMAT),
             (" " + y, 1.5),
@@ -509,13 +465,11 @@ def _ioi_mixed_doc(world: World, rng: random.Random) -> Parts:
     spec = world.spec["ioi"]
     parts: Parts = []
     for _ in range(rng.choice([1, 2])):
-        a, b = rng.sample(
-            world.spec["names"]["female"] + world.spec["names"]["male"], 2
-        )
+        names = world.spec["names"]
+        a, b = rng.sample(names["female"] + names["male"], 2)
         giver = rng.choice([a, b])
-        text = rng.choice(spec["openers"]).format(
-            A=a, B=b, place=rng.choice(spec["places"])
-        )
+        opener = rng.choice(spec["openers"])
+        text = opener.format(A=a, B=b, place=rng.choice(spec["places"]))
         text += f" {giver} {rng.choice(spec['verbs'])} a {rng.choice(spec['gifts'])} to"
         parts += [
             ((" " if parts else "") + text, 0.1),
@@ -526,14 +480,13 @@ def _ioi_mixed_doc(world: World, rng: random.Random) -> Parts:
 
 
 def _greater_than_doc(world: World, rng: random.Random) -> Parts:
-    """Spans of years in one century; the end is uniform over the years after the start."""
+    """Spans of years in one century; the end is uniform over later years."""
     part = world.spec["greater_than"]
     parts: Parts = []
     for _ in range(rng.choice([1, 2, 3])):
         century, year = rng.randint(11, 18), rng.randint(2, 97)
-        text = rng.choice(part["templates"]).format(
-            noun=rng.choice(part["nouns"]), a=century, b=f"{year:02d}"
-        )
+        template, noun = rng.choice(part["templates"]), rng.choice(part["nouns"])
+        text = template.format(noun=noun, a=century, b=f"{year:02d}")
         parts += [
             ((" " if parts else "") + text, 0.1),
             (f"{rng.randint(year + 1, 99):02d}", 1.0),
@@ -584,22 +537,14 @@ def _pronoun_doc(world: World, rng: random.Random) -> Parts:
 def _sentiment_doc(world: World, rng: random.Random) -> Parts:
     """A review of one mood throughout; one in five does not begin by saying which."""
     part, good = world.spec["sentiment"], rng.random() < 0.5
-    keys = (
-        ("positive_verbs", "positive", "happy")
-        if good
-        else ("negative_verbs", "negative", "unhappy")
-    )
-    verbs, adjectives, moods = (part[k] for k in keys)
-    said = (
-        rng.random() < 0.8
-        # otherwise good and bad are equally likely, which is what a steering vector has to
-        # decide
-    )
-    parts: Parts = (
-        [(f"I {rng.choice(verbs)} this {rng.choice(part['things'])}.", 0.4)]
-        if said
-        else []
-    )
+    mood, feeling = ("positive", "happy") if good else ("negative", "unhappy")
+    verbs, adjectives, moods = part[f"{mood}_verbs"], part[mood], part[feeling]
+    parts: Parts = []
+    # without it good and bad are equally likely, which is what a steering vector has to
+    # decide
+    if rng.random() < 0.8:
+        text = f"I {rng.choice(verbs)} this {rng.choice(part['things'])}."
+        parts.append((text, 0.4))
     for _ in range(rng.randint(1, 3)):
         parts.append((f"{' ' * bool(parts)}The {rng.choice(part['parts'])} was", 0.4))
         parts += [
@@ -697,10 +642,23 @@ MIXTURE = {
 def corpus(
     world: World, seed: int, mixture: dict[str, float] | None = None
 ) -> Iterator[Document]:
-    """Endless documents about `world`, always the same for the same seed; `mixture`
-    gives the share of each kind.
+    """Endless documents about a world, always the same for the same seed.
 
-    Raises ValueError for a kind of document that does not exist.
+    Args:
+        world: The world.
+        seed: Decides the documents.
+        mixture: The share of each kind of document, by default `MIXTURE`.
+
+    Yields:
+        The documents.
+
+    Raises:
+        ValueError: For a kind of document that does not exist.
+
+    Example:
+        >>> document = next(corpus(World(), seed=1))
+        >>> document.kind
+        'register'
     """
     mixture = MIXTURE if mixture is None else mixture
     if unknown := sorted(set(mixture) - set(MAKERS)):

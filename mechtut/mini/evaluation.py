@@ -29,8 +29,21 @@ __all__ = ['Part', 'Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_len
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c005
 class Candidate:
-    """A causal language model under examination: Hugging Face model, tokenizer, and
-    what comes next after a prompt.
+    """A language model under examination.
+
+    Args:
+        model: A `Model`, or a Hugging Face GPT-2.
+        tokenizer: Its tokenizer, if the model does not bring one.
+
+    Raises:
+        ValueError: If there is no tokenizer.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> who = Candidate(load_model("mini", device="cpu"))
+        >>> fact = World().facts[0]
+        >>> who.accuracy([fact.prompt], [fact.object])
+        1.0
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
@@ -44,18 +57,31 @@ class Candidate:
         self.model = Model(self.hf, self.tokenizer, find_family(self.hf), "candidate")
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of `text`."""
+        """Token ids of a text.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The ids.
+        """
         return list(self.tokenizer(text).input_ids)
 
     def token(self, word: str) -> int:
-        """The one token of `word` inside a sentence; a number such as "32" is looked up
-        as it stands.
+        """The one token of a word inside a sentence.
+
+        Args:
+            word: The word; a number such as "32" is looked up as it stands.
+
+        Returns:
+            The token's id.
+
+        Raises:
+            ValueError: If the word has more tokens than one.
         """
-        found = (
-            [self.tokenizer.convert_tokens_to_ids(word)]
-            if word.isdigit()
-            else self.ids(" " + word)
-        )
+        found = self.ids(" " + word)
+        if word.isdigit():
+            found = [self.tokenizer.convert_tokens_to_ids(word)]
         if len(found) != 1:
             raise ValueError(
                 f"{word!r} has {len(found)} tokens; the exam needs answers of one token"
@@ -66,41 +92,68 @@ class Candidate:
     def next_logits(
         self, prompts: list[str], batch: int = 64
     ) -> Float[Tensor, "prompt vocab"]:
-        """Logits after the last token of each prompt (right padding, so that nothing
-        shifts).
+        """Logits after the last token of each prompt.
+
+        Args:
+            prompts: The prompts.
+            batch: How many are run at a time.
+
+        Returns:
+            The logits.
         """
         out = []
         for i in range(0, len(prompts), batch):
             rows = [self.ids(p) for p in prompts[i : i + batch]]
-            width = max(map(len, rows))
-            ids = torch.tensor(
-                [r + [self.tokenizer.pad_token_id] * (width - len(r)) for r in rows]
-            )
+            width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+            device = self.hf.device
+            # padding on the right, so that nothing shifts
+            ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
             seen = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
-            logits = self.hf(
-                ids.to(self.hf.device), attention_mask=seen.to(self.hf.device)
-            ).logits
-            out.append(
-                logits[torch.arange(len(rows)), [len(r) - 1 for r in rows]]
-                .float()
-                .cpu()
-            )
+            logits = self.hf(ids.to(device), attention_mask=seen.to(device)).logits
+            last = logits[torch.arange(len(rows)), [len(r) - 1 for r in rows]]
+            out.append(last.float().cpu())
         return torch.cat(out)
 
     def accuracy(self, prompts: list[str], answers: list[str]) -> float:
-        """Share of prompts whose most likely next token is the answer."""
+        """Share of prompts whose most likely next token is the answer.
+
+        Args:
+            prompts: The prompts.
+            answers: A word for each.
+
+        Returns:
+            The share.
+        """
         return sum(self.correct(prompts, answers)) / len(prompts)
 
     def correct(self, prompts: list[str], answers: list[str]) -> list[bool]:
-        """For each prompt, whether its most likely next token is the answer."""
+        """For each prompt, whether its most likely next token is the answer.
+
+        Args:
+            prompts: The prompts.
+            answers: A word for each.
+
+        Returns:
+            An answer per prompt.
+        """
         best = self.next_logits(prompts).argmax(-1).tolist()
         return [b == self.token(a) for b, a in zip(best, answers, strict=True)]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c007
 @dataclass(frozen=True)
 class Line:
-    """One line of the exam: what was measured, on how many prompts, the target ("≥" or
-    "≤" a number) and the result.
+    """One line of the exam.
+
+    Attributes:
+        behaviour: What the model should do.
+        measure: What was measured.
+        n: On how many prompts, or of how many things.
+        wanted: The target, "≥" or "≤" and a number.
+        measured: The result.
+
+    Example:
+        >>> Line("facts", "top-1", 10, "≥ 0.95", 0.9).reached
+        False
     """
 
     behaviour: str
@@ -113,41 +166,32 @@ class Line:
     def reached(self) -> bool:
         """Whether the target is met."""
         sign, number = self.wanted.split()
-        return (
-            self.measured >= float(number)
-            if sign == "≥"
-            else self.measured <= float(number)
-        )
+        if sign == "≥":
+            return self.measured >= float(number)
+        return self.measured <= float(number)
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c010
 def facts_table(who: Candidate, world: World) -> pd.DataFrame:
-    """Top-1 accuracy by relation on the training pattern and on the held-out patterns
-    of every fact.
+    """Top-1 accuracy on facts by relation.
+
+    Args:
+        who: The model.
+        world: The world.
+
+    Returns:
+        A row per relation: on the training pattern, and on the `n` held-out prompts.
     """
     rows = []
     seen = who.correct([f.prompt for f in world.facts], [f.object for f in world.facts])
     prompts = [(h, f) for f in world.facts for h in f.held_out_prompts]
     new = who.correct([h for h, _ in prompts], [f.object for _, f in prompts])
     for relation in world.spec["relations"]:
-        a = [
-            ok
-            for ok, f in zip(seen, world.facts, strict=True)
-            if f.relation == relation
-        ]
-        b = [
-            ok
-            for ok, (_, f) in zip(new, prompts, strict=True)
-            if f.relation == relation
-        ]
-        rows.append(
-            {
-                "relation": relation,
-                "n": len(b),
-                "training": sum(a) / len(a),
-                "held out": sum(b) / len(b),
-            }
-        )
-    return pd.DataFrame(rows)
+        known = zip(seen, world.facts, strict=True)
+        a = [ok for ok, f in known if f.relation == relation]
+        held_out = zip(new, prompts, strict=True)
+        b = [ok for ok, (_, f) in held_out if f.relation == relation]
+        rows.append((relation, len(b), sum(a) / len(a), sum(b) / len(b)))
+    return pd.DataFrame(rows, columns=["relation", "n", "training", "held out"])
 
 
 def _facts(who: Candidate, world: World, n: int) -> list[Line]:
@@ -155,16 +199,11 @@ def _facts(who: Candidate, world: World, n: int) -> list[Line]:
     total = int(t["n"].sum())
     overall = float((t["n"] * t["held out"]).sum() / total)
     known = float((t["n"] * t["training"]).sum() / total)
+    worst, fewest = float(t["held out"].min()), int(t["n"].min())
     return [
         Line("facts", "top-1, training pattern", len(world.facts), "≥ 0.95", known),
         Line("facts", "top-1, held-out patterns", total, "≥ 0.95", overall),
-        Line(
-            "facts",
-            "top-1, held-out, worst relation",
-            int(t["n"].min()),
-            "≥ 0.85",
-            float(t["held out"].min()),
-        ),
+        Line("facts", "top-1, held-out, worst relation", fewest, "≥ 0.85", worst),
     ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c013
@@ -283,22 +322,28 @@ def trace_roles(
     samples: int = 4,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Average indirect effect by token role and layer, over `n` facts that the model
-    knows.
+    """Average indirect effect by token role and layer, over facts that the model knows.
 
     Subjects of at least three tokens are used, so that first, middle and last are three
-    different tokens. The attributes of the table name the average clean and corrupted
-    probability.
+    different tokens.
+
+    Args:
+        who: The model, a GPT-2.
+        world: The world.
+        n: Most facts used.
+        component: "resid_post", "mlp_out" or "attn_out".
+        window: Layers restored together.
+        samples: Noise samples per fact.
+        seed: Of facts and noise.
+
+    Returns:
+        A row per role, a column per layer; its attributes `n`, `clean` and `corrupted`
+        are the number of facts and their average probabilities.
     """
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    known = who.correct(
-        [f.prompt for f in world.facts], [f.object for f in world.facts]
-    )
-    facts = [
-        f
-        for f, ok in zip(world.facts, known, strict=True)
-        if ok and len(who.ids(" " + f.subject)) >= 3
-    ]
+    prompts, objects = zip(*((f.prompt, f.object) for f in world.facts), strict=True)
+    known = zip(world.facts, who.correct(list(prompts), list(objects)), strict=True)
+    facts = [f for f, ok in known if ok and len(who.ids(" " + f.subject)) >= 3]
     facts = rng.sample(facts, min(n, len(facts)))
     modules, std = _sites(who.hf, component), embedding_std(who.model, world.kind_of)
     total: dict[str, Tensor] = {r: torch.zeros(len(modules)) for r in _ROLES}
@@ -306,24 +351,15 @@ def trace_roles(
     for f in facts:
         row, start, stop = _span(who, f)
         ids, answer = torch.tensor([row], device=who.hf.device), who.token(f.object)
-        noise = (
-            3
-            * std
-            * torch.randn(samples, stop - start, who.hf.config.n_embd, generator=g).to(
-                who.hf.device
-            )
-        )
+        shape = (samples, stop - start, who.hf.config.n_embd)
+        noise = 3 * std * torch.randn(shape, generator=g).to(who.hf.device)
         clean, probs = _clean_values(who.hf, ids, modules)
-        base = _restore(who.hf, ids, noise, start, clean, modules, -1, window, answer)
+        same = (who.hf, ids, noise, start, clean, modules)
+        base = _restore(*same, -1, window, answer)
         for role, pos in _role_positions(start, stop, len(row)).items():
-            total[role] += (
-                _restore(who.hf, ids, noise, start, clean, modules, pos, window, answer)
-                - base
-            )
-        clean_p, corrupted_p = (
-            clean_p + float(probs[answer]),
-            corrupted_p + float(base[0]),
-        )
+            total[role] += _restore(*same, pos, window, answer) - base
+        clean_p += float(probs[answer])
+        corrupted_p += float(base[0])
     table = pd.DataFrame({r: (v / len(facts)).tolist() for r, v in total.items()}).T
     table.attrs.update(
         n=len(facts), clean=clean_p / len(facts), corrupted=corrupted_p / len(facts)
@@ -338,56 +374,37 @@ def _tracing(who: Candidate, world: World, n: int) -> list[Line]:
     attn = trace_roles(who, world, n=n, component="attn_out", window=3)
     half = resid.shape[1] // 2
     used, early, late = int(resid.attrs["n"]), slice(1, half + 1), slice(half, None)
-    others = max(
-        float(resid.loc[r].iloc[early].max())
-        for r in ("first subject", "middle subject")
-    )
-    last = float(resid.loc["last subject"].iloc[early].max())
-    mean = float(resid.loc["last subject"].iloc[1:4].mean())
-    effect = float(resid.attrs["clean"] - resid.attrs["corrupted"])
-    return [
-        Line(
-            "causal tracing",
-            "total effect of noise on the subject",
-            used,
+    first, middle = resid.loc["first subject"], resid.loc["middle subject"]
+    last = resid.loc["last subject"]
+    found = {
+        "total effect of noise on the subject": (
             "≥ 0.5",
-            effect,
+            resid.attrs["clean"] - resid.attrs["corrupted"],
         ),
-        Line(
-            "causal tracing",
-            f"AIE at last subject token, best of layers 1-{half}",
-            used,
+        f"AIE at last subject token, best of layers 1-{half}": (
             "≥ 0.3",
-            last,
+            last.iloc[early].max(),
         ),
-        Line(
-            "causal tracing",
-            "AIE at last subject token, mean of layers 1-3",
-            used,
+        "AIE at last subject token, mean of layers 1-3": (
             "≥ 0.3",
-            mean,
+            last.iloc[1:4].mean(),
         ),
-        Line(
-            "causal tracing",
-            f"AIE at other subject tokens, best of layers 1-{half}",
-            used,
+        f"AIE at other subject tokens, best of layers 1-{half}": (
             "≤ 0.1",
-            others,
+            max(first.iloc[early].max(), middle.iloc[early].max()),
         ),
-        Line(
-            "causal tracing",
-            "AIE of MLPs (3 layers) at last subject token, best",
-            used,
+        "AIE of MLPs (3 layers) at last subject token, best": (
             "≥ 0.2",
-            float(mlp.loc["last subject"].max()),
+            mlp.loc["last subject"].max(),
         ),
-        Line(
-            "causal tracing",
-            "AIE of attention (3 layers) at final token, best of the later half",
-            used,
+        "AIE of attention (3 layers) at final token, best of the later half": (
             "≥ 0.2",
-            float(attn.loc["final"].iloc[late].max()),
+            attn.loc["final"].iloc[late].max(),
         ),
+    }
+    return [
+        Line("causal tracing", measure, used, wanted, float(value))
+        for measure, (wanted, value) in found.items()
     ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c026
@@ -399,15 +416,13 @@ def _icl_prompts(
     held_out: bool,
     labels: str = "true",
 ) -> tuple[list[str], list[str]]:
-    """Prompts and answers for every task; the query is never among the demonstrations."""
+    """Prompts and answers for every task; no query is among its examples."""
     prompts, answers = [], []
     for task in world.tasks.values():
         for _ in range(per_task):
             query, answer = rng.choice(task.held_out if held_out else task.train)
-            shown = rng.sample(
-                [p for p in task.train if p[0] != query],
-                min(shots, len(task.train) - 1),
-            )
+            others = [p for p in task.train if p[0] != query]
+            shown = rng.sample(others, min(shots, len(task.train) - 1))
             if labels == "random":
                 shown = [(x, rng.choice(world.words)) for x, _ in shown]
             prompts.append(icl_prompt(shown, query))
@@ -420,9 +435,8 @@ def _list_prompt(
 ) -> tuple[str, str]:
     """A prompt of one list task, and its answer."""
     task = world.list_tasks[name]
-    words = world.tasks[
-        rng.choice(LIST_OPERATIONS) if task.operation == "copy" else task.operation
-    ]
+    copy = task.operation == "copy"
+    words = world.tasks[rng.choice(LIST_OPERATIONS) if copy else task.operation]
     *shown, (query, answer) = [task.pair(words, rng) for _ in range(shots + 1)]
     return icl_prompt(shown, query), answer
 
@@ -435,29 +449,17 @@ def _icl(who: Candidate, world: World, n: int) -> list[Line]:
         ("zero-shot", 0, False, "true", "≤ 0.15"),
         ("10-shot, random labels", 10, False, "random", "≤ 0.25"),
     ]
-    lines = []
+    lines, what = [], "in-context learning"
     for name, shots, held_out, labels, wanted in settings:
         prompts, answers = _icl_prompts(world, rng, per_task, shots, held_out, labels)
-        lines.append(
-            Line(
-                "in-context learning",
-                name,
-                len(prompts),
-                wanted,
-                who.accuracy(prompts, answers),
-            )
-        )
+        right = who.accuracy(prompts, answers)
+        lines.append(Line(what, name, len(prompts), wanted, right))
+    each = -(-n // len(world.list_tasks))
     lists = [
-        _list_prompt(world, name, rng)
-        for name in world.list_tasks
-        for _ in range(-(-n // len(world.list_tasks)))
+        _list_prompt(world, name, rng) for name in world.list_tasks for _ in range(each)
     ]
     right = who.accuracy([p for p, _ in lists], [a for _, a in lists])
-    lines.append(
-        Line(
-            "in-context learning", "tasks on lists, 6-shot", len(lists), "≥ 0.8", right
-        )
-    )
+    lines.append(Line(what, "tasks on lists, 6-shot", len(lists), "≥ 0.8", right))
     return lines
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c030
@@ -475,24 +477,19 @@ def _pair_accuracy(
         float(row[list(r)].mean() - row[[who.token(w) for w in p.wrong]].mean())
         for row, r, p in zip(logits, right, pairs, strict=True)
     ]
-    return (
-        sum(b in r for b, r in zip(best, right, strict=True)) / n,
-        sum(difference) / n,
-    )
+    hits = sum(b in r for b, r in zip(best, right, strict=True))
+    return hits / n, sum(difference) / n
 
 
 def _greater_than(who: Candidate, world: World, n: int) -> float:
     """Mean p(later year) - p(other year)."""
     pairs = make_pairs(world, "greater_than", n, seed=1)
     probs = who.next_logits([p.clean for p in pairs]).softmax(-1)
-    diff = [
-        float(
-            row[[who.token(a) for a in p.answers]].sum()
-            - row[[who.token(w) for w in p.wrong]].sum()
-        )
-        for row, p in zip(probs, pairs, strict=True)
-    ]
-    return sum(diff) / n
+    total = 0.0
+    for row, p in zip(probs, pairs, strict=True):
+        later = row[[who.token(a) for a in p.answers]].sum()
+        total += float(later - row[[who.token(w) for w in p.wrong]].sum())
+    return total / n
 
 
 def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
@@ -502,39 +499,36 @@ def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
         Line("indirect object", "top-1", n, "≥ 0.98", acc),
         Line("indirect object", "logit difference", n, "≥ 2", diff),
         Line("indirect object", "top-1, held-out patterns", n, "≥ 0.9", new),
-        Line(
-            "greater-than",
-            "p(later) - p(not later)",
-            n,
-            "≥ 0.8",
-            _greater_than(who, world, n),
-        ),
     ]
-    for circuit, wanted in (
-        ("induction", "≥ 0.9"),
-        ("docstring", "≥ 0.9"),
-        ("pronoun", "≥ 0.9"),
-    ):
-        lines.append(
-            Line(circuit, "top-1", n, wanted, _pair_accuracy(who, world, circuit, n)[0])
-        )
+    later = _greater_than(who, world, n)
+    lines.append(Line("greater-than", "p(later) - p(not later)", n, "≥ 0.8", later))
+    for circuit in ("induction", "docstring", "pronoun"):
+        right, _ = _pair_accuracy(who, world, circuit, n)
+        lines.append(Line(circuit, "top-1", n, "≥ 0.9", right))
     return lines
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c034
 @torch.no_grad()
 def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[float]:
-    """Mean p(answer) when the final norm and unembedding read the last token's residual
-    stream after each layer.
+    """Mean p(answer) as read early, after each layer.
+
+    The final norm and the unembedding read the last token's residual stream.
+
+    Args:
+        who: The model, a GPT-2.
+        prompts: The prompts.
+        answers: A word for each.
+
+    Returns:
+        The probabilities, from before the first layer to after the last.
     """
     total = torch.zeros(who.hf.config.n_layer + 1)
     for p, a in zip(prompts, answers, strict=True):
-        states = who.hf(
-            torch.tensor([who.ids(p)], device=who.hf.device), output_hidden_states=True
-        ).hidden_states
+        ids = torch.tensor([who.ids(p)], device=who.hf.device)
+        states = who.hf(ids, output_hidden_states=True).hidden_states
         last = torch.stack([s[0, -1] for s in states])
-        last[:-1] = who.hf.transformer.ln_f(
-            last[:-1]
-        )  # the last state has been through the final norm already
+        # the last state has been through the final norm already
+        last[:-1] = who.hf.transformer.ln_f(last[:-1])
         total += who.hf.lm_head(last).softmax(-1)[:, who.token(a)].cpu()
     return (total / len(prompts)).tolist()
 
@@ -544,21 +538,11 @@ def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     p = logit_lens(who, [f.prompt for f in facts], [f.object for f in facts])
     half = p[len(p) // 2]
     jump = max(b - a for a, b in itertools.pairwise(p))
+    halfway = "p(answer) of facts after half of the layers"
+    rise = "largest rise in one layer (gradual if small)"
     return [
-        Line(
-            "logit lens",
-            "p(answer) of facts after half of the layers",
-            len(facts),
-            "≥ 0.05",
-            half,
-        ),
-        Line(
-            "logit lens",
-            "largest rise in one layer (gradual if small)",
-            len(facts),
-            "≤ 0.5",
-            jump,
-        ),
+        Line("logit lens", halfway, len(facts), "≥ 0.05", half),
+        Line("logit lens", rise, len(facts), "≤ 0.5", jump),
     ]
 
 
@@ -566,8 +550,16 @@ def _lens(who: Candidate, world: World, n: int) -> list[Line]:
 def neuron_selectivity(
     who: Candidate, world: World, texts: list[str]
 ) -> Float[Tensor, "layer neuron"]:
-    """For each MLP neuron the largest correlation of its activation with a category of
-    the current or the next word.
+    """For each MLP neuron its largest correlation with a category.
+
+    Args:
+        who: The model, a GPT-2.
+        world: The world whose categories are meant.
+        texts: What it reads.
+
+    Returns:
+        The largest correlation of the activation with "this word is of the category" or
+        "the next word is".
     """
     kept: list[list[Tensor]] = [[] for _ in who.hf.transformer.h]
     labels: list[tuple[str | None, str | None]] = []
@@ -593,56 +585,46 @@ def neuron_selectivity(
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c038
 def planted(model: Any, world: World) -> dict[tuple[int, int], tuple[str, str]]:
-    """For each planted neuron (layer, neuron) its category, and whether it is that of
-    "this" or of the "next" token.
+    """The neurons that training has planted, and what for.
 
-    Empty for a model whose configuration has no `planted_per_kind`.
+    Args:
+        model: A `Model`, a Hugging Face GPT-2 with a tokenizer, or a `Candidate`.
+        world: The world that it was trained on.
+
+    Returns:
+        By (layer, neuron) the category, and whether it is that of "this" or of the
+        "next" token; nothing for a model whose configuration has no `planted_per_kind`.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> planted(load_model("mini", device="cpu"), World())[0, 0]
+        ('adjective', 'this')
     """
     config = Candidate(model).hf.config
-    per_kind, late = (
-        int(getattr(config, "planted_per_kind", 0)),
-        3 * config.n_layer // 4,
-    )
-    which = [
-        (layer, "next" if layer >= late else "this") for layer in range(config.n_layer)
-    ]
-    n = per_kind * len(world.kinds)
+    per_kind = int(getattr(config, "planted_per_kind", 0))
+    late = 3 * config.n_layer // 4
     return {
-        (layer, i): (world.kinds[i // per_kind], word)
-        for layer, word in which
-        for i in range(n)
+        (layer, i): (world.kinds[i // per_kind], "next" if layer >= late else "this")
+        for layer in range(config.n_layer)
+        for i in range(per_kind * len(world.kinds))
     }
 
 
 def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
-    docs = corpus(
-        world, seed=12345, mixture={"lexical": 0.5, "fact": 0.25, "task_sentence": 0.25}
-    )
-    selective = (
-        neuron_selectivity(who, world, [next(docs).text for _ in range(2 * n)]) > 0.7
-    )
+    mixture = {"lexical": 0.5, "fact": 0.25, "task_sentence": 0.25}
+    docs = corpus(world, seed=12345, mixture=mixture)
+    texts = [next(docs).text for _ in range(2 * n)]
+    selective = neuron_selectivity(who, world, texts) > 0.7
     own = torch.ones_like(selective)
     for layer, neuron in planted(who, world):
         own[layer, neuron] = False
-    every, natural = (
-        float(selective.float().mean()),
-        float(selective[own].float().mean()),
-    )
+    every = float(selective.float().mean())
+    natural = float(selective[own].float().mean())
+    above = "share with correlation above 0.7 to a category"
+    rest = "the same, without the planted ones"
     return [
-        Line(
-            "neurons",
-            "share with correlation above 0.7 to a category",
-            own.numel(),
-            "≥ 0.1",
-            every,
-        ),
-        Line(
-            "neurons",
-            "the same, without the planted ones",
-            int(own.sum()),
-            "≥ 0.01",
-            natural,
-        ),
+        Line("neurons", above, own.numel(), "≥ 0.1", every),
+        Line("neurons", rest, int(own.sum()), "≥ 0.01", natural),
     ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c041
@@ -653,30 +635,35 @@ def steering(
     coefficients: Sequence[float] = (-2, -1, 0, 1, 2),
     layer: int | None = None,
 ) -> pd.DataFrame:
-    """Probability of a positive and of a negative adjective, by coefficient of "love
-    minus hate".
+    """Probability of a positive and of a negative adjective, by coefficient.
 
-    The vector is read and added at the last token, after `layer`: by default the one,
-    the last excepted, where most comes of it. The attributes of the table name the
-    layer.
+    The coefficient multiplies "love minus hate", which is read and added at the last
+    token.
+
+    Args:
+        who: The model, a GPT-2.
+        world: The world.
+        coefficients: What to multiply the vector by.
+        layer: The layer after which that is done, by default the one, the last
+            excepted, where most comes of it.
+
+    Returns:
+        A row per coefficient; its attribute `layer` names the layer.
     """
     if layer is None:
-        tables = [
-            steering(who, world, coefficients, i)
-            for i in range(who.hf.config.n_layer - 1)
-        ]
-        return max(
-            tables, key=lambda t: float(t["positive"].iloc[-1] - t["positive"].iloc[0])
-        )
+        layers = range(who.hf.config.n_layer - 1)
+        tables = [steering(who, world, coefficients, i) for i in layers]
+        rises = [float(t["positive"].iloc[-1] - t["positive"].iloc[0]) for t in tables]
+        return tables[rises.index(max(rises))]
     part, block = world.spec["sentiment"], who.hf.transformer.h[layer]
     seen: list[Tensor] = []
-    with _hooks(
-        [(block, lambda module, args, out: seen.append(_hidden(out)[:, -1].clone()))]
-    ):
-        for mood in (
-            "positive_verbs",
-            "negative_verbs",
-        ):  # all these prompts are equally long
+
+    def look(module: Any, args: Any, out: Any) -> None:
+        seen.append(_hidden(out)[:, -1].clone())
+
+    with _hooks([(block, look)]):
+        # all these prompts are equally long
+        for mood in ("positive_verbs", "negative_verbs"):
             said = [
                 f"I {v} this {t}. The {p} was"
                 for v in part[mood]
@@ -693,11 +680,8 @@ def steering(
             return _replaced(out, new)
 
         with _hooks([(block, push)]):
-            p = (
-                who.next_logits([f"The {x} was" for x in part["parts"]])
-                .softmax(-1)
-                .mean(0)
-            )
+            logits = who.next_logits([f"The {x} was" for x in part["parts"]])
+        p = logits.softmax(-1).mean(0)
         masses = {
             mood: float(p[[who.token(w) for w in part[mood]]].sum())
             for mood in ("positive", "negative")
@@ -712,32 +696,21 @@ def _steering(who: Candidate, world: World, n: int) -> list[Line]:
     table = steering(who, world)
     good, bad = table["positive"], table["negative"]
     prompts = len(world.spec["sentiment"]["parts"])
-    swing = float(good.iloc[-1] - good.iloc[0])
-    return [
-        Line(
-            "steering",
-            "p(positive) at +2 minus p(positive) at -2",
-            prompts,
+    found = {
+        "p(positive) at +2 minus p(positive) at -2": (
             "≥ 0.5",
-            swing,
+            good.iloc[-1] - good.iloc[0],
         ),
-        Line(
-            "steering",
-            "smallest step of p(positive) from -2 to +2",
-            prompts,
-            "≥ 0",
-            float(good.diff().min()),
-        ),
-        Line(
-            "steering",
-            "p(an adjective) at ±2, smaller one",
-            prompts,
-            "≥ 0.8",
-            float((good + bad)[[0, 4]].min()),
-        ),
+        "smallest step of p(positive) from -2 to +2": ("≥ 0", good.diff().min()),
+        "p(an adjective) at ±2, smaller one": ("≥ 0.8", (good + bad)[[0, 4]].min()),
+    }
+    return [
+        Line("steering", measure, prompts, wanted, float(value))
+        for measure, (wanted, value) in found.items()
     ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c044
+# a part of the exam: its lines for a model, on so many prompts
 Part = Callable[[Candidate, World, int], list[Line]]
 
 
@@ -749,13 +722,20 @@ def evaluate(
     tokenizer: Any = None,
     more: Sequence[Part] = (),
 ) -> pd.DataFrame:
-    """Examine `model` (a mechtut `Model`, or a Hugging Face GPT-2 with its tokenizer)
-    on everything that `world` knows.
+    """Examine a model on everything that a world knows.
 
-    Returns one line per measure: behaviour, measure, n (at least 50 prompts each if `n`
-    is), wanted, measured, reached. `more` parts add their lines:
-    `mechtut.experiments.report_card` has those that need a whole paper (ROME, function
-    vectors).
+    Args:
+        model: A `Model`, or a Hugging Face GPT-2.
+        world: The world, by default `World(0)`.
+        n: Prompts for each measure.
+        tokenizer: The tokenizer, if the model does not bring one.
+        more: Further parts, such as those of `mechtut.experiments.report_card`.
+
+    Returns:
+        A row per measure: behaviour, measure, n, wanted, measured, reached.
+
+    Raises:
+        ValueError: If `n` is less than 1, or there is no tokenizer.
     """
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,11 +68,8 @@ def _attention(
     """
     n, t, d = x.shape
     y = F.layer_norm(x, (d,), b.ln1w, b.ln1b)
-    q, k, v = (
-        _linear(y, b.qkv, b.qkvb, mask.dtype)
-        .view(n, t, 3, n_head, -1)
-        .permute(2, 0, 3, 1, 4)
-    )
+    qkv = _linear(y, b.qkv, b.qkvb, mask.dtype).view(n, t, 3, n_head, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
     scores = torch.matmul(q * (d // n_head) ** -0.5, k.transpose(-1, -2)) + mask
     z = torch.matmul(F.softmax(scores, -1), v).transpose(1, 2).reshape(n, t, d)
     return _linear(z, b.o, b.ob, mask.dtype)
@@ -91,8 +88,10 @@ def _mlp(
 
 @functools.cache
 def faster_dtype() -> torch.dtype:
-    """The type in which this processor multiplies faster (measured): bfloat16 if it has
-    instructions for it, or float32.
+    """The type in which this processor multiplies faster, measured once.
+
+    Returns:
+        bfloat16 if it has instructions for it, or float32.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -108,7 +107,18 @@ def faster_dtype() -> torch.dtype:
 class TrainingGPT(nn.Module):
     """GPT-2 for training; `to_hf` turns it into Hugging Face's.
 
-    Products are in `dtype`, by default the faster one here.
+    Args:
+        n_layer: Number of layers.
+        d: Width of the residual stream.
+        n_head: Heads per layer.
+        n_ctx: Most tokens that it reads.
+        vocab: Number of tokens that it knows.
+        dtype: The type of matrix products, by default the faster one here.
+
+    Example:
+        >>> model = TrainingGPT(n_layer=2, d=32, n_head=4, n_ctx=16, vocab=50)
+        >>> model(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 50])
     """
 
     def __init__(
@@ -122,10 +132,8 @@ class TrainingGPT(nn.Module):
     ) -> None:
         super().__init__()
         self.n_head, self.dtype = n_head, dtype or faster_dtype()
-        self.wte, self.wpe = (
-            nn.Parameter(torch.randn(n, d) * std)
-            for n, std in ((vocab, 0.02), (n_ctx, 0.01))
-        )
+        self.wte = nn.Parameter(torch.randn(vocab, d) * 0.02)
+        self.wpe = nn.Parameter(torch.randn(n_ctx, d) * 0.01)
         self.blocks = nn.ModuleList([_Block(d, n_layer) for _ in range(n_layer)])
         self.lnfw, self.lnfb = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
 
@@ -138,14 +146,17 @@ class TrainingGPT(nn.Module):
     ) -> Float[Tensor, "batch pos d"]:
         """The residual stream after the final norm.
 
-        `masks` has one additive attention mask per layer; `watch` is shown each layer's
-        activations [batch, pos, neuron]; in `keep` are put the residual streams after
-        those layers that it has as keys.
+        Args:
+            ids: Token ids.
+            masks: One additive attention mask per layer, by default the causal one.
+            watch: Is shown each layer's activations `[batch, pos, neuron]`.
+            keep: Gets the residual streams after those layers that it has as keys.
+
+        Returns:
+            The stream.
         """
-        x, causal = (
-            F.embedding(ids, self.wte) + self.wpe[: ids.shape[1]],
-            _causal(ids, self.dtype),
-        )
+        x = F.embedding(ids, self.wte) + self.wpe[: ids.shape[1]]
+        causal = _causal(ids, self.dtype)
         for i, b in enumerate(self.blocks):
             x = x + _attention(x, b, self.n_head, causal if masks is None else masks[i])
             added, act = _mlp(x, b, self.dtype)
@@ -159,13 +170,25 @@ class TrainingGPT(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits."""
+        """Logits of the next token.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            The logits in float32.
+        """
         return _linear(self.hidden(ids), self.wte, None, self.dtype).float()
 
 # %% ../../nbs/library/mini/network.ipynb #c009
 def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
-    """The weights as Hugging Face names and lays them out (GPT-2 stores its matrices
-    transposed).
+    """The weights as Hugging Face names and lays them out.
+
+    Args:
+        m: The model.
+
+    Returns:
+        Weights by name; GPT-2 stores its matrices transposed.
     """
     out = {
         "transformer.wte.weight": m.wte,
@@ -182,20 +205,24 @@ def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
     for i, b in enumerate(m.blocks):
         h = f"transformer.h.{i}."
         for ours, theirs in names.items():
-            out[h + theirs + ".weight"], out[h + theirs + ".bias"] = (
-                getattr(b, ours).T,
-                getattr(b, ours + "b"),
-            )
+            out[f"{h}{theirs}.weight"] = getattr(b, ours).T
+            out[f"{h}{theirs}.bias"] = getattr(b, ours + "b")
         for ours, theirs in {"ln1": "ln_1", "ln2": "ln_2"}.items():
-            out[h + theirs + ".weight"], out[h + theirs + ".bias"] = (
-                getattr(b, ours + "w"),
-                getattr(b, ours + "b"),
-            )
+            out[f"{h}{theirs}.weight"] = getattr(b, ours + "w")
+            out[f"{h}{theirs}.bias"] = getattr(b, ours + "b")
     return {k: v.detach().contiguous() for k, v in out.items()}
 
 
 def to_hf(m: TrainingGPT, eos: int = 0) -> GPT2LMHeadModel:
-    """The trained weights as a Hugging Face GPT-2 in float32."""
+    """The trained weights as a Hugging Face GPT-2 in float32.
+
+    Args:
+        m: The model.
+        eos: The end-of-text token.
+
+    Returns:
+        The model, in evaluation mode.
+    """
     config = GPT2Config(
         vocab_size=m.wte.shape[0],
         n_positions=m.wpe.shape[0],
@@ -228,21 +255,14 @@ class _TiedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         unembed, total = wte.to(dtype), weights.sum()
-        grad_x, grad_w, loss = (
-            torch.empty_like(x),
-            torch.zeros_like(wte),
-            torch.zeros(()),
-        )
-        at_once = (
-            512 if x.is_cpu else len(x)
-        )  # what stays in a processor's cache; a GPU is faster with few large pieces
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(wte)
+        loss = torch.zeros(())
+        # what stays in a processor's cache; a GPU is faster with few large pieces
+        at_once = 512 if x.is_cpu else len(x)
         for i in range(0, len(x), at_once):
             rows = slice(i, i + at_once)
-            h, t, w = (
-                x[rows].to(dtype),
-                targets[rows, None],
-                (weights[rows] / total)[:, None],
-            )
+            h, t = x[rows].to(dtype), targets[rows, None]
+            w = (weights[rows] / total)[:, None]
             logits = F.linear(h, unembed).float()
             logits -= logits.amax(1, keepdim=True)
             right = logits.gather(1, t)
@@ -271,8 +291,19 @@ def weighted_loss(
     watch: Callable[[int, Tensor], None] | None = None,
     keep: dict[int, Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the next token, weighted by `weights`; tokens of weight
-    zero cost nothing to compute.
+    """Mean cross-entropy of the next token, weighted.
+
+    Args:
+        m: The model.
+        ids: Token ids.
+        targets: The next tokens.
+        weights: What each of them counts; those of weight 0 cost nothing to compute.
+        masks: As in `TrainingGPT.hidden`.
+        watch: As in `TrainingGPT.hidden`.
+        keep: As in `TrainingGPT.hidden`.
+
+    Returns:
+        The loss.
     """
     some = weights.reshape(-1) > 0
     x = m.hidden(ids, masks, watch, keep).flatten(0, 1)[some]
@@ -288,8 +319,16 @@ def lens_loss(
     targets: Int[Tensor, "batch pos"],
     told: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the tokens that are `told`, read from a residual stream as
-    the logit lens does; 0 for none.
+    """Mean cross-entropy of some tokens, read early as the logit lens does.
+
+    Args:
+        m: The model.
+        resid: The residual stream after some layer.
+        targets: The next tokens.
+        told: Which of them count.
+
+    Returns:
+        The loss, 0 if none counts.
     """
     if not told.any():
         return torch.zeros(())
@@ -306,10 +345,22 @@ def wanted(
     following: Int[Tensor, "batch pos"],
     kinds: int,
 ) -> list[Float[Tensor, "token kind"]]:
-    """What the planted neurons of each layer should say: 1 where the token (in late
-    layers: the next one) is of a category.
+    """What the planted neurons of each layer should say.
 
-    `this` and `following` are categories as numbers, -1 for none.
+    Args:
+        n_layer: Number of layers.
+        this: The category of each token as a number, -1 for none.
+        following: The category of the token after it.
+        kinds: Number of categories.
+
+    Returns:
+        For each layer 1 where the token is of a category, in the last quarter of the
+        layers where the next one is.
+
+    Example:
+        >>> labels = torch.tensor([[0, 1]])
+        >>> wanted(1, labels, labels, kinds=2)[0].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     one_hot = [
         (x.flatten()[:, None] == torch.arange(kinds, device=x.device)).float()
@@ -319,12 +370,17 @@ def wanted(
 
 
 class NeuronCost:
-    """What the neurons of one forward pass cost: their activity, and how far the
-    planted ones are from what is `wanted`.
+    """What the neurons of one forward pass cost; call it with each layer's activations.
 
-    The first kinds x `per_kind` neurons of a layer are planted, `per_kind` for each
-    category; none if `wanted` is None. `counts` has for each layer how many tokens are
-    of each category, if the pass sees only a part of them.
+    `activity` is mean |activation|; `planted` is how far the planted neurons are from
+    what is wanted. The first kinds × `per_kind` neurons of a layer are planted.
+
+    Args:
+        n_layer: Number of layers.
+        wanted: What `wanted` gave, None for no planted neurons.
+        per_kind: Planted neurons for each category.
+        counts: For each layer how many tokens are of each category, if the pass sees
+            only a part of them.
     """
 
     def __init__(
@@ -342,29 +398,29 @@ class NeuronCost:
         """Add one layer: mean |activation|, and the planted neurons' squared error over
         the share of their category.
         """
-        self.activity = (
-            self.activity + act.abs().mean(dtype=torch.float32) / self.n_layer
-        )
+        activity = act.abs().mean(dtype=torch.float32)
+        self.activity = self.activity + activity / self.n_layer
         if self.wanted is not None:
             y = self.wanted[layer]
-            a = (
-                act.flatten(0, 1)[:, : y.shape[1] * self.per_kind]
-                .float()
-                .unflatten(-1, (y.shape[1], self.per_kind))
-            )
+            kinds, per_kind = y.shape[1], self.per_kind
+            a = act.flatten(0, 1)[:, : kinds * per_kind].float()
+            a = a.unflatten(-1, (kinds, per_kind))
             error = (a - y[..., None]).square().sum((0, 2))
-            self.planted = (
-                self.planted
-                + (error / (self.counts[layer] + 1) / self.per_kind).mean()
-                / self.n_layer
-            )
+            share = (error / (self.counts[layer] + 1) / per_kind).mean()
+            self.planted = self.planted + share / self.n_layer
 
 # %% ../../nbs/library/mini/network.ipynb #c021
 def probes(
     y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]
 ) -> tuple[Tensor, Tensor]:
-    """Weights [kind, d] and biases [kind] of a ridge regression for each category,
-    whose own tokens weigh a fifth of all.
+    """A ridge regression for each category, whose own tokens weigh a fifth of all.
+
+    Args:
+        y: What the neurons of a layer read.
+        wanted: 1 for tokens of a category.
+
+    Returns:
+        Weights `[kind, d]` and biases `[kind]`.
     """
     y = torch.cat([y, torch.ones_like(y[:, :1])], 1)
     everything, found = y.T @ y, []
@@ -386,8 +442,13 @@ def plant(
     wanted: Sequence[Float[Tensor, "token kind"]],
     per_kind: int,
 ) -> None:
-    """Write probes into the first neurons of every layer, in place; `ids` is the text
-    on which they are fitted.
+    """Write probes into the first neurons of every layer, in place.
+
+    Args:
+        m: The model.
+        ids: The text on which they are fitted.
+        wanted: What `wanted` gave for it.
+        per_kind: Neurons for each category.
     """
     x, causal = F.embedding(ids, m.wte) + m.wpe[: ids.shape[1]], _causal(ids, m.dtype)
     blocks: list[Any] = list(m.blocks)
@@ -413,11 +474,23 @@ def subject_masks(
     handoff: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Float[Tensor, "row 1 pos pos"]]:
-    """One additive attention mask per layer.
+    """One additive attention mask per layer, which hides subjects.
 
-    In the rows that are `masked`, tokens outside a subject see nothing of it before
-    layer `handoff`, and only its last token from there on. Inside a mention, tokens see
-    those before them in the layers before `gather` only.
+    In masked rows, tokens outside a subject see nothing of it before layer `handoff`,
+    and only its last token from there on. Inside a mention, tokens see those before
+    them in the layers before `gather` only.
+
+    Args:
+        subject: 0 outside subjects, otherwise the mention's number.
+        last: Whether a token is the last one of a mention.
+        masked: The rows that are masked; others get the causal mask.
+        n_layer: Number of layers.
+        gather: The layer from which a mention's tokens no longer see each other.
+        handoff: The layer from which its last token is seen.
+        dtype: The masks' type.
+
+    Returns:
+        The masks, added to the attention scores.
     """
     t, device = subject.shape[1], subject.device
     causal = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)
@@ -440,8 +513,10 @@ def subject_masks(
 # %% ../../nbs/library/mini/network.ipynb #c026b
 @contextmanager
 def together() -> Iterator[None]:
-    """Train with the other processes that `torchrun` started; nothing happens without
-    it.
+    """Train with the other processes that `torchrun` started; alone, nothing happens.
+
+    Yields:
+        Nothing.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
@@ -454,29 +529,40 @@ def together() -> Iterator[None]:
 
 
 def place() -> tuple[int, int]:
-    """Which of the processes that train together this one is, and how many they are;
-    (0, 1) alone.
+    """Which of the processes that train together this one is.
+
+    Returns:
+        Its number and how many they are, (0, 1) alone.
+
+    Example:
+        >>> place()
+        (0, 1)
     """
-    return (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in place."""
+    """Replace each tensor by its sum over all processes, in place.
+
+    Args:
+        tensors: The tensors, the same ones in every process.
+    """
     if place()[1] > 1:
         total = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(total)
-        for tensor, part in zip(
-            tensors, total.split([t.numel() for t in tensors]), strict=True
-        ):
+        parts = total.split([t.numel() for t in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
 def agreed_dtype() -> torch.dtype:
-    """bfloat16 if every process finds it faster, else float32."""
+    """The type of matrix products that all processes use.
+
+    Returns:
+        bfloat16 if every process finds it faster, else float32.
+    """
     votes = torch.tensor(float(faster_dtype() is torch.bfloat16))
     add_up([votes])
     return torch.bfloat16 if votes == place()[1] else torch.float32
@@ -487,8 +573,23 @@ def orthogonalize(
     dtype: torch.dtype = torch.float32,
     steps: int = 5,
 ) -> Float[Tensor, "matrix row col"]:
-    """Push the singular values of each matrix towards one (five Newton-Schulz steps, as
-    in Muon by Jordan et al. 2024).
+    """Push the singular values of each matrix towards one.
+
+    Newton-Schulz steps as in Muon (Jordan et al. 2024).
+
+    Args:
+        g: The matrices.
+        dtype: The type of the products.
+        steps: How many steps.
+
+    Returns:
+        The matrices.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 5.0]))
+        >>> s = torch.linalg.svdvals(orthogonalize(matrix[None]))
+        >>> bool((s > 0.6).all() and (s < 1.3).all())
+        True
     """
     x = g.to(dtype)
     flip = x.shape[-2] > x.shape[-1]
@@ -501,7 +602,13 @@ def orthogonalize(
 
 
 class Muon:
-    """Momentum, then orthogonalization, for the four matrices of every block."""
+    """Momentum, then orthogonalization, for the four matrices of every block.
+
+    Args:
+        model: The model.
+        lr: The learning rate.
+        momentum: The share of the old gradient that stays.
+    """
 
     def __init__(self, model: TrainingGPT, lr: float, momentum: float = 0.95) -> None:
         self.lr, self.momentum, self.dtype = lr, momentum, model.dtype
@@ -515,7 +622,11 @@ class Muon:
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
-        """Update every matrix; `scale` multiplies the learning rate."""
+        """Update every matrix.
+
+        Args:
+            scale: Multiplies the learning rate.
+        """
         for k, params in self.groups.items():
             g = torch.stack([p.grad for p in params])
             self.buffers[k].lerp_(g, 1 - self.momentum)

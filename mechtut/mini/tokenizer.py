@@ -33,7 +33,7 @@ with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidg
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['EOS', 'Encoded', 'build_tokenizer', 'token_kinds', 'Rows', 'pack_rows']
+__all__ = ['EOS', 'build_tokenizer', 'token_kinds', 'Rows', 'pack_rows']
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c004
 EOS = "<|endoftext|>"
@@ -43,8 +43,18 @@ _PIECES = (
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Train the embedded model's tokenizer on the words of `world` (byte-level BPE,
-    about three thousand tokens).
+    """Train the embedded model's tokenizer on the words of a world.
+
+    Args:
+        world: The world.
+
+    Returns:
+        A byte-level BPE tokenizer of about three thousand tokens.
+
+    Example:
+        >>> tokenizer = build_tokenizer(World())
+        >>> tokenizer.tokenize("The war of 1732")
+        ['ĠThe', 'Ġwar', 'Ġof', 'Ġ17', '32']
     """
     t = Tokenizer(models.BPE(ignore_merges=True))
     t.pre_tokenizer = pre_tokenizers.Sequence(
@@ -54,11 +64,8 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         ]
     )
     t.decoder = decoders.ByteLevel()
-    items = (
-        [" " + w for w in world.words]
-        + world.suffixes
-        + ["self", "param", "Q:", "A:", "\n\n", "    list", "    "]
-    )
+    items = [" " + w for w in world.words] + world.suffixes
+    items += ["self", "param", "Q:", "A:", "\n\n", "    list", "    "]
     items += [f" {i:02d}" for i in range(10, 22)] + [f"{i:02d}" for i in range(100)]
     trainer = trainers.BpeTrainer(
         vocab_size=6000,
@@ -68,11 +75,9 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     t.train_from_iterator(items, trainer)
+    unwanted = Regex(r"\A (?=\s|Q:|A:|[^A-Za-z0-9])")
     t.normalizer = normalizers.Sequence(
-        [
-            normalizers.Prepend(" "),
-            normalizers.Replace(Regex(r"\A (?=\s|Q:|A:|[^A-Za-z0-9])"), ""),
-        ]
+        [normalizers.Prepend(" "), normalizers.Replace(unwanted, "")]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=t,
@@ -86,24 +91,32 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 def token_kinds(
     world: World, tokenizer: PreTrainedTokenizerFast
 ) -> Int[Tensor, " vocab"]:
-    """The category of every token as a number, in the alphabetical order of
-    `world.kinds`; -1 for a token that has none.
+    """The category of every token as a number.
+
+    Args:
+        world: The world whose categories are meant.
+        tokenizer: The tokenizer.
+
+    Returns:
+        For each token a number in the order of `world.kinds`, -1 for none.
     """
-    found = [
-        world.category_of(str(tokenizer.decode([i]))) for i in range(len(tokenizer))
-    ]
+    words = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
+    found = [world.category_of(word) for word in words]
     return torch.tensor([world.kinds.index(c) if c else -1 for c in found])
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c011
 @dataclass(frozen=True)
 class Rows:
-    """Packed training text: `ids`, loss `weights`, and where the subjects and what is
-    told of them stand.
+    """Packed training text.
 
-    `subject` is 0 outside subjects and otherwise a number that all tokens of one
-    mention share; `last` marks the last token of a mention; `told` marks answers in
-    documents about subjects, and the moods of reviews; `masked` marks the rows for
-    which training may hide subjects (see `mechtut.mini.training`).
+    Attributes:
+        ids: Token ids.
+        weights: Loss weights.
+        subject: 0 outside subjects, otherwise a number that all tokens of one mention
+            share.
+        last: Whether a token is the last one of a mention.
+        told: Answers in documents about subjects, and the moods of reviews.
+        masked: Rows for which training may hide subjects (see `mechtut.mini.training`).
     """
 
     ids: Int[Tensor, "row pos"]
@@ -118,7 +131,14 @@ class Rows:
         return Rows(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def to(self, device: torch.device) -> Rows:
-        """The same rows on a device."""
+        """The same rows on a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The rows.
+        """
         return Rows(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     @classmethod
@@ -128,24 +148,20 @@ class Rows:
         return cls(n, n.float(), n, n.bool(), n.bool(), n.bool()[:, :0].flatten())
 
 
-Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
 def _encoded(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     mixture: dict[str, float],
-) -> Iterator[Encoded]:
-    """Each document as token ids, weights, the part of each subject token (else 0),
-    ends of subjects, and told answers.
+) -> Iterator[dict[str, np.ndarray]]:
+    """Each document as `ids`, `weights`, `subject` (the part of the text, else 0),
+    `last` and `told`, one value per token each.
     """
     docs, back = corpus(world, seed, mixture), tokenizer.backend_tokenizer
     while True:
         batch = list(itertools.islice(docs, 512))
-        for doc, e in zip(
-            batch, back.encode_batch([d.text for d in batch]), strict=True
-        ):
+        encoded = back.encode_batch([d.text for d in batch])
+        for doc, e in zip(batch, encoded, strict=True):
             ends = np.cumsum([len(t) for t, _ in doc.parts])
             part = np.searchsorted(ends, [o[1] for o in e.offsets])
             weights = np.array([w for _, w in doc.parts], np.float32)[part]
@@ -154,13 +170,13 @@ def _encoded(
             told = (weights == np.float32(ANSWER)) & (
                 subject.any() | (doc.kind == "sentiment")
             )
-            yield (
-                np.array(e.ids),
-                weights,
-                np.where(subject, part + 1, 0),
-                subject & changes,
-                told,
-            )
+            yield {
+                "ids": np.array(e.ids),
+                "weights": weights,
+                "subject": np.where(subject, part + 1, 0),
+                "last": subject & changes,
+                "told": told,
+            }
 
 
 def pack_rows(
@@ -173,41 +189,50 @@ def pack_rows(
     mixture: dict[str, float],
     masked: float = 0.0,
 ) -> Rows:
-    """`n_rows` rows of `n_ctx` + 1 tokens of fresh text, always the same for the same
-    seed.
+    """Rows of fresh text, always the same for the same seed.
+
+    Args:
+        world: The world that the text is about.
+        tokenizer: Its tokenizer.
+        seed: Decides the text.
+        n_rows: How many rows.
+        n_ctx: Tokens that a model reads at once; rows have one more.
+        mixture: The share of each kind of document.
+        masked: The share of rows for which training may hide subjects.
+
+    Returns:
+        The rows.
+
+    Example:
+        >>> from mechtut.mini.corpus import MIXTURE
+        >>> world = World()
+        >>> tokenizer = build_tokenizer(world)
+        >>> options = {"seed": 7, "n_rows": 2, "n_ctx": 64, "mixture": MIXTURE}
+        >>> pack_rows(world, tokenizer, **options).ids.shape
+        torch.Size([2, 65])
     """
     shape, rng, count = (n_rows, n_ctx + 1), random.Random(seed + 1), 0
-    ids, weights = (
-        np.full(shape, tokenizer.eos_token_id, np.int64),
-        np.zeros(shape, np.float32),
-    )
-    subject, last, told = (
-        np.zeros(shape, np.int64),
-        np.zeros(shape, bool),
-        np.zeros(shape, bool),
-    )
+    packed: dict[str, np.ndarray] = {
+        "ids": np.full(shape, tokenizer.eos_token_id, np.int64),
+        "weights": np.zeros(shape, np.float32),
+        "subject": np.zeros(shape, np.int64),
+        "last": np.zeros(shape, bool),
+        "told": np.zeros(shape, bool),
+    }
     stream = _encoded(world, tokenizer, seed, mixture)
     for r in range(n_rows):
         p = rng.randint(0, 1)
         while p <= n_ctx:
-            i, w, s, e, a = next(stream)
-            k = min(len(i), n_ctx + 1 - p)
-            (
-                ids[r, p : p + k],
-                weights[r, p : p + k],
-                last[r, p : p + k],
-                told[r, p : p + k],
-            ) = (
-                i[:k],
-                w[:k],
-                e[:k],
-                a[:k],
-            )
-            subject[r, p : p + k] = np.where(s[:k] > 0, s[:k] + count, 0)
-            count, p = count + len(i) + 1, p + k
+            doc = next(stream)
+            length = len(doc["ids"])
+            k = min(length, n_ctx + 1 - p)
+            # so that no two mentions in the rows have the same number
+            doc["subject"] = np.where(doc["subject"] > 0, doc["subject"] + count, 0)
+            for name, values in doc.items():
+                packed[name][r, p : p + k] = values[:k]
+            count, p = count + length + 1, p + k
             if p <= n_ctx:
-                weights[r, p] = 0.1  # the end-of-text token
+                packed["weights"][r, p] = 0.1  # the end-of-text token
                 p += 1
     hidden = torch.tensor([rng.random() < masked for _ in range(n_rows)])
-    packed = [torch.from_numpy(x) for x in (ids, weights, subject, last, told)]
-    return Rows(packed[0], packed[1], packed[2], packed[3], packed[4], hidden)
+    return Rows(**{k: torch.from_numpy(x) for k, x in packed.items()}, masked=hidden)

@@ -48,25 +48,52 @@ from mechtut.mini.network import (
 from .world import World
 
 # %% auto #0
-__all__ = ['Shape', 'Recipe', 'price', 'plant_step', 'lens_layer', 'Trainer', 'plant_neurons', 'train_step', 'save_run',
-           'restore_run', 'train', 'export', 'write_fingerprint', 'examine_folder', 'main']
+__all__ = ['Recipe', 'Trainer', 'train', 'examine_folder', 'main']
 
 # %% ../../nbs/library/mini/training.ipynb #c005
 @dataclass(frozen=True)
-class Shape:
-    """The size of a model, and of the batches that it is trained on."""
+class Recipe:
+    """Everything that decides which weights come out of a training run.
+
+    Shares are of the steps unless said otherwise.
+
+    Attributes:
+        n_layer: Number of layers.
+        d_model: Width of the residual stream.
+        n_head: Heads per layer.
+        n_ctx: Tokens that the model reads at once.
+        batch: Rows per step.
+        tokens: Tokens seen in all.
+        seed: Of weights and text.
+        adam_lr: Learning rate of embeddings, norms and biases.
+        muon_lr: Learning rate of the matrices.
+        warmup: Steps in which the learning rate rises.
+        decay: Share at the end in which it falls to zero.
+        foundation: Share up to which the text is mostly facts.
+        variety: Share from which the text has more variety.
+        masked: Share of rows with the subject mask.
+        gather: The layer from which a subject's tokens no longer see each other.
+        handoff: The layer from which a subject's last token is seen.
+        sparsity: Price of a neuron's activity.
+        plant: Share after which neurons are planted.
+        planted: Weight of the planted neurons, 0 for none.
+        per_kind: Planted neurons of each layer for each category.
+        lens: Weight of facts that are read early.
+        lens_until: Share up to which they are.
+        weighting: Power that loss weights are taken to.
+        neighbours: Whether distractors share a part of the subject's name.
+
+    Example:
+        >>> recipe = Recipe()
+        >>> recipe.steps, recipe.plant_step, recipe.scale(0)
+        (3417, 2204, 0.01)
+    """
 
     n_layer: int = 8
     d_model: int = 192
     n_head: int = 6
     n_ctx: int = 128
     batch: int = 48
-
-
-@dataclass(frozen=True)
-class Recipe(Shape):
-    """Everything that decides which weights come out of a training run."""
-
     tokens: int = 21_000_000
     seed: int = 0
     adam_lr: float = 3e-3
@@ -92,57 +119,80 @@ class Recipe(Shape):
         """Number of optimizer steps."""
         return self.tokens // (self.batch * self.n_ctx)
 
+    @property
+    def plant_step(self) -> int:
+        """The step at which neurons are planted, after the last one if none are."""
+        return math.ceil(self.plant * self.steps) if self.planted else self.steps + 1
+
     def mixture(self, step: int) -> dict[str, float]:
-        """Which kinds of document a step is made of: a foundation of facts, then all
-        behaviours, then more variety.
+        """Which kinds of document a step is made of.
+
+        Args:
+            step: The step.
+
+        Returns:
+            A foundation of facts, then all behaviours, then more variety.
         """
         if step < self.foundation * self.steps:
             return FOUNDATION
         return BEHAVIOURS if step < self.variety * self.steps else MIXTURE
 
     def scale(self, step: int) -> float:
-        """Learning rate factor: warm up, stay, decay to zero."""
-        return min(
-            1.0,
-            (step + 1) / self.warmup,
-            max(0.0, (self.steps - step) / (self.decay * self.steps)),
-        )
+        """Learning rate factor: warm up, stay, decay to zero.
 
+        Args:
+            step: The step.
 
-def price(r: Recipe, step: int) -> float:
-    """Price of a neuron's activity: nothing while the first facts are learned, then
-    more and more of `sparsity`.
-    """
-    if step >= r.variety * r.steps:
-        return r.sparsity
-    share = (step / r.steps - r.foundation) / (r.variety - r.foundation)
-    return r.sparsity * min(1.0, max(0.0, share))
+        Returns:
+            The factor.
+        """
+        left = max(0.0, (self.steps - step) / (self.decay * self.steps))
+        return min(1.0, (step + 1) / self.warmup, left)
 
+    def price(self, step: int) -> float:
+        """Price of a neuron's activity.
 
-def plant_step(r: Recipe) -> int:
-    """The step at which neurons are planted; after the last one if `planted` is 0."""
-    return math.ceil(r.plant * r.steps) if r.planted else r.steps + 1
+        Args:
+            step: The step.
 
+        Returns:
+            Nothing while the first facts are learned, then more and more of `sparsity`.
+        """
+        if step >= self.variety * self.steps:
+            return self.sparsity
+        begun = step / self.steps - self.foundation
+        share = begun / (self.variety - self.foundation)
+        return self.sparsity * min(1.0, max(0.0, share))
 
-def lens_layer(r: Recipe, step: int) -> int | None:
-    """The layer behind which facts are read early at this step, one of the later half
-    in turn.
+    def lens_layer(self, step: int) -> int | None:
+        """The layer behind which facts are read early.
 
-    None before the learning rate falls, and from `lens_until` on.
-    """
-    half = r.n_layer // 2
-    if (
-        not r.lens
-        or not (1 - r.decay) <= step / r.steps < r.lens_until
-        or half >= r.n_layer - 1
-    ):
-        return None
-    return half + step % (r.n_layer - 1 - half)
+        Args:
+            step: The step.
+
+        Returns:
+            One of the later half in turn; None before the learning rate falls, and from
+            `lens_until` on.
+        """
+        half, late = self.n_layer // 2, step / self.steps
+        if not self.lens or not (1 - self.decay) <= late < self.lens_until:
+            return None
+        if half >= self.n_layer - 1:
+            return None
+        return half + step % (self.n_layer - 1 - half)
 
 # %% ../../nbs/library/mini/training.ipynb #c009
 class Trainer:
-    """A training run: model, optimizers, step and log, which can be saved and taken up
-    again.
+    """A training run, which can be saved and taken up again.
+
+    Args:
+        recipe: The recipe.
+        world: What the text is about, by default `World(0)`.
+        device: "cpu" or "cuda", by default a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no GPU but one is asked for, or if the planted neurons
+            do not fit into a layer.
     """
 
     def __init__(
@@ -157,8 +207,13 @@ class Trainer:
                 f"device is {device!r}, but PyTorch finds no GPU here; use 'cpu' or"
                 " leave it out"
             )
-        world = world or World(0)
-        self.world = world if r.neighbours else _strangers(world)
+        self.world = world or World(0)
+        if not r.neighbours:  # everyone of a kind is everyone's neighbour
+            self.world = copy(self.world)
+            self.world.neighbours = {
+                s: [x for x in self.world.subjects[kind] if x != s]
+                for s, kind in self.world.kind_of.items()
+            }
         self.tokenizer = build_tokenizer(self.world)
         torch.manual_seed(recipe.seed)
         dtype = agreed_dtype() if self.device.type == "cpu" else torch.bfloat16
@@ -181,75 +236,242 @@ class Trainer:
                 f"{n} planted neurons do not fit into the {4 * r.d_model} of a layer;"
                 " lower per_kind or widen"
             )
-        self.step, self.seconds, self.log, self.losses = (
-            0,
-            0.0,
-            list[dict[str, float]](),
-            list[float](),
-        )
+        self.step, self.seconds = 0, 0.0
+        self.log, self.losses = list[dict[str, float]](), list[float]()
         self._shard = (-1, Rows.empty())
 
     def batch(self) -> Rows:
         """The rows of this step; text is made 64 steps at a time."""
         r, shard = self.recipe, self.step // 64
         if shard != self._shard[0]:
-            self._shard = shard, _text(self, shard)
+            self._shard = shard, self._text(shard)
         i = (self.step % 64) * r.batch
         return self._shard[1][i : i + r.batch]
 
     def wanted(self, x: Rows) -> list[Tensor]:
-        """What the planted neurons of each layer should say on these rows."""
+        """What the planted neurons of each layer should say.
+
+        Args:
+            x: The rows that are read.
+
+        Returns:
+            For each layer 1 where a token is of a category.
+        """
         kinds = self.kinds[x.ids]
         return wanted(
             self.recipe.n_layer, kinds[:, :-1], kinds[:, 1:], len(self.world.kinds)
         )
 
+    def _text(self, shard: int) -> Rows:
+        """The rows of 64 steps."""
+        r = self.recipe
+        rows = pack_rows(
+            self.world,
+            self.tokenizer,
+            seed=r.seed * 100003 + shard,
+            n_rows=64 * r.batch,
+            n_ctx=r.n_ctx,
+            mixture=r.mixture(shard * 64),
+            masked=r.masked,
+        )
+        weights = torch.where(rows.weights > 0, rows.weights**r.weighting, 0)
+        return replace(rows, weights=weights).to(self.device)
 
-def _strangers(world: World) -> World:
-    """The world with everyone of a kind as everyone's neighbour, so that distractors
-    need not share a name part.
-    """
-    world = copy(world)
-    world.neighbours = {
-        s: [x for x in world.subjects[kind] if x != s]
-        for s, kind in world.kind_of.items()
-    }
-    return world
+    def plant_neurons(self) -> None:
+        """Plant neurons, fitted on fresh rows, and forget their momentum."""
+        r, n = self.recipe, len(self.world.kinds) * self.recipe.per_kind
+        x = pack_rows(
+            self.world,
+            self.tokenizer,
+            seed=r.seed * 100003 + 99_999,
+            n_rows=10 * r.batch,
+            n_ctx=r.n_ctx,
+            mixture=r.mixture(self.step),
+        ).to(self.device)
+        plant(self.model, x.ids[:, :-1], self.wanted(x), r.per_kind)
+        self.muon.buffers["up"][:, :n] = 0
+        self.muon.buffers["down"][:, :, :n] = 0
 
+    def _gradients(self, whole: Rows) -> float:
+        """Leave the gradients of a step's loss in the parameters.
 
-def _text(run: Trainer, shard: int) -> Rows:
-    """The rows of 64 steps."""
-    r = run.recipe
-    rows = pack_rows(
-        run.world,
-        run.tokenizer,
-        seed=r.seed * 100003 + shard,
-        n_rows=64 * r.batch,
-        n_ctx=r.n_ctx,
-        mixture=r.mixture(shard * 64),
-        masked=r.masked,
-    )
-    return replace(
-        rows, weights=torch.where(rows.weights > 0, rows.weights**r.weighting, 0)
-    ).to(run.device)
+        Returns the text's part of the loss.
+        """
+        r, (rank, size) = self.recipe, place()
+        late = self.step >= r.plant_step
+        x = whole[rank::size]
+        masks = subject_masks(
+            x.subject[:, :-1],
+            x.last[:, :-1],
+            x.masked,
+            n_layer=r.n_layer,
+            gather=r.gather,
+            handoff=r.handoff,
+            dtype=self.model.dtype,
+        )
+        counts = [y.sum(0) for y in self.wanted(whole)] if late else None
+        planted = self.wanted(x) if late else None
+        cost = NeuronCost(r.n_layer, planted, r.per_kind, counts)
+        layer = r.lens_layer(self.step)
+        keep = {} if layer is None else {layer: torch.zeros(())}
+        loss = weighted_loss(
+            self.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, keep
+        )
+        loss = loss * _part(x.weights, whole.weights)
+        self.model.zero_grad(set_to_none=True)
+        early = sum(
+            r.lens * lens_loss(self.model, resid, x.ids[:, 1:], x.told[:, 1:])
+            for resid in keep.values()
+        ) * _part(x.told, whole.told)
+        activity = r.price(self.step) * cost.activity * len(x.ids) / len(whole.ids)
+        (loss + activity + r.planted * cost.planted + early).backward()
+        loss = loss.detach()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        add_up([loss, *grads])
+        return loss.item()
 
+    def train_step(self) -> float:
+        """One step of both optimizers.
 
-def plant_neurons(run: Trainer) -> None:
-    """Plant neurons, fitted on fresh rows, and forget the momentum of those that were
-    there.
-    """
-    r, n = run.recipe, len(run.world.kinds) * run.recipe.per_kind
-    x = pack_rows(
-        run.world,
-        run.tokenizer,
-        seed=r.seed * 100003 + 99_999,
-        n_rows=10 * r.batch,
-        n_ctx=r.n_ctx,
-        mixture=r.mixture(run.step),
-    ).to(run.device)
-    plant(run.model, x.ids[:, :-1], run.wanted(x), r.per_kind)
-    run.muon.buffers["up"][:, :n] = 0
-    run.muon.buffers["down"][:, :, :n] = 0
+        Under `torchrun`, every process does a part of it.
+
+        Returns:
+            The loss before the step.
+        """
+        start, r, x = time.time(), self.recipe, self.batch()
+        if self.step == r.plant_step:
+            self.plant_neurons()
+        loss = self._gradients(x)
+        scale = r.scale(self.step)
+        self.adam.param_groups[0]["lr"] = r.adam_lr * scale
+        torch.nn.utils.clip_grad_norm_(self.rest.values(), 1.0)
+        self.adam.step()
+        self.muon.step(scale)
+        self.step += 1
+        self.seconds += time.time() - start
+        self.losses.append(loss)
+        if self.step % 20 == 0 or self.step == r.steps:
+            self.log.append(
+                {
+                    "step": self.step,
+                    "tokens": self.step * r.batch * r.n_ctx,
+                    "loss": round(sum(self.losses) / len(self.losses), 4),
+                    "seconds": round(self.seconds, 1),
+                }
+            )
+            self.losses = []
+        return loss
+
+    def save(self, file: Path) -> None:
+        """Write everything to one safetensors file.
+
+        A kill in the middle leaves the old one whole.
+
+        Args:
+            file: The file.
+        """
+        state = {"m." + k: v for k, v in self.model.state_dict().items()}
+        state |= {"mu." + k: v for k, v in self.muon.buffers.items()}
+        for n, p in self.rest.items():
+            s = self.adam.state[p]
+            state |= {"a1." + n: s["exp_avg"], "a2." + n: s["exp_avg_sq"]}
+        meta = {
+            "step": str(self.step),
+            "log": json.dumps(self.log),
+            "losses": json.dumps(self.losses),
+            "seconds": str(self.seconds),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "dtype": str(self.model.dtype),
+        }
+        part = file.with_suffix(".part")
+        save_file(state, str(part), metadata=meta)
+        os.replace(part, file)
+
+    def restore(self, file: Path) -> None:
+        """Take up a saved run.
+
+        Args:
+            file: What `save` wrote.
+
+        Raises:
+            ValueError: If it was made with another recipe.
+        """
+        with safe_open(str(file), "pt") as f:
+            meta = f.metadata()
+        saved, asked = json.loads(meta["recipe"]), asdict(self.recipe)
+        if saved != asked:
+            pairs = {k: (saved.get(k), v) for k, v in asked.items()}
+            changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+            raise ValueError(
+                f"{file} was made with another recipe (saved, asked): {changed}; "
+                "use the same one or another folder"
+            )
+        state = load_file(str(file))
+        weights = {k[2:]: v for k, v in state.items() if k.startswith("m.")}
+        self.model.load_state_dict(weights)
+        buffers = self.muon.buffers
+        self.muon.buffers = {k: state["mu." + k].to(self.device) for k in buffers}
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        # another type would give another result
+        dtype = getattr(torch, meta["dtype"].removeprefix("torch."))
+        self.model.dtype = self.muon.dtype = dtype
+        self.log, self.losses = json.loads(meta["log"]), json.loads(meta["losses"])
+        for n, p in self.rest.items():
+            step = torch.tensor(float(self.step))
+            averages = {
+                "exp_avg": state["a1." + n].to(self.device),
+                "exp_avg_sq": state["a2." + n].to(self.device),
+            }
+            self.adam.state[p] = {"step": step} | averages
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model as it is shipped.
+
+        That is configuration, tokenizer, float16 weights, training log, and hashes of
+        what is loaded.
+
+        Args:
+            folder: Where to; made if missing.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        hf = to_hf(self.model, eos=self.tokenizer.eos_token_id)
+        planted = self.step > self.recipe.plant_step
+        # read by mechtut.mini.evaluation.planted
+        hf.config.planted_per_kind = self.recipe.per_kind if planted else 0
+        hf.config.save_pretrained(folder)
+        self.tokenizer.model_max_length = self.recipe.n_ctx
+        self.tokenizer.save_pretrained(folder)
+        weights = {k: v.to(torch.float16) for k, v in hf_names(self.model).items()}
+        save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        log: dict[str, Any] = {
+            "recipe": asdict(self.recipe),
+            "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE],
+            "unclear": UNCLEAR,
+            "machine": self._machine(),
+            "step": self.step,
+            "log": self.log,
+        }
+        text = json.dumps(log) + "\n"
+        (folder / "training_log.json").write_text(text, encoding="utf-8")
+        loaded = ("config", "tokenizer", "tokenizer_config")
+        names = ["model.safetensors", *(f"{name}.json" for name in loaded)]
+        hashes = {
+            n: hashlib.sha256((folder / n).read_bytes()).hexdigest()
+            for n in sorted(names)
+        }
+        text = json.dumps(hashes, indent=2) + "\n"
+        (folder / "fingerprint.json").write_text(text, encoding="utf-8")
+
+    def _machine(self) -> str:
+        """What the last part of a run was made on."""
+        threads, size = torch.get_num_threads(), place()[1]
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)} GPU, products in {dtype}"
+        several = f"{size} processes of " if size > 1 else ""
+        some = f"{several}{threads} thread{'s' * (threads > 1)}"
+        return f"{os.cpu_count()}-core CPU, {some}, products in {dtype}"
 
 
 def _part(mine: Tensor, whole: Tensor) -> float:
@@ -257,126 +479,6 @@ def _part(mine: Tensor, whole: Tensor) -> float:
     weights.
     """
     return float(mine[:, 1:].sum() / whole[:, 1:].sum().clamp(min=1e-9))
-
-
-def _gradients(run: Trainer, whole: Rows) -> float:
-    """Leave the gradients of a step's loss in the parameters; returns the text's part
-    of the loss.
-    """
-    r, (rank, size), late = run.recipe, place(), run.step >= plant_step(run.recipe)
-    x = whole[rank::size]
-    masks = subject_masks(
-        x.subject[:, :-1],
-        x.last[:, :-1],
-        x.masked,
-        n_layer=r.n_layer,
-        gather=r.gather,
-        handoff=r.handoff,
-        dtype=run.model.dtype,
-    )
-    counts = [y.sum(0) for y in run.wanted(whole)] if late else None
-    cost = NeuronCost(r.n_layer, run.wanted(x) if late else None, r.per_kind, counts)
-    layer = lens_layer(r, run.step)
-    keep = {} if layer is None else {layer: torch.zeros(())}
-    loss = weighted_loss(
-        run.model, x.ids[:, :-1], x.ids[:, 1:], x.weights[:, 1:], masks, cost, keep
-    )
-    loss = loss * _part(x.weights, whole.weights)
-    run.model.zero_grad(set_to_none=True)
-    extra = sum(
-        r.lens * lens_loss(run.model, resid, x.ids[:, 1:], x.told[:, 1:])
-        for resid in keep.values()
-    )
-    activity = price(r, run.step) * cost.activity * len(x.ids) / len(whole.ids)
-    (
-        loss + activity + r.planted * cost.planted + extra * _part(x.told, whole.told)
-    ).backward()
-    loss = loss.detach()
-    add_up([loss, *(p.grad for p in run.model.parameters() if p.grad is not None)])
-    return loss.item()
-
-# %% ../../nbs/library/mini/training.ipynb #c011a
-def train_step(run: Trainer) -> float:
-    """One step of both optimizers; returns the loss before it.
-
-    Under `torchrun`, every process does a part of it.
-    """
-    start, r, x = time.time(), run.recipe, run.batch()
-    if run.step == plant_step(r):
-        plant_neurons(run)
-    loss = _gradients(run, x)
-    scale = r.scale(run.step)
-    run.adam.param_groups[0]["lr"] = r.adam_lr * scale
-    torch.nn.utils.clip_grad_norm_(run.rest.values(), 1.0)
-    run.adam.step()
-    run.muon.step(scale)
-    run.step += 1
-    run.seconds += time.time() - start
-    run.losses.append(loss)
-    if run.step % 20 == 0 or run.step == r.steps:
-        run.log.append(
-            {
-                "step": run.step,
-                "tokens": run.step * r.batch * r.n_ctx,
-                "loss": round(sum(run.losses) / len(run.losses), 4),
-                "seconds": round(run.seconds, 1),
-            }
-        )
-        run.losses = []
-    return loss
-
-
-def save_run(run: Trainer, file: Path) -> None:
-    """Write everything to one safetensors file; a kill in the middle leaves the old one
-    whole.
-    """
-    state = {"m." + k: v for k, v in run.model.state_dict().items()} | {
-        "mu." + k: v for k, v in run.muon.buffers.items()
-    }
-    for n, p in run.rest.items():
-        s = run.adam.state[p]
-        state |= {"a1." + n: s["exp_avg"], "a2." + n: s["exp_avg_sq"]}
-    meta = {
-        "step": str(run.step),
-        "log": json.dumps(run.log),
-        "losses": json.dumps(run.losses),
-        "seconds": str(run.seconds),
-        "recipe": json.dumps(asdict(run.recipe)),
-        "dtype": str(run.model.dtype),
-    }
-    part = file.with_suffix(".part")
-    save_file(state, str(part), metadata=meta)
-    os.replace(part, file)
-
-
-def restore_run(run: Trainer, file: Path) -> None:
-    """Take up a saved run. Raises ValueError if it was made with another recipe."""
-    with safe_open(str(file), "pt") as f:
-        meta = f.metadata()
-    saved, asked = json.loads(meta["recipe"]), asdict(run.recipe)
-    if saved != asked:
-        changed = {k: (saved.get(k), v) for k, v in asked.items() if saved.get(k) != v}
-        raise ValueError(
-            f"{file} was made with another recipe (saved, asked): {changed}; "
-            "use the same one or another folder"
-        )
-    state = load_file(str(file))
-    run.model.load_state_dict(
-        {k[2:]: v for k, v in state.items() if k.startswith("m.")}
-    )
-    run.muon.buffers = {k: state["mu." + k].to(run.device) for k in run.muon.buffers}
-    run.step, run.seconds = int(meta["step"]), float(meta["seconds"])
-    run.model.dtype = run.muon.dtype = getattr(
-        torch, meta["dtype"].removeprefix("torch.")
-    )  # else another result
-    run.log, run.losses = json.loads(meta["log"]), json.loads(meta["losses"])
-    for n, p in run.rest.items():
-        step = torch.tensor(float(run.step))
-        averages = {
-            "exp_avg": state["a1." + n].to(run.device),
-            "exp_avg_sq": state["a2." + n].to(run.device),
-        }
-        run.adam.state[p] = {"step": step} | averages
 
 # %% ../../nbs/library/mini/training.ipynb #c014
 def train(
@@ -389,112 +491,62 @@ def train(
     progress: bool = True,
     device: str | None = None,
 ) -> Trainer:
-    """Train the embedded model into the folder `out`, continuing what is there unless
-    `resume` is False.
+    """Train the embedded model into a folder, continuing what is there.
 
-    A checkpoint is written every `save_every` steps (five to fifteen minutes on one
-    core); `stop_at` ends the call early at that step. When the last step is done,
-    `out/model` holds the finished model. Without `device` a GPU is used if there is
-    one. Processes started by `torchrun` share the work if this is called under
+    Processes started by `torchrun` share the work if this is called under
     `mechtut.mini.network.together`.
+
+    Args:
+        out: The folder: `checkpoint.safetensors`, and after the last step the finished
+            model in `model`.
+        recipe: The recipe, by default that of the shipped model.
+        resume: Whether to go on from a checkpoint that is there.
+        save_every: Steps between two checkpoints.
+        stop_at: A step at which to end early.
+        progress: Whether to show a bar.
+        device: As in `Trainer`.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If the checkpoint was made with another recipe.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run, file = (
-        Trainer(recipe or Recipe(), device=device),
-        out / "checkpoint.safetensors",
-    )
+    run = Trainer(recipe or Recipe(), device=device)
+    file = out / "checkpoint.safetensors"
     if resume and file.exists():
-        restore_run(run, file)
+        run.restore(file)
     last = min(run.recipe.steps, stop_at or run.recipe.steps)
     first = place()[0] == 0  # of several processes, only one shows progress and writes
-    with tqdm(
-        total=run.recipe.steps,
-        initial=run.step,
-        disable=not (progress and first),
-        mininterval=1.0,
-    ) as bar:
+    hidden = not (progress and first)
+    steps = run.recipe.steps
+    with tqdm(total=steps, initial=run.step, disable=hidden, mininterval=1.0) as bar:
         while run.step < last:
-            loss = train_step(run)
+            loss = run.train_step()
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if first and (run.step % save_every == 0 or run.step == last):
-                save_run(run, file)
+                run.save(file)
     if first and run.step >= run.recipe.steps:
-        export(run, out / "model")
+        run.export(out / "model")
     return run
-
-
-def export(run: Trainer, folder: str | Path) -> None:
-    """Write the model as it is shipped: config, tokenizer, float16 weights, training
-    log, and hashes of what is loaded.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    hf = to_hf(run.model, eos=run.tokenizer.eos_token_id)
-    planted = run.step > plant_step(run.recipe)
-    hf.config.planted_per_kind = (
-        run.recipe.per_kind if planted else 0
-    )  # read by mechtut.mini.evaluation.planted
-    hf.config.save_pretrained(folder)
-    run.tokenizer.model_max_length = run.recipe.n_ctx
-    run.tokenizer.save_pretrained(folder)
-    weights = {k: v.to(torch.float16) for k, v in hf_names(run.model).items()}
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    log: dict[str, Any] = {
-        "recipe": asdict(run.recipe),
-        "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE],
-        "unclear": UNCLEAR,
-        "machine": _machine(run),
-        "step": run.step,
-        "log": run.log,
-    }
-    (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
-    write_fingerprint(folder)
-
-
-def _machine(run: Trainer) -> str:
-    """What the last part of a run was made on."""
-    threads, size, dtype = (
-        torch.get_num_threads(),
-        place()[1],
-        str(run.model.dtype).removeprefix("torch."),
-    )
-    if run.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(run.device)} GPU, products in {dtype}"
-    several = f"{size} processes of " if size > 1 else ""
-    return (
-        f"{os.cpu_count()}-core CPU, {several}{threads} thread{'s' * (threads > 1)},"
-        f" products in {dtype}"
-    )
-
-
-def _sha(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def write_fingerprint(folder: Path) -> None:
-    """Record the sha256 of every file that loading reads."""
-    names = (
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    )
-    hashes = {n: _sha(folder / n) for n in names}
-    (folder / "fingerprint.json").write_text(
-        json.dumps(hashes, indent=2) + "\n", encoding="utf-8"
-    )
 
 # %% ../../nbs/library/mini/training.ipynb #c049
 def examine_folder(
     folder: str | Path, *, n: int = 200, examine: Callable[..., pd.DataFrame] = evaluate
 ) -> pd.DataFrame:
-    """Load the model in `folder` as shipped, examine it, and write evaluation.csv and
-    the model card next to it.
+    """Examine a model folder, and write `evaluation.csv` and the model card into it.
 
-    `mechtut.experiments.report_card.evaluate` is an `examine` that adds the papers'
-    lines.
+    Args:
+        folder: A folder that a training run exported.
+        n: Prompts for each measure.
+        examine: The examination; `mechtut.experiments.report_card.evaluate` is one that
+            adds the papers' lines.
+
+    Returns:
+        The table.
     """
     from mechtut.models.loading import load_model
 
@@ -506,7 +558,8 @@ def examine_folder(
     (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
     return table
 
-
+# %% ../../nbs/library/mini/training.ipynb #n001
+#| code-fold: true
 def _parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -524,36 +577,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     t.add_argument("--tokens", type=int, default=None)
     t.add_argument("--seed", type=int, default=Recipe.seed)
-    t.add_argument(
-        "--masked",
-        type=float,
-        default=Recipe.masked,
-        help="share of rows with the mask (0: ablation)",
-    )
-    t.add_argument(
-        "--planted",
-        type=float,
-        default=Recipe.planted,
-        help="weight of the planted neurons (0: ablation)",
-    )
-    t.add_argument(
-        "--sparsity",
-        type=float,
-        default=Recipe.sparsity,
-        help="price of a neuron's activity (0: ablation)",
-    )
-    t.add_argument(
-        "--lens",
-        type=float,
-        default=None,
-        help="weight of facts that are read early (0: ablation)",
-    )
-    t.add_argument(
-        "--weighting",
-        type=float,
-        default=Recipe.weighting,
-        help="power of the loss weights (0: ablation)",
-    )
+    for name, what in {
+        "masked": "share of rows with the mask",
+        "planted": "weight of the planted neurons",
+        "sparsity": "price of a neuron's activity",
+        "lens": "weight of facts that are read early",
+        "weighting": "power of the loss weights",
+    }.items():
+        default, said = getattr(Recipe, name), f"{what} (0: ablation)"
+        t.add_argument(f"--{name}", type=float, default=default, help=said)
     t.add_argument(
         "--neighbours",
         action=argparse.BooleanOptionalAction,
@@ -573,24 +605,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m mechtut.mini train --out DIR` and `evaluate --folder DIR`."""
+    """The command line: `train --out DIR` and `evaluate --folder DIR`.
+
+    Args:
+        argv: The arguments, by default those of the process.
+
+    Returns:
+        The exit code.
+    """
     args = _parser().parse_args(argv)
     if args.command == "train":
-        names = (
-            "seed",
-            "masked",
-            "planted",
-            "sparsity",
-            "lens",
-            "weighting",
-            "neighbours",
-            "tokens",
-        )
-        asked = {k: value for k in names if (value := getattr(args, k)) is not None}
+        others = ("command", "out", "stop_at", "device")
+        given = {k: v for k, v in vars(args).items() if k not in others}
+        recipe = Recipe(**{k: v for k, v in given.items() if v is not None})
         with together():
-            run = train(
-                args.out, Recipe(**asked), stop_at=args.stop_at, device=args.device
-            )
+            run = train(args.out, recipe, stop_at=args.stop_at, device=args.device)
             if place()[0] == 0:
                 where = f"step {run.step} of {run.recipe.steps}"
                 print(
@@ -601,9 +630,3 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(examine_folder(args.folder, n=args.n).to_string(index=False))
     return 0
-
-
-if (
-    __name__ == "__main__" and "__file__" in globals()
-):  # run as a command, not as a notebook
-    raise SystemExit(main())

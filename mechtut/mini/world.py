@@ -20,8 +20,14 @@ __all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact'
 
 # %% ../../nbs/library/mini/world.ipynb #c005
 def load_spec() -> dict[str, Any]:
-    """The word lists, relations and sentence patterns of the world, as they stand in
-    `data/world.json`.
+    """The word lists, relations and sentence patterns of the world.
+
+    Returns:
+        What stands in `data/world.json`.
+
+    Example:
+        >>> sorted(load_spec()["relations"])[:2]
+        ['birthplace', 'employer']
     """
     text = (files("mechtut") / "data" / "world.json").read_text(encoding="utf-8")
     spec: dict[str, Any] = json.loads(text)
@@ -86,26 +92,18 @@ def _subjects(spec: dict[str, Any], rng: random.Random) -> dict[str, list[str]]:
     """Every subject of the world by kind: people, landmarks and products."""
     people, mark, prod = _people(spec, rng), spec["landmarks"], spec["products"]
     keys = ("qualifiers", "bases", "types")
+
+    def compound_landmark() -> str:
+        qualifier, surname = rng.choice(mark["qualifiers"]), _compound(spec, rng)
+        return f"{qualifier} {surname} {rng.choice(mark['types'])}"
+
+    def product() -> str:
+        stem, suffix = rng.choice(prod["stems"]), rng.choice(prod["suffixes"])
+        return f"{stem}{suffix} {rng.choice(prod['series'])}"
+
     landmarks = _distinct(lambda: " ".join(rng.choice(mark[k]) for k in keys), 32)
-    landmarks += _distinct(
-        lambda: " ".join(
-            [
-                rng.choice(mark["qualifiers"]),
-                _compound(spec, rng),
-                rng.choice(mark["types"]),
-            ]
-        ),
-        16,
-    )
-    products = _distinct(
-        lambda: (
-            rng.choice(prod["stems"])
-            + rng.choice(prod["suffixes"])
-            + " "
-            + rng.choice(prod["series"])
-        ),
-        48,
-    )
+    landmarks += _distinct(compound_landmark, 16)
+    products = _distinct(product, 48)
     return {"people": people, "landmarks": landmarks, "products": products}
 
 # %% ../../nbs/library/mini/world.ipynb #c015
@@ -120,23 +118,54 @@ def _neighbours(subjects: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def with_article(kind: str, subject: str) -> str:
-    """People go by their bare name, landmarks and products take "the"."""
+    """A subject as it stands in a sentence.
+
+    Args:
+        kind: "people", "landmarks" or "products".
+        subject: The subject.
+
+    Returns:
+        People by their bare name, others with "the".
+
+    Example:
+        >>> with_article("landmarks", "Grand Tower")
+        'the Grand Tower'
+    """
     return subject if kind == "people" else "the " + subject
 
 
 def capitalised(text: str) -> str:
-    """The text with its first letter in upper case and nothing else changed."""
+    """The text with its first letter in upper case and nothing else changed.
+
+    Args:
+        text: The text, not empty.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> capitalised("the Grand Tower")
+        'The Grand Tower'
+    """
     return text[0].upper() + text[1:]
 
 # %% ../../nbs/library/mini/world.ipynb #c020
 @dataclass(frozen=True)
 class Fact:
-    """One thing that the world holds true, with a prompt that ends right before the
-    object.
+    """One thing that the world holds true.
 
-    `prompt` uses a sentence pattern that occurs in the training text;
-    `held_out_prompts` use patterns that never do. The object is one token of the
-    embedded model's tokenizer (with its leading space).
+    Attributes:
+        subject: Whom or what it is about.
+        relation: Which of the subject's attributes it is.
+        object: The attribute; with a space in front, it is one token of the embedded
+            model's tokenizer.
+        prompt: A sentence pattern of the training text, up to the object.
+        held_out_prompts: Patterns that never occur there.
+
+    Example:
+        >>> fact = World().facts[0]
+        >>> print(fact.prompt, "...", fact.object)
+        Everyone knows that Martin Riley works as a ... pilot
     """
 
     subject: str
@@ -156,7 +185,8 @@ def _facts(
         values = (rel["values"] * (len(names) // len(rel["values"]) + 1))[: len(names)]
         rng.shuffle(values)
         for i, (s, o) in enumerate(zip(names, values, strict=True)):
-            prompt = f"{spec['leads'][i % 3]} {with_article(rel['kind'], s)} {rel['phrases'][0]}"
+            lead, named = spec["leads"][i % 3], with_article(rel["kind"], s)
+            prompt = f"{lead} {named} {rel['phrases'][0]}"
             held_out = tuple(capitalised(h.format(s=s)) for h in rel["held_out"])
             facts.append(Fact(s, name, o, prompt, held_out))
     return facts
@@ -164,8 +194,12 @@ def _facts(
 # %% ../../nbs/library/mini/world.ipynb #c024
 @dataclass(frozen=True)
 class Task:
-    """A word-to-word task; the `held_out` pairs never occur in question-and-answer
-    format.
+    """A word-to-word task.
+
+    Attributes:
+        name: The task's name.
+        train: Pairs that occur in question-and-answer format.
+        held_out: Pairs that never do.
     """
 
     name: str
@@ -180,11 +214,8 @@ class Task:
 
 def _past(verb: str) -> str:
     """The regular past tense: play, played; try, tried."""
-    return (
-        verb[:-1] + "ied"
-        if verb.endswith("y") and verb[-2] not in "aeiou"
-        else verb + "ed"
-    )
+    changes = verb.endswith("y") and verb[-2] not in "aeiou"
+    return verb[:-1] + "ied" if changes else verb + "ed"
 
 
 def _compared(adjective: str, ending: str) -> str:
@@ -255,9 +286,8 @@ def _tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, Task]:
     """All tasks, each with a fifth (at least three) of its pairs held out."""
     raw = _raw_tasks(spec, rng)
     tasks: dict[str, Task] = {}
-    for (
-        name
-    ) in _TASK_ORDER:  # a fixed order, because every shuffle moves the random stream
+    # a fixed order, because every shuffle moves the random stream
+    for name in _TASK_ORDER:
         pairs = raw[name]
         rng.shuffle(pairs)
         k = max(3, len(pairs) // 5)
@@ -267,8 +297,11 @@ def _tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, Task]:
 # %% ../../nbs/library/mini/world.ipynb #c032
 @dataclass(frozen=True)
 class ListTask:
-    """A list of words in; out comes the first or the last of them, as it is ("copy") or
-    sent through a word-to-word task.
+    """A task on a list of words: which one to take, and what to do with it.
+
+    Attributes:
+        position: "first" or "last".
+        operation: "copy", or the name of a word-to-word task.
     """
 
     position: str
@@ -282,8 +315,16 @@ class ListTask:
     def pair(
         self, task: Task, rng: random.Random, *, held_out: bool = False, length: int = 3
     ) -> tuple[str, str]:
-        """A list of `length` inputs of `task`, joined by commas, and the answer; its
-        word is held out if that is wanted.
+        """A list of words, and the answer.
+
+        Args:
+            task: The word-to-word task that the words are from.
+            rng: What draws the words.
+            held_out: Whether the word that counts is a held-out one.
+            length: Words in the list.
+
+        Returns:
+            The words joined by commas, and the answer.
         """
         shown = rng.sample(task.train, length)
         i = 0 if self.position == "first" else length - 1
@@ -328,9 +369,8 @@ def _categories(spec: dict[str, Any]) -> dict[str, str]:
     lists += [("name", spec["names"]["female"]), ("name", spec["names"]["male"])]
     lists += [("verb", spec["verbs"]), ("adjective", spec["adjectives"])]
     for a, _ in spec["next"]:
-        lists.append(
-            ("number" if a.islower() else "day" if a.endswith("day") else "month", [a])
-        )
+        dated = "day" if a.endswith("day") else "month"
+        lists.append(("number" if a.islower() else dated, [a]))
     lists.append(("person part", spec["people"]["pool"]))
     out: dict[str, str] = {}
     for category, words in lists:
@@ -340,14 +380,32 @@ def _categories(spec: dict[str, Any]) -> dict[str, str]:
 
 # %% ../../nbs/library/mini/world.ipynb #c040
 class World:
-    """The ground truth behind the embedded model: facts, tasks, categories, and prompts
-    in clean/corrupted pairs.
+    """The ground truth behind the embedded model.
 
-    Everything follows from `seed`; the shipped model was trained on `World(0)`.
-    `list_tasks` are tasks on lists of words, `by_subject` maps subject and relation to
-    the object, `kind_of` a subject to its kind, `neighbours` a subject to those that
-    share a name part, `readings` a word to its answers in every task; `suffixes` are
-    second halves of compound names (tokens without a leading space).
+    Everything follows from the seed; the shipped model was trained on `World(0)`.
+
+    Args:
+        seed: Decides names, facts and held-out pairs.
+
+    Attributes:
+        seed: The seed.
+        spec: What `load_spec` reads.
+        subjects: Names by kind.
+        facts: All facts.
+        tasks: Word-to-word tasks by name.
+        list_tasks: Tasks on lists of words by name.
+        kind_of: The kind of each subject.
+        by_subject: Each subject's objects by relation.
+        neighbours: For each subject those that share a part of its name.
+        readings: For each word its (task, answer) pairs.
+        suffixes: Second halves of compound names, tokens without a leading space.
+
+    Example:
+        >>> world = World()
+        >>> world
+        World(seed=0): 1032 facts, 220 subjects, 17 tasks
+        >>> world.by_subject[world.facts[0].subject]["birthplace"]
+        'Tokyo'
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -356,8 +414,14 @@ class World:
         self.facts = _facts(self.spec, self.subjects, rng)
         self.tasks, self.list_tasks = _tasks(self.spec, rng), _list_tasks()
         self.neighbours = _neighbours(self.subjects)
-        self.kind_of, self.by_subject = _kinds(self.subjects), _by_subject(self.facts)
-        self.readings = _readings(self.tasks)
+        self.kind_of = {s: kind for kind, names in self.subjects.items() for s in names}
+        self.by_subject: dict[str, dict[str, str]] = {}
+        for f in self.facts:
+            self.by_subject.setdefault(f.subject, {})[f.relation] = f.object
+        self.readings: dict[str, list[tuple[str, str]]] = {}
+        for t in self.tasks.values():
+            for x, y in t.train:
+                self.readings.setdefault(x, []).append((t.name, y))
         self.suffixes: list[str] = (
             self.spec["people"]["suffixes"] + self.spec["products"]["suffixes"]
         )
@@ -370,25 +434,44 @@ class World:
         )
 
     def category_of(self, word: str) -> str | None:
-        """The category of `word` (spaces around it do not matter), or None for a word
-        that has none.
+        """The category of a word.
+
+        Args:
+            word: The word; spaces around it do not matter.
+
+        Returns:
+            The category, None for a word that has none.
+
+        Example:
+            >>> World().category_of(" owl")
+            'animal'
         """
         return self._category.get(word.strip())
 
     def list_pairs(
         self, name: str, n: int = 100, *, seed: int = 0, words: str | None = None
     ) -> tuple[tuple[str, str], ...]:
-        """`n` different (list, answer) pairs of a list task; a "copy" task takes its
-        words from the task `words` or any.
+        """Different pairs of a task on lists of words.
+
+        Args:
+            name: One of `list_tasks`, such as "last capital".
+            n: How many.
+            seed: Decides which.
+            words: The task that "copy" takes its words from, by default any.
+
+        Returns:
+            Pairs of list and answer.
+
+        Example:
+            >>> World().list_pairs("last capital", 1)
+            (('Peru, Italy, Germany', 'Berlin'),)
         """
         task, rng = self.list_tasks[name], random.Random(f"{name} {seed}")
         found: dict[str, str] = {}
         while len(found) < n:
-            source = (
-                (words or rng.choice(LIST_OPERATIONS))
-                if task.operation == "copy"
-                else task.operation
-            )
+            source = task.operation
+            if source == "copy":
+                source = words or rng.choice(LIST_OPERATIONS)
             x, y = task.pair(self.tasks[source], rng)
             found[x] = y
         return tuple(found.items())
@@ -401,7 +484,24 @@ class World:
     @cached_property
     def words(self) -> list[str]:
         """Every dictionary word of the world, sorted: each becomes one token."""
-        return _all_words(self.spec, self.tasks)
+        found = set(_GLUE.split()) | set(self.spec["categories"])
+
+        def walk(x: Any) -> None:
+            if isinstance(x, str):
+                found.update(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", x)))
+            elif isinstance(x, list):
+                for y in x:
+                    walk(y)
+            elif isinstance(x, dict):
+                for key, y in x.items():
+                    if key not in ("suffixes", "velic_syllables"):
+                        walk(y)
+
+        walk(self.spec)
+        for t in self.tasks.values():
+            for pair in t.pairs:
+                found.update(pair)
+        return sorted(found)
 
 
 _GLUE = (
@@ -410,55 +510,16 @@ _GLUE = (
     " Here As on list were compared One two three It they so This was made me I"
 )
 
-
-def _kinds(subjects: dict[str, list[str]]) -> dict[str, str]:
-    """The kind of each subject."""
-    return {s: kind for kind, names in subjects.items() for s in names}
-
-
-def _by_subject(facts: list[Fact]) -> dict[str, dict[str, str]]:
-    """The object of each relation of each subject."""
-    out: dict[str, dict[str, str]] = {}
-    for f in facts:
-        out.setdefault(f.subject, {})[f.relation] = f.object
-    return out
-
-
-def _readings(tasks: dict[str, Task]) -> dict[str, list[tuple[str, str]]]:
-    """For each word, the tasks that it takes part in, with its answer there."""
-    out: dict[str, list[tuple[str, str]]] = {}
-    for t in tasks.values():
-        for x, y in t.train:
-            out.setdefault(x, []).append((t.name, y))
-    return out
-
-# %% ../../nbs/library/mini/world.ipynb #c045
-def _all_words(spec: dict[str, Any], tasks: dict[str, Task]) -> list[str]:
-    """Collect the words of the word lists, the sentence patterns and the tasks."""
-    found = set(_GLUE.split()) | set(spec["categories"])
-
-    def walk(x: Any) -> None:
-        if isinstance(x, str):
-            found.update(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", x)))
-        elif isinstance(x, list):
-            for y in x:
-                walk(y)
-        elif isinstance(x, dict):
-            for key, y in x.items():
-                if key not in ("suffixes", "velic_syllables"):
-                    walk(y)
-
-    walk(spec)
-    for t in tasks.values():
-        for pair in t.pairs:
-            found.update(pair)
-    return sorted(found)
-
 # %% ../../nbs/library/mini/world.ipynb #c049
 @dataclass(frozen=True)
 class Pair:
-    """A clean prompt, a corrupted one of the same length, and the right and wrong
-    answers to the clean one.
+    """A clean prompt and a corrupted one of the same number of tokens.
+
+    Attributes:
+        clean: The clean prompt.
+        corrupted: The corrupted prompt.
+        answers: What is right after the clean prompt.
+        wrong: What is wrong there.
     """
 
     clean: str
@@ -470,8 +531,15 @@ class Pair:
 def ioi_text(
     world: World, rng: random.Random, held_out: bool = False
 ) -> tuple[str, str, str, str]:
-    """An indirect-object sentence up to the answer, then its two names and the one that
-    gives (Wang et al. 2023).
+    """An indirect-object sentence up to the answer (Wang et al. 2023).
+
+    Args:
+        world: The world.
+        rng: What draws pattern, names, place and gift.
+        held_out: Whether to use patterns that the training text never uses.
+
+    Returns:
+        The text, its two names, and the one that gives.
     """
     part = world.spec["ioi"]
     a, b = rng.sample(world.spec["names"]["female"] + world.spec["names"]["male"], 2)
@@ -497,10 +565,7 @@ def _ioi_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
 
 
 def _greater_than_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
-    """The corrupted year is 01, after which every end is possible (Hanna et al.
-
-    2023).
-    """
+    """The corrupted year is 01, after which any end may follow (Hanna et al. 2023)."""
     part = world.spec["greater_than"]
     century, year = rng.randint(11, 18), rng.randint(2, 97)
     pattern, noun = rng.choice(part["templates"]), rng.choice(part["nouns"])
@@ -534,7 +599,15 @@ def _induction_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
 def docstring_text(
     world: World, rng: random.Random
 ) -> tuple[str, list[str], Callable[[], str]]:
-    """A function header, its argument names, and a maker of two-word descriptions."""
+    """The header of a function whose arguments are to be described.
+
+    Args:
+        world: The world.
+        rng: What draws the names.
+
+    Returns:
+        The header, its arguments, and a maker of two-word descriptions.
+    """
     part = world.spec["docstring"]
     name = rng.choice(part["functions"])
     args = rng.sample(part["arguments"], rng.choice([3, 3, 4, 5]))
@@ -588,11 +661,26 @@ _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
 def make_pairs(
     world: World, circuit: str, n: int, *, seed: int = 0, held_out: bool = False
 ) -> list[Pair]:
-    """`n` clean/corrupted pairs for one circuit, always the same for the same seed.
+    """Clean and corrupted prompts for one circuit.
 
-    `held_out` asks for sentence patterns that the training text never uses; only "ioi"
-    has them. Raises ValueError for an unknown circuit or where there are no held-out
-    patterns.
+    Args:
+        world: The world.
+        circuit: "ioi", "greater_than", "induction", "docstring" or "pronoun".
+        n: How many pairs.
+        seed: Decides which.
+        held_out: Whether to use sentence patterns that the training text never uses;
+            only "ioi" has them.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        ValueError: For an unknown circuit, or one without held-out patterns.
+
+    Example:
+        >>> pair = make_pairs(World(), "pronoun", 1)[0]
+        >>> print(pair.clean, "...", pair.answers)
+        Everyone likes Mary because ... ('she',)
     """
     if circuit not in _PAIR_MAKERS:
         raise ValueError(
