@@ -69,8 +69,8 @@ def key_covariance(
 ) -> Float[Tensor, "d_mlp d_mlp"]:
     """Uncentred second moment of an MLP's keys over all tokens of some texts.
 
-    $C = \\frac1n \\sum k k^\\top$ (Meng et al. 2022, section 3.1), in float64. Memory does
-    not grow with the number of texts, which are cut to the model's context.
+    $C = \\frac1n \\sum k k^\\top$ (Meng et al. 2022, section 3.1), in float64. Memory
+    does not grow with the number of texts, which are cut to the model's context.
 
     Args:
         model: The model.

@@ -68,8 +68,8 @@ def target_nll(
 
     Example:
         >>> from mechtut import load_model
-        >>> says = target_nll(load_model("mini"), ["Riley Martin works as a"], ["singer"])
-        >>> says[0] < 0.1
+        >>> model = load_model("mini")
+        >>> target_nll(model, ["Riley Martin works as a"], ["singer"])[0] < 0.1
         True
     """
     rows = target_log_probs(model, prompts, targets)
@@ -302,8 +302,8 @@ def generation_scores(
         seed: Of the sampling.
 
     Returns:
-        `ngram_entropy` and, with `reference_texts`, `reference_score`, both times 100 as
-        the authors print them; nothing for a record without generation prompts.
+        `ngram_entropy` and, with `reference_texts`, `reference_score`, both times 100
+        as the authors print them; nothing for a record without generation prompts.
     """
     generator, texts = torch.Generator().manual_seed(seed), []
     for prompt in case.get("generation_prompts", []):

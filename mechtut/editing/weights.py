@@ -49,8 +49,8 @@ def as_stored(module: nn.Module, in_out: Float[Tensor, "d_in d_out"]) -> Tensor:
 class WeightEdit:
     """A change of one MLP down-projection.
 
-    Use it in a `with` block, or `apply` and `revert`. Edits may be nested; they come off
-    in the reverse order, restoring the weights bit by bit.
+    Use it in a `with` block, or `apply` and `revert`. Edits may be nested; they come
+    off in the reverse order, restoring the weights bit by bit.
 
     Attributes:
         model: The model whose weights change.

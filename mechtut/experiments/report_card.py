@@ -13,17 +13,22 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..editing.covariance import key_covariance
+from ..editing.evaluation import evaluate_edit, summarize
+from ..editing.requests import context_templates
+from ..editing.weights import WeightEdit
 from ..mini.corpus import corpus
-from ..editing.evaluation import WeightEdit, evaluate_edit, summarize, world_cases
 from ..mini.evaluation import Candidate, Line
 from ..mini.evaluation import evaluate as examine
-from ..papers.function_vectors import evaluate as grade
-from ..papers.function_vectors import NoFunction, extract, function_vector, pooled
-from ..prompts.few_shot import load_task
 from ..mini.training import examine_folder
-from ..models.loading import Model, load_model
-from ..papers.rome import RomeConfig, context_templates, edit_fact, key_covariance
 from ..mini.world import World
+from ..models.loading import Model, load_model
+from ..papers.function_vectors import NoFunction, extract, function_vector
+from ..papers.function_vectors import evaluate as grade
+from ..papers.rome import RomeConfig, edit_fact
+from ..prompts.accuracy import pooled
+from ..prompts.facts import world_cases
+from ..prompts.few_shot import load_task
 
 # %% auto #0
 __all__ = ['EDITING', 'rome_scores', 'rome_lines', 'function_vector_scores', 'function_vector_lines', 'evaluate', 'examine_mini']
@@ -35,16 +40,22 @@ EDITING = RomeConfig(learning_rate=1.0, steps=30, clamp=15)
 def rome_scores(
     model: Model, world: World, n: int = 30, config: RomeConfig = EDITING
 ) -> pd.DataFrame:
-    """Efficacy, paraphrase and neighbourhood success (per cent) of `n` edits, one row
-    per layer of the early half.
+    """Success of ROME edits by layer.
+
+    Args:
+        model: The model.
+        world: The world whose facts are edited.
+        n: Edits per layer.
+        config: The hyper-parameters.
+
+    Returns:
+        Efficacy, paraphrase and neighbourhood success in per cent and their harmonic
+        mean, one row per layer of the early half.
     """
     docs = corpus(world, seed=99)
     texts = [next(docs).text for _ in range(2000)]
-    templates, cases, rows = (
-        context_templates(model, config.seed),
-        world_cases(world, n),
-        [],
-    )
+    templates = context_templates(model, config.seed)
+    cases, rows = world_cases(world, n), []
     for layer in range(1, model.n_layers // 2 + 1):
         covariance, graded = key_covariance(model, texts, layer), []
         for case in cases:
@@ -60,17 +71,11 @@ def rome_scores(
                     templates=templates,
                     config=config,
                 )
-            except (
-                ValueError
+            except ValueError:
                 # there is no such edit at this layer: the model stays as it is, which
                 # counts as a failure
-            ):
-                edit = WeightEdit(
-                    model=model,
-                    layer=layer,
-                    delta=torch.zeros(covariance.shape[0], model.d_model),
-                    request=r,
-                )
+                nothing = torch.zeros(covariance.shape[0], model.d_model)
+                edit = WeightEdit(model=model, layer=layer, delta=nothing, request=r)
             graded.append(evaluate_edit(model, edit, case))
         s = summarize(graded)
         rows.append(
@@ -86,7 +91,16 @@ def rome_scores(
 
 
 def rome_lines(who: Candidate, world: World, n: int) -> list[Line]:
-    """The exam's lines on ROME, at the layer with the best score."""
+    """The exam's lines on ROME, at the layer with the best score.
+
+    Args:
+        who: The model.
+        world: The world.
+        n: Most edits per layer; never more than 30.
+
+    Returns:
+        The lines.
+    """
     edits = min(n, 30)
     table = rome_scores(load_model(who.hf, who.tokenizer), world, edits)
     best = table.loc[table["score"].idxmax()]
@@ -98,13 +112,19 @@ def rome_lines(who: Candidate, world: World, n: int) -> list[Line]:
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c008
 def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFrame:
-    """Zero-shot accuracy by layer of injection, over all tasks that the model knows:
-    their vectors, and random heads'.
+    """Zero-shot accuracy by layer of injection, over all tasks that the model knows.
+
+    Args:
+        model: The model.
+        world: The world whose tasks are meant.
+        k: Heads in each vector.
+
+    Returns:
+        A row per layer, for the tasks' vectors and for those of random heads (column
+        `vector`).
     """
-    rng, every = (
-        random.Random(0),
-        list(itertools.product(range(model.n_layers), range(model.n_heads))),
-    )
+    rng = random.Random(0)
+    every = list(itertools.product(range(model.n_layers), range(model.n_heads)))
     tables: dict[str, list[pd.DataFrame]] = {"function vector": [], "random heads": []}
     for name in world.tasks:
         task = load_task(name)
@@ -126,8 +146,15 @@ def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFr
 
 
 def function_vector_lines(who: Candidate, world: World, n: int) -> list[Line]:
-    """The exam's lines on function vectors: without one, with one at its best layer,
-    and the control at the same layer.
+    """The exam's lines on function vectors.
+
+    Args:
+        who: The model.
+        world: The world.
+        n: Ignored; a task's own pairs are used.
+
+    Returns:
+        Without a vector, with one at its best layer, and the control at the same layer.
     """
     table = function_vector_scores(load_model(who.hf, who.tokenizer), world)
     real, control = (
@@ -135,36 +162,30 @@ def function_vector_lines(who: Candidate, world: World, n: int) -> list[Line]:
         for kind in ("function vector", "random heads")
     )
     best, size = int(real.top1.idxmax()), int(real.n.iloc[0])
+    found = {
+        "zero-shot without it": ("≤ 0.15", real.clean.iloc[0]),
+        "zero-shot with the vector of 10 heads, best layer": ("≥ 0.6", real.top1[best]),
+        "the same with 10 random heads": ("≤ 0.3", control.top1[best]),
+    }
     return [
-        Line(
-            "function vector",
-            "zero-shot without it",
-            size,
-            "≤ 0.15",
-            float(real.clean.iloc[0]),
-        ),
-        Line(
-            "function vector",
-            "zero-shot with the vector of 10 heads, best layer",
-            size,
-            "≥ 0.6",
-            float(real.top1[best]),
-        ),
-        Line(
-            "function vector",
-            "the same with 10 random heads",
-            size,
-            "≤ 0.3",
-            float(control.top1[best]),
-        ),
+        Line("function vector", measure, size, wanted, float(value))
+        for measure, (wanted, value) in found.items()
     ]
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c011
 def evaluate(
     model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None
 ) -> pd.DataFrame:
-    """The whole exam (`mechtut.mini.evaluation.evaluate`) with the lines of the papers;
-    a few minutes on one CPU core.
+    """The whole exam with the lines of the papers; a few minutes on one CPU core.
+
+    Args:
+        model: The model, as for `mechtut.mini.evaluation.evaluate`.
+        world: The world, by default `World(0)`.
+        n: Prompts for each measure.
+        tokenizer: The tokenizer, if the model does not bring one.
+
+    Returns:
+        A row per measure: behaviour, measure, n, wanted, measured, reached.
     """
     return examine(
         model, world, n=n, tokenizer=tokenizer, more=(rome_lines, function_vector_lines)
@@ -172,5 +193,13 @@ def evaluate(
 
 
 def examine_mini(folder: str | Path, *, n: int = 200) -> pd.DataFrame:
-    """Examine the model in `folder` and write its evaluation.csv and README.md."""
+    """Examine a model folder, and write `evaluation.csv` and `README.md` into it.
+
+    Args:
+        folder: A folder that a training run exported.
+        n: Prompts for each measure.
+
+    Returns:
+        The table.
+    """
     return examine_folder(folder, n=n, examine=evaluate)

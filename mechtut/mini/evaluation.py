@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .corpus import corpus, icl_prompt
-from ..prompts.subject_noise import embedding_std
+from ..models.loading import embedding_std
 from ..models.families import find_family
 from ..models.loading import Model
 from .world import LIST_OPERATIONS, Fact, World, make_pairs

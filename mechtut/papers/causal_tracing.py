@@ -25,13 +25,13 @@ from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.replay import Replay
 from ..patching.results import Result, provenance
 from ..prompts.facts import known_fact
+from ..models.loading import embedding_std
 from mechtut.prompts.subject_noise import (
     ROLES,
     Corruption,
     Noise,
     Span,
     corrupt,
-    embedding_std,
     find_subject,
     token_roles,
 )
@@ -308,9 +308,9 @@ def trace(
         sever: `"mlp_out"` or `"attn_out"` holds that sub-layer to its corrupted values
             (section 2.3).
         batch_size: The most rows of one pass.
-        quirks: Of the authors' code: `"severed_noise"` (frozen values and corrupted score
-            come from other noise than the run), `"additive_low"` (corrupted score with
-            added noise although the noise replaces).
+        quirks: Of the authors' code: `"severed_noise"` (frozen values and corrupted
+            score come from other noise than the run), `"additive_low"` (corrupted score
+            with added noise although the noise replaces).
         folder: Makes the sweep resumable.
         progress: Whether to show a bar.
 
@@ -382,8 +382,8 @@ class AverageTrace(Result):
         counts: Pooled tokens behind each role.
         clean_probs: Of each fact.
         corrupted_probs: Of each fact.
-        best: Each fact's highest score: anywhere, at the last subject token, at the last
-            token.
+        best: Each fact's highest score: anywhere, at the last subject token, at the
+            last token.
         skipped: Prompts that the model does not answer as the fact says.
         component: What was restored.
         window: How many layers together.

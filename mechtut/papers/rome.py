@@ -30,9 +30,9 @@ from ..prompts.facts import target_ids
 # %% ../../nbs/papers/11_rome.ipynb #c025
 @dataclass(frozen=True)
 class RomeConfig:
-    """Hyper-parameters of ROME; the defaults are those of the authors' code for GPT-2 XL.
+    """Hyper-parameters of ROME.
 
-    (Their code, not the paper's text.)
+    The defaults are those of the authors' code (not of the paper's text) for GPT-2 XL.
 
     Attributes:
         learning_rate: Of Adam.

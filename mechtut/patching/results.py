@@ -88,10 +88,11 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __init_subclass__(cls) -> None:
-        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # else dataclass's
+        # otherwise `dataclass` would write one that prints every number
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        """One to four lines: the model, short values as they are, shapes of the rest."""
+        """One to four lines: the model, short values, shapes of the rest."""
         model = self.provenance.get("model")
         head = type(self).__name__ + (f" of {model!r}" if model else "")
         values = [(f.name, getattr(self, f.name)) for f in fields(self) if f.repr]

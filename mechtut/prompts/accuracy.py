@@ -133,8 +133,8 @@ def accuracies(ranks: Int[Tensor, "prompt run"], layers: Sequence[int]) -> pd.Da
         layers: The layers.
 
     Returns:
-        A row per layer: n, `clean`, `top1`, `top2`, `top3`, and a 95 % Wilson interval of
-        `top1` (`low`, `high`).
+        A row per layer: n, `clean`, `top1`, `top2`, `top3`, and a 95 % Wilson interval
+        of `top1` (`low`, `high`).
     """
     n, clean = len(ranks), float((ranks[:, 0] == 0).double().mean())
     top = {f"top{k}": (ranks[:, 1:] < k).double().mean(0).tolist() for k in (1, 2, 3)}

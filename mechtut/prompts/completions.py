@@ -174,8 +174,8 @@ def shot_baselines(
         seed: Of the split and the demonstrations.
 
     Returns:
-        A row per number of shots: `n` prompts, `top1` (share of answers whose first token
-        is the likeliest), `perplexity` (exp of the mean negative log-likelihood).
+        A row per number of shots: `n` prompts, `top1` (share of answers whose first
+        token is the likeliest), `perplexity` (exp of the mean negative log-likelihood).
     """
     rows = []
     for n in shots:

@@ -183,8 +183,8 @@ def known_fact(fact: Any) -> tuple[str, str, str]:
         ValueError: If one of them is missing or no text.
 
     Example:
-        >>> known_fact({"prompt": "Paris is in", "subject": "Paris", "object": "France"})
-        ('Paris is in', 'Paris', 'France')
+        >>> known_fact({"prompt": "It is in", "subject": "It", "object": "France"})
+        ('It is in', 'It', 'France')
     """
     names = ("prompt", "subject", "attribute", "object")
     if isinstance(fact, Mapping):

@@ -96,8 +96,8 @@ def load_task(source: str | Path) -> Task:
             JSON file of `{"input", "output"}`.
 
     Returns:
-        The task. Tasks on lists of the embedded world ("first copy", "last capital") come
-        as 100 pairs, always the same.
+        The task. Tasks on lists of the embedded world ("first copy", "last capital")
+        come as 100 pairs, always the same.
 
     Raises:
         FileNotFoundError: For an unknown name.
@@ -426,10 +426,11 @@ def sample_prompts(
         n_prompts: How many.
         n_shots: Demonstrations in each.
         seed: Of the split and of every draw.
-        corrupt: `"shuffle"` permutes the labels within each prompt, `"random"` takes them
-            from `words`.
+        corrupt: `"shuffle"` permutes the labels within each prompt, `"random"` takes
+            them from `words`.
         queries: Limits the queries to these indices of the valid part.
-        words: Where random labels come from; by default all words of the embedded world.
+        words: Where random labels come from; by default all words of the embedded
+            world.
         template: What stands around the words.
 
     Returns:

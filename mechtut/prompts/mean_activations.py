@@ -41,8 +41,8 @@ def mean_head_activations(
         model: The model.
         prompts: The prompts; for `slots="all"` few-shot prompts with the same number of
             demonstrations.
-        slots: `"last"` for the last token only, `"all"` for every slot, where the tokens
-            of a word are averaged.
+        slots: `"last"` for the last token only, `"all"` for every slot, where the
+            tokens of a word are averaged.
         batch_size: Prompts per pass.
 
     Returns:
@@ -87,7 +87,7 @@ def _adder(
 
 
 def _shares(layouts: Sequence[Layout], n_pos: int) -> Float[Tensor, "prompt slot pos"]:
-    """How much each token counts in its slot: 1/n for each of the n tokens of a word."""
+    """How much each token counts in its slot: 1/n for the n tokens of a word."""
     shape = (len(layouts), layouts[0].slots[-1] + 1, n_pos)
     shares = torch.zeros(shape, dtype=torch.float64)
     for i, where in enumerate(layouts):

@@ -16,12 +16,8 @@ from mechtut.papers.causal_tracing import (
     trace_facts,
     window_layers,
 )
-from mechtut.prompts.subject_noise import (
-    Noise,
-    embedding_std,
-    find_subject,
-    token_roles,
-)
+from mechtut.models.loading import embedding_std
+from mechtut.prompts.subject_noise import Noise, find_subject, token_roles
 
 MODEL = rome_model("tiny_facts", torch.float64)
 PROMPT, SUBJECT = "Lumgath Elmstov plays the sport of", "Lumgath Elmstov"
