@@ -19,16 +19,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import drawing
-from .runs import Ablation, Contrast, Cuts, circuit_metric
 from .graph import Graph, check_edges, component
 from .metrics import Metric, Positions
+from .runs import Ablation, Contrast, Cuts, circuit_metric
 from ..models.loading import Model
 from ..patching.results import Result
 
 # %% ../../nbs/library/circuits/circuit.ipynb #c005
 class Step(NamedTuple):
-    """One tested edge: the metric without it, how much that is more than before, and
-    whether it was kept.
+    """One tested edge.
+
+    Attributes:
+        parent: Name of the node that writes.
+        child: Name of the node that reads.
+        metric_without: The metric without the edge.
+        delta: How much that is more than before.
+        kept: Whether the edge was kept.
     """
 
     parent: str
@@ -39,7 +45,13 @@ class Step(NamedTuple):
 
 
 class CircuitEdge(NamedTuple):
-    """An edge of a circuit and its effect: how much the metric rose when it was cut."""
+    """An edge of a circuit.
+
+    Attributes:
+        parent: Name of the node that writes.
+        child: Name of the node that reads.
+        effect: How much the metric rose when the edge was cut.
+    """
 
     parent: str
     child: str
@@ -47,12 +59,31 @@ class CircuitEdge(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Found(Result):
-    """What a search found, with every decision on the way there.
+class Circuit(Result):
+    """A subgraph found by a search, with every decision on the way there.
 
-    `tested` and `found` name edges as (parent, child); `decisions` has a row per tested
-    edge: metric without it, change, and 1 if it was kept. `found` are the kept edges
-    whose child is still connected to the output.
+    Attributes:
+        tested: The tested edges (parent, child), in order.
+        decisions: A row per tested edge: metric without it, change, 1 if it was kept.
+        found: The kept edges whose child is still connected to the output.
+        metric_full: The metric of the whole model.
+        metric_final: The metric of the circuit.
+        n_evaluations: How many times the metric was computed.
+        n_edges_full: How many edges the graph has.
+        threshold: The threshold of the search.
+        settings: Everything else about the search, and the graph's fields.
+
+    Example:
+        >>> from mechtut import acdc
+        >>> from mechtut.circuits.known import gate
+        >>> made = gate("and")
+        >>> circuit = acdc(
+        ...     made.model, made.clean, made.corrupted, threshold=0.01, ablation="zero"
+        ... )
+        >>> circuit.nodes
+        ['embed', 'a0.0', 'a0.1', 'm0', 'out']
+        >>> circuit.log[0].parent, circuit.log[0].kept
+        ('m0', True)
     """
 
     tested: tuple[tuple[str, str], ...] = field(repr=False)
@@ -85,13 +116,6 @@ class _Found(Result):
         """Heads, MLPs and embeddings that take part, from first to last."""
         return drawing.in_order({component(n) for edge in self.found for n in edge})
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Circuit(_Found):
-    """A subgraph found by a search: `edges`, the `log` of all decisions, the metric
-    before and after, ways to show it.
-    """
-
     def to_pandas(self) -> pd.DataFrame:
         """One row per tested edge."""
         return pd.DataFrame(self.log)
@@ -117,8 +141,14 @@ class Circuit(_Found):
         )
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
-        """A matplotlib drawing: heads and MLPs by layer; see
-        `mechtut.circuits.drawing.plot`.
+        """A matplotlib drawing: heads and MLPs by layer.
+
+        Args:
+            ax: Axes to draw into; new ones by default.
+            **options: See `mechtut.circuits.drawing.plot`.
+
+        Returns:
+            The axes.
         """
         return drawing.plot(self.edges, ax=ax, **options)
 
@@ -146,12 +176,34 @@ def evaluate_circuit(
     ablation: Ablation | None = None,
     complement: bool = False,
 ) -> float:
-    """The metric of a circuit on any prompts: its edges stay, all others carry the
-    corrupted run.
+    """The metric of a circuit on any prompts.
 
-    `circuit` is a `Circuit` or edges (parent, child, ...). With `complement` the
-    circuit itself is cut and the rest stays, which tests whether the circuit is
-    complete. Raises `ValueError` for edges that the model's graph does not have.
+    Its edges stay, all others carry the corrupted run.
+
+    Args:
+        model: The model.
+        circuit: A `Circuit`, or edges (parent, child, ...).
+        clean: Token ids `[batch, pos]`.
+        corrupted: Token ids of the same shape.
+        metric: A name, a `Metric` or a function of logits, as for `acdc`.
+        positions: Where the metric looks.
+        labels: Labels of a metric that is given by its name.
+        ablation: "resample" or "zero"; by default that of the search, or "resample".
+        complement: Whether the circuit is cut and the rest stays, which tests whether
+            the circuit is complete.
+
+    Returns:
+        The metric; smaller is better.
+
+    Raises:
+        ValueError: For edges that the model's graph does not have, or prompts that
+            cannot be compared.
+
+    Example:
+        >>> from mechtut.circuits.known import gate
+        >>> made, cut = gate("and"), [("m0", "out")]
+        >>> round(evaluate_circuit(made.model, cut, made.clean, made.corrupted), 1)
+        1.1
     """
     settings = circuit.settings if isinstance(circuit, Circuit) else {}
     edges = list(circuit.found if isinstance(circuit, Circuit) else circuit)
@@ -172,44 +224,55 @@ def evaluate_circuit(
         split_qkv=graph["split_qkv"],
         split_positions=graph["split_positions"],
     )
-    return circuit_metric(contrast, _chosen(contrast, edges, complement))
-
-
-def _chosen(
-    contrast: Contrast, edges: Iterable[Sequence[Any]], complement: bool = False
-) -> Cuts:
     cuts = Cuts.only(contrast.graph, edges)
     if complement:
         whole = Cuts(contrast.graph)
         cuts.sums, cuts.direct = whole.sums & ~cuts.sums, ~cuts.direct
-    return cuts
+    return circuit_metric(contrast, cuts)
 
 # %% ../../nbs/library/circuits/circuit.ipynb #c015
 class Counts(NamedTuple):
-    """True and false positives of a circuit, and how many there could be."""
+    """How many edges or nodes of a circuit are true.
+
+    Attributes:
+        true_positive: Found and true.
+        false_positive: Found, but not true.
+        positives: How many are true.
+        negatives: How many are not.
+    """
 
     true_positive: int
     false_positive: int
     positives: int
     negatives: int
 
-
-def _as_nodes(edges: Iterable[Sequence[Any]], merge_qkv: bool) -> set[str]:
-    """The nodes of some edges; `m0.in` is `m0`, and with `merge_qkv` also `a0.0.q_in`
-    is `a0.0.q`.
-    """
-    names = {
-        str(n).removesuffix(".in") if str(n).startswith("m") else str(n)
-        for e in edges
-        for n in e[:2]
-    }
-    return {n.removesuffix("_in") for n in names} if merge_qkv else names
+    @property
+    def _rates(self) -> tuple[float, float]:
+        """False and true positive rate, a point of the curve."""
+        x = self.false_positive / max(1, self.negatives)
+        return x, self.true_positive / self.positives
 
 
 def counts(
     found: Iterable[Sequence[Any]], truth: Iterable[Sequence[Any]], graph: Graph
 ) -> Counts:
-    """How many of the found edges are true."""
+    """How many of the found edges are true.
+
+    Args:
+        found: Edges (parent, child, ...).
+        truth: The true ones.
+        graph: The graph that has them.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: For edges that the graph does not have.
+
+    Example:
+        >>> counts([("m0", "out")], [("embed", "out")], Graph(n_layers=1, n_heads=1))
+        Counts(true_positive=0, false_positive=1, positives=1, negatives=10)
+    """
     mine, true = set(check_edges(graph, found)), set(check_edges(graph, truth))
     return Counts(
         len(mine & true), len(mine - true), len(true), len(graph.edges) - len(true)
@@ -224,21 +287,36 @@ def node_counts(
 ) -> Counts:
     """How many of the found nodes are true.
 
-    The authors count `a0.0.q_in` and `a0.0.q` as two (`merge_qkv=False`).
+    Args:
+        found: Edges (parent, child, ...).
+        truth: The true ones.
+        graph: The graph that has them.
+        merge_qkv: Whether `a0.0.q_in` and `a0.0.q` are one node; the authors count
+            two.
+
+    Returns:
+        The counts.
     """
-    mine, true, every = (
-        _as_nodes(edges, merge_qkv) for edges in (found, truth, graph.edges)
-    )
-    every |= _as_nodes(
-        [(h, "out") for layer in range(graph.n_layers) for h in graph.writers(layer)],
-        merge_qkv,
-    )
+
+    def nodes(edges: Iterable[Sequence[Any]]) -> set[str]:
+        names = [str(n) for e in edges for n in e[:2]]
+        found = {n.removesuffix(".in") if n.startswith("m") else n for n in names}
+        return {n.removesuffix("_in") for n in found} if merge_qkv else found
+
+    mine, true, every = nodes(found), nodes(truth), nodes(graph.edges)
+    every |= {h for layer in range(graph.n_layers) for h in graph.writers(layer)}
+    every.add("out")
     return Counts(len(mine & true), len(mine - true), len(true), len(every) - len(true))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Roc(Result):
-    """True against false positive rates of edges and nodes, from (0, 0) to (1, 1)."""
+    """True against false positive rates, from (0, 0) to (1, 1).
+
+    Attributes:
+        edges: Points (false, true) for edges.
+        nodes: The same for nodes.
+    """
 
     edges: tuple[tuple[float, float], ...]
     nodes: tuple[tuple[float, float], ...]
@@ -256,30 +334,39 @@ class Roc(Result):
         return pessimistic_auc(self.nodes)
 
     def plot(self, ax: Any = None, label: str = "") -> Any:
-        """The edges' curve as steps."""
+        """The edges' curve as steps.
+
+        Args:
+            ax: Axes to draw into; new ones by default.
+            label: Its name in the legend.
+
+        Returns:
+            The axes.
+        """
         if ax is None:
             _, ax = plt.subplots(figsize=(3.2, 3), layout="constrained")
         x, y = zip(*self.edges, strict=True)
-        ax.step(
-            x,
-            y,
-            where="post",
-            marker=".",
-            lw=1.4,
-            label=f"{label} (AUC {self.edge_auc:.2f})".strip(),
-        )
-        ax.set(
-            xlabel="false positive rate",
-            ylabel="true positive rate",
-            xlim=(-0.02, 1.02),
-            ylim=(-0.02, 1.02),
-        )
+        label = f"{label} (AUC {self.edge_auc:.2f})".strip()
+        ax.step(x, y, where="post", marker=".", lw=1.4, label=label)
+        ax.set(xlabel="false positive rate", ylabel="true positive rate")
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.legend(fontsize=8, frameon=False, loc="lower right")
         return ax
 
 
 def pessimistic_auc(points: Sequence[tuple[float, float]]) -> float:
-    """Σ (1 − x at the next point) · rise, over points (x, y) from (0, 0) to (1, 1)."""
+    """Σ (1 − x at the next point) · rise.
+
+    Args:
+        points: Points (x, y) from (0, 0) to (1, 1).
+
+    Returns:
+        The area.
+
+    Example:
+        >>> pessimistic_auc([(0.0, 0.0), (0.0, 0.5), (1.0, 1.0)])
+        0.5
+    """
     return sum((1 - x1) * (y1 - y0) for (_, y0), (x1, y1) in pairwise(points))
 
 
@@ -290,35 +377,39 @@ def roc(
     graph: Graph | None = None,
     merge_qkv: bool = True,
 ) -> Roc:
-    """The curve of several circuits (of a sweep, or lists of edges with their `graph`)
-    against the true edges.
+    """The curve of several circuits against the true edges.
+
+    Args:
+        circuits: The circuits of a sweep, or lists of edges (parent, child, ...).
+        truth: The true edges.
+        graph: The graph; by default that of the first circuit.
+        merge_qkv: See `node_counts`.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: Without circuits or true edges, for plain edges without a graph, or
+            for edges that the graph does not have.
+
+    Example:
+        >>> graph, truth = Graph(n_layers=1, n_heads=1), [("m0", "out")]
+        >>> roc([truth], truth, graph=graph).edge_auc
+        1.0
     """
     circuits, truth = list(circuits), list(truth)
     if not circuits or not truth:
         raise ValueError("roc needs at least one circuit and one true edge")
     first = circuits[0]
-    if graph is None and not isinstance(first, Circuit):
-        raise ValueError(
-            "plain lists of edges need graph=..., which says how many edges there"
-            " could be"
-        )
-    graph = graph or _graph_of(first)
+    if graph is None:
+        if not isinstance(first, Circuit):
+            raise ValueError(
+                "plain lists of edges need graph=..., which says how many edges there"
+                " could be"
+            )
+        graph = Graph(**first.settings["graph"])
     found = [c.found if isinstance(c, Circuit) else list(c) for c in circuits]
-    rates = [_rates(counts(edges, truth, graph)) for edges in found]
-    node_rates = [
-        _rates(node_counts(edges, truth, graph, merge_qkv)) for edges in found
-    ]
-    return Roc(edges=_curve(rates), nodes=_curve(node_rates))
-
-
-def _rates(c: Counts) -> tuple[float, float]:
-    return c.false_positive / max(1, c.negatives), c.true_positive / c.positives
-
-
-def _curve(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    return (0.0, 0.0), *sorted(points), (1.0, 1.0)
-
-# %% ../../nbs/library/circuits/circuit.ipynb #c024
-def _graph_of(circuit: Any) -> Graph:
-    """The graph in which a circuit was found."""
-    return Graph(**circuit.settings["graph"])
+    edges = sorted(counts(f, truth, graph)._rates for f in found)
+    nodes = sorted(node_counts(f, truth, graph, merge_qkv)._rates for f in found)
+    ends = (0.0, 0.0), (1.0, 1.0)
+    return Roc(edges=(ends[0], *edges, ends[1]), nodes=(ends[0], *nodes, ends[1]))

@@ -19,12 +19,16 @@ from ..models.loading import Model, load_model
 # %% ../../nbs/library/circuits/known.ipynb #c004
 @dataclass(frozen=True, eq=False)
 class Handmade:
-    """A model with known weights, prompts that show what it does, and the edges that do
-    it.
+    """A model with known weights, and the edges that do its work.
 
-    `mask` says at which positions the model has an answer. The edges use split
-    positions (`tok` and `pos`) if any of them starts there, and are those that matter
-    under zero ablation.
+    Attributes:
+        model: The model.
+        clean: Prompts that show what it does.
+        corrupted: Other prompts.
+        mask: At which positions the model has an answer.
+        truth: The edges that matter under zero ablation; with split positions (`tok`
+            and `pos`) if any of them starts there.
+        answers: The right tokens; -1 where there is none.
     """
 
     model: Model
@@ -38,8 +42,23 @@ class Handmade:
 def blank(
     n_layers: int, n_heads: int, d_model: int, n_tokens: int, n_pos: int, d_mlp: int = 1
 ) -> Any:
-    """A Hugging Face GPT-2 whose weights are all zero, without norms and with ReLU
-    neurons.
+    """A Hugging Face GPT-2 whose weights are all zero, without norms, with ReLU.
+
+    Args:
+        n_layers: Number of layers.
+        n_heads: Number of heads in each.
+        d_model: Width of the stream.
+        n_tokens: Size of the vocabulary.
+        n_pos: Most tokens in a prompt.
+        d_mlp: Neurons in each MLP.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> hf = blank(1, 2, d_model=8, n_tokens=3, n_pos=4)
+        >>> sum(int(weight.any()) for weight in hf.parameters())
+        0
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -64,12 +83,27 @@ def blank(
     return hf
 
 
-SHARP = 40.0  # how strongly a head prefers what it looks for, in units of its scores
-LOUD = 12.0  # logit of an answer
+# how strongly a head prefers what it looks for, in units of its scores
+SHARP = 40.0
+# logit of an answer
+LOUD = 12.0
 
 
 def field(d_model: int, start: int, size: int) -> Float[Tensor, "d_model size"]:
-    """The part of the stream that begins at `start`, as a matrix that reads it."""
+    """A part of the stream, as a matrix that reads it.
+
+    Args:
+        d_model: Width of the stream.
+        start: Where the part begins.
+        size: How wide it is.
+
+    Returns:
+        Columns of the identity.
+
+    Example:
+        >>> field(3, 1, 2).tolist()
+        [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    """
     return torch.eye(d_model)[:, start : start + size]
 
 
@@ -83,20 +117,22 @@ def write_head(
     take: Tensor,
     put: Float[Tensor, "d_model size"],
 ) -> None:
-    """Give a head its task: queries `x @ ask`, keys `x @ seek`, and what it carries,
-    from `x @ take` to the field `put`.
+    """Give a head its task.
+
+    Args:
+        hf: A model from `blank`.
+        layer: Number of the layer.
+        head: Number of the head.
+        ask: The query is `x @ ask`.
+        seek: The key is `x @ seek`.
+        take: What it carries is `x @ take`.
+        put: The field that it writes this to.
     """
-    attn, d_model, d_head = (
-        hf.transformer.h[layer].attn,
-        hf.config.n_embd,
-        hf.transformer.h[layer].attn.head_dim,
-    )
-    for number, (matrix, scale) in enumerate(
-        [(ask, SHARP * d_head**0.5), (seek, 1.0), (take, 1.0)]
-    ):
-        first = number * d_model + head * d_head
-        attn.c_attn.weight[:, first : first + matrix.shape[1]] = matrix * scale
-    first = head * d_head
+    attn, d_model = hf.transformer.h[layer].attn, hf.config.n_embd
+    first, scale = head * attn.head_dim, SHARP * attn.head_dim**0.5
+    for number, matrix in enumerate((ask * scale, seek, take)):
+        start = number * d_model + first
+        attn.c_attn.weight[:, start : start + matrix.shape[1]] = matrix
     attn.c_proj.weight[first : first + put.shape[1]] = put.T
 
 # %% ../../nbs/library/circuits/known.ipynb #c010
@@ -108,41 +144,55 @@ def induction(
     seed: int = 0,
     negative: bool = False,
 ) -> Handmade:
-    """An induction circuit of two layers: a previous-token head and an induction head,
-    each next to an idle head.
+    """An induction circuit of two layers, each with an idle head as well.
 
-    With `negative` the second layer's other head does the same as the induction head
-    and argues against it, half as loud.
+    A previous-token head, and an induction head that reads its notes.
+
+    Args:
+        n_prompts: Number of prompts.
+        n_tokens: Size of the vocabulary.
+        n_pos: Tokens in a prompt.
+        seed: Seed of the prompts.
+        negative: Whether the second layer's other head does the same as the induction
+            head and argues against it, half as loud.
+
+    Returns:
+        The model with its prompts and edges.
+
+    Example:
+        >>> [edge.parent for edge in induction().truth][:4]
+        ['pos', 'pos', 'tok', 'tok']
     """
     size = max(n_tokens, n_pos)
-    d_model = (
-        6 * size
-    )  # fields: token, position, previous token, answer, and two that nobody reads
+    # fields: token, position, previous token, answer, and two that nobody reads
+    d_model = 6 * size
     hf = blank(2, 2, d_model, n_tokens, n_pos)
     token, position, previous, answer, junk, more = (
         field(d_model, i * size, size) for i in range(6)
     )
     hf.transformer.wte.weight.copy_(token.T[:n_tokens])
     hf.transformer.wpe.weight.copy_(position.T[:n_pos])
-    back = torch.roll(
-        torch.eye(size), 1, dims=1
-    )  # key of position p answers the query of p + 1
+    # key of position p answers the query of p + 1
+    back = torch.roll(torch.eye(size), 1, dims=1)
     write_head(hf, 0, 0, position, position @ back, token, previous)
     write_head(hf, 0, 1, 0 * token, 0 * token, token, junk)
     write_head(hf, 1, 0, token, previous, token, answer)
-    write_head(
-        hf,
-        1,
-        1,
-        token,
-        previous if negative else token,
-        token,
-        -answer / 2 if negative else more,
-    )
+    if negative:
+        write_head(hf, 1, 1, token, previous, token, -answer / 2)
+    else:
+        write_head(hf, 1, 1, token, token, token, more)
     hf.lm_head.weight.copy_(LOUD * answer.T[:n_tokens])
-    clean, corrupted, answers = _repeats(n_prompts, n_tokens, n_pos, seed)
-    mask = torch.zeros_like(clean, dtype=torch.bool)
-    mask[:, -1] = True
+    # different tokens, the last of which repeats an earlier one; and what followed it
+    draw, rows = torch.Generator().manual_seed(seed), []
+    for _ in range(2 * n_prompts):
+        row = torch.randperm(n_tokens, generator=draw)[:n_pos]
+        at = int(torch.randint(1, n_pos - 2, (1,), generator=draw))
+        row[-1] = row[at]
+        rows.append(torch.cat([row, row[at + 1 : at + 2]]))
+    both = torch.stack(rows)
+    clean, corrupted = both[:n_prompts, :-1], both[n_prompts:, :-1]
+    answers = torch.full((n_prompts, n_pos), -1)
+    answers[:, -1] = both[:n_prompts, -1]
     edges = [("pos", "a0.0.q_in"), ("pos", "a0.0.k_in"), ("tok", "a0.0.v_in")]
     for head in ("a1.0", "a1.1") if negative else ("a1.0",):
         edges += [
@@ -151,9 +201,8 @@ def induction(
             ("tok", f"{head}.v_in"),
             (head, "out"),
         ]
-    return Handmade(
-        load_model(hf), clean, corrupted, mask, _with_direct(edges), answers
-    )
+    model, truth = load_model(hf), _with_direct(edges)
+    return Handmade(model, clean, corrupted, answers >= 0, truth, answers)
 
 
 def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
@@ -165,31 +214,28 @@ def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
     ]
     return tuple(Edge(*e) for e in dict.fromkeys([*edges, *direct]))
 
-
-def _repeats(
-    n: int, n_tokens: int, n_pos: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Different tokens, the last of which repeats an earlier one; what followed it
-    there; and other prompts of the kind.
-    """
-    draw, rows = torch.Generator().manual_seed(seed), []
-    for _ in range(2 * n):
-        row = torch.randperm(n_tokens, generator=draw)[:n_pos]
-        at = int(torch.randint(1, n_pos - 2, (1,), generator=draw))
-        row[-1] = row[at]
-        rows.append(torch.cat([row, row[at + 1 : at + 2]]))
-    both = torch.stack(rows)
-    answers = torch.full((n, n_pos), -1)
-    answers[:, -1] = both[:n, -1]
-    return both[:n, :-1], both[n:, :-1], answers
-
 # %% ../../nbs/library/circuits/known.ipynb #c015
 @torch.no_grad()
 def reverse(
     n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 0
 ) -> Handmade:
-    """One layer that reverses: the head at position t of the second half copies the
-    token of position n_pos - 1 - t.
+    """One layer that says the first half of a prompt backwards.
+
+    The head at position t of the second half copies the token of position n_pos - 1 -
+    t.
+
+    Args:
+        n_prompts: Number of prompts.
+        n_tokens: Size of the vocabulary.
+        n_pos: Tokens in a prompt.
+        seed: Seed of the prompts.
+
+    Returns:
+        The model with its prompts and edges.
+
+    Example:
+        >>> len(reverse().truth)
+        7
     """
     size = max(n_tokens, n_pos)
     d_model = 4 * size
@@ -199,16 +245,9 @@ def reverse(
     hf.transformer.wpe.weight.copy_(position.T[:n_pos])
     mirror = torch.eye(size)
     mirror[:n_pos, :n_pos] = torch.eye(n_pos).flip(0)
+    back = torch.roll(torch.eye(size), 1, dims=1)
     write_head(hf, 0, 0, position @ mirror, position, token, answer)
-    write_head(
-        hf,
-        0,
-        1,
-        position,
-        position @ torch.roll(torch.eye(size), 1, dims=1),
-        token,
-        junk,
-    )
+    write_head(hf, 0, 1, position, position @ back, token, junk)
     hf.lm_head.weight.copy_(LOUD * answer.T[:n_tokens])
     draw = torch.Generator().manual_seed(seed)
     both = torch.randint(0, n_tokens, (2 * n_prompts, n_pos), generator=draw)
@@ -222,18 +261,31 @@ def reverse(
         ("tok", "a0.0.v_in"),
         ("a0.0", "out"),
     ]
-    return Handmade(
-        load_model(hf), clean, both[n_prompts:], mask, _with_direct(edges), answers
-    )
+    model, truth = load_model(hf), _with_direct(edges)
+    return Handmade(model, clean, both[n_prompts:], mask, truth, answers)
 
 # %% ../../nbs/library/circuits/known.ipynb #c018
 @torch.no_grad()
 def gate(kind: str = "or", n_prompts: int = 8) -> Handmade:
-    """A gate of two bits: tokens 0 and 1 at positions 0 and 1, the result (token 0 or
-    1) at position 2, where token 2 asks.
+    """A gate of two bits: tokens 0 and 1 at positions 0 and 1.
 
-    `kind` is "or" or "and". All clean prompts have both bits set, all corrupted ones
-    neither.
+    The result, token 0 or 1, is said at position 2, where token 2 asks. All clean
+    prompts have both bits set, all corrupted ones neither.
+
+    Args:
+        kind: "or" or "and".
+        n_prompts: Number of prompts, which are all the same.
+
+    Returns:
+        The model with its prompts and edges.
+
+    Raises:
+        ValueError: For another kind of gate.
+
+    Example:
+        >>> made = gate("and")
+        >>> made.model.logits(made.clean)[0, -1].argmax()
+        tensor(1)
     """
     if kind not in ("or", "and"):
         raise ValueError(f"kind must be 'or' or 'and', not {kind!r}")
@@ -242,44 +294,27 @@ def gate(kind: str = "or", n_prompts: int = 8) -> Handmade:
     token, position, bits, result = (field(d_model, 3 * i, 3) for i in range(4))
     hf.transformer.wte.weight.copy_(token.T)
     hf.transformer.wpe.weight.copy_(position.T)
-    for head in range(2):  # whoever asks, the key of position `head` answers
-        one = position[:, head : head + 1]
-        write_head(
-            hf,
-            0,
-            head,
-            position.sum(1, keepdim=True),
-            one,
-            token[:, 1:2],
-            bits[:, head : head + 1],
-        )
+    edges = []
+    for h in range(2):  # whoever asks, the key of position `h` answers
+        ask, one = position.sum(1, keepdim=True), slice(h, h + 1)
+        write_head(hf, 0, h, ask, position[:, one], token[:, 1:2], bits[:, one])
+        edges += [
+            ("pos", f"a0.{h}.q_in"),
+            ("pos", f"a0.{h}.k_in"),
+            ("tok", f"a0.{h}.v_in"),
+        ]
     mlp = hf.transformer.h[0].mlp
     mlp.c_fc.weight.copy_(bits[:, :2].sum(1, keepdim=True).expand(-1, 2))
-    mlp.c_fc.bias.copy_(
-        torch.tensor([0.0, -1.0 if kind == "or" else -1.5])
-    )  # how many bits, and how many too many
+    # how many bits, and how many too many
+    mlp.c_fc.bias.copy_(torch.tensor([0.0, -1.0 if kind == "or" else -1.5]))
     weights = torch.tensor([1.0, -1.0]) if kind == "or" else torch.tensor([0.0, 2.0])
     mlp.c_proj.weight.copy_(weights[:, None] * result[:, 0])
     hf.lm_head.weight[1] = LOUD * result[:, 0]
     hf.lm_head.weight[0] = -LOUD * result[:, 0]
-    return _gate_prompts(hf, n_prompts)
-
-
-def _gate_prompts(hf: Any, n: int) -> Handmade:
-    clean, corrupted = torch.tensor([[1, 1, 2]] * n), torch.tensor([[0, 0, 2]] * n)
+    clean = torch.tensor([[1, 1, 2]] * n_prompts)
+    corrupted = torch.tensor([[0, 0, 2]] * n_prompts)
     mask = torch.zeros_like(clean, dtype=torch.bool)
     mask[:, 2] = True
-    answers = torch.where(mask, 1, -1)
-    edges = [
-        e
-        for h in range(2)
-        for e in (
-            ("pos", f"a0.{h}.q_in"),
-            ("pos", f"a0.{h}.k_in"),
-            ("tok", f"a0.{h}.v_in"),
-        )
-    ]
     edges += [("a0.0", "m0.in"), ("a0.1", "m0.in"), ("m0", "out")]
-    return Handmade(
-        load_model(hf), clean, corrupted, mask, _with_direct(edges), answers
-    )
+    model, truth, answers = load_model(hf), _with_direct(edges), 2 * mask.long() - 1
+    return Handmade(model, clean, corrupted, mask, truth, answers)
