@@ -13,41 +13,67 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from jaxtyping import Float
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from .runs import Contrast, Cuts, circuit_metric
 from .graph import Edge, check_edges
-from ..patching.results import Result, provenance
+from .runs import Contrast, Cuts, circuit_metric
 from ..patching.checkpoints import quiet
+from ..patching.results import Result, provenance
 
 # %% ../../nbs/library/circuits/refining.ipynb #c006
 class PlacedCuts(Cuts):
-    """Which edges are present at which of the window's positions: `sums` is `[receiver,
-    sender, row]`.
+    """Which edges are present at which of the window's positions.
+
+    `sums` is `[receiver, sender, row]`; `of` makes one.
+
+    Args:
+        graph: The graph.
     """
 
     @classmethod
     def of(cls, contrast: Contrast, edges: Iterable[Sequence[Any]]) -> "PlacedCuts":
-        """These edges at every position; everything else cut."""
+        """Some edges at every position; everything else cut.
+
+        Args:
+            contrast: The prompts, whose window has the positions.
+            edges: Edges (parent, child, ...) that stay.
+
+        Returns:
+            The cuts.
+
+        Raises:
+            ValueError: For an edge that the graph does not have.
+        """
         cuts = cls.only(contrast.graph, edges)
         cuts.sums = cuts.sums[..., None].repeat(1, 1, len(contrast.window.rows))
         return cuts
 
     def place(self, edge: Edge, rows: Sequence[int], present: bool) -> None:
-        """Put an edge back at some rows of the window, or cut it there."""
-        receiver, sender = (
-            self.graph.receiver_index[edge.child],
-            self.graph.sender_index[edge.parent],
-        )
+        """Put an edge back at some rows of the window, or cut it there.
+
+        Args:
+            edge: The edge.
+            rows: Places in the window.
+            present: Whether it is there from now on.
+        """
+        receiver = self.graph.receiver_index[edge.child]
+        sender = self.graph.sender_index[edge.parent]
         self.sums[receiver, sender, list(rows)] = present
 
 # %% ../../nbs/library/circuits/refining.ipynb #c008
 class PlacedStep(NamedTuple):
-    """One test: the metric without this edge at this span, how much that is more than
-    before, and whether it was kept.
+    """One test of an edge at a span.
+
+    Attributes:
+        parent: Name of the node that writes.
+        child: Name of the node that reads.
+        span: Name of the span.
+        metric_without: The metric without the edge there.
+        delta: How much that is more than before.
+        kept: Whether the edge was kept there.
     """
 
     parent: str
@@ -60,20 +86,25 @@ class PlacedStep(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RefinedCircuit(Result):
-    """A circuit whose edges are present at some spans only: every test in order, and
-    the metric before and after.
+    """A circuit whose edges are present at some spans only.
 
-    `decisions` has a row for each of `tested`: metric without it, change, and 1 if it
-    was kept. `spans` gives the positions of each span; `direct` are the circuit's edges
-    x_in → x, which carry no sum and stay whole.
+    Attributes:
+        tested: Every test in order: parent, child, span.
+        decisions: A row per test: metric without it, change, 1 if it was kept.
+        direct: The circuit's edges x_in → x, which carry no sum and stay whole.
+        spans: The positions of each span.
+        metric_full: The metric of the whole model.
+        metric_before: The metric of the circuit at all positions.
+        metric_final: The metric of the refined circuit.
+        threshold: The threshold of the search.
     """
 
     tested: tuple[tuple[str, str, str], ...] = field(repr=False)
     decisions: Float[Tensor, "tested 3"] = field(repr=False)
     direct: tuple[tuple[str, str], ...] = field(repr=False)
     spans: dict[str, Any]
-    metric_full: float  # of the whole model
-    metric_before: float  # of the circuit at all positions
+    metric_full: float
+    metric_before: float
     metric_final: float
     threshold: float
 
@@ -87,66 +118,30 @@ class RefinedCircuit(Result):
         ]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per edge, one column per span: what cutting the edge there costs,
-        empty where it is cut.
-        """
+        """What cutting each edge at each span costs; empty where it is cut."""
         table = pd.DataFrame(self.log)
         table["effect"] = table["delta"].where(table["kept"])
         edges = pd.MultiIndex.from_frame(table[["parent", "child"]].drop_duplicates())
         wide = table.pivot(index=["parent", "child"], columns="span", values="effect")
-        return wide.reindex(
-            index=edges, columns=pd.Index(self.spans, name="span")
-        ).dropna(how="all")
+        spans = pd.Index(self.spans, name="span")
+        return wide.reindex(index=edges, columns=spans).dropna(how="all")
 
     def plot(self) -> plt.Axes:
         """The table of `to_pandas` as colours; white where an edge is cut."""
         table = self.to_pandas()
-        _, ax = plt.subplots(
-            figsize=(1.8 + 0.5 * table.shape[1], 0.7 + 0.22 * len(table)),
-            layout="constrained",
-        )
+        rows, columns = table.shape
+        size = 1.8 + 0.5 * columns, 0.7 + 0.22 * rows
+        _, ax = plt.subplots(figsize=size, layout="constrained")
         top = float(table.abs().max().max())
         image = ax.imshow(table, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
-        ax.set_yticks(
-            range(len(table)), [f"{a} → {b}" for a, b in table.index], fontsize=8
-        )
+        ax.set_yticks(range(rows), [f"{a} → {b}" for a, b in table.index], fontsize=8)
         ax.set_xticks(
-            range(table.shape[1]), table.columns, rotation=60, ha="right", fontsize=8
+            range(columns), table.columns, rotation=60, ha="right", fontsize=8
         )
         ax.figure.colorbar(image, ax=ax, label="rise of the metric without it")
         return ax
 
 # %% ../../nbs/library/circuits/refining.ipynb #c011
-def _spans(
-    contrast: Contrast, spans: Mapping[str, Sequence[int]] | None
-) -> dict[str, list[int]]:
-    """The window's positions in each span; each alone if none are given.
-
-    Raises `ValueError` for a position given twice.
-    """
-    window = contrast.window.rows.tolist()
-    if spans is None:
-        return {str(p): [p] for p in window}
-    given = [p for span in spans.values() for p in span]
-    if wrong := sorted(
-        {
-            p
-            for p in given
-            if given.count(p) > 1 or not 0 <= p < contrast.tokens[0].shape[1]
-        }
-    ):
-        length = contrast.tokens[0].shape[1]
-        raise ValueError(
-            f"positions {wrong} are in two spans or outside the prompts of"
-            f" {length} tokens"
-        )
-    found = {
-        name: [p for p in window if p in set(span)] for name, span in spans.items()
-    }
-    found["other"] = [p for p in window if p not in given]
-    return {name: places for name, places in found.items() if places}
-
-
 def refine(
     contrast: Contrast,
     edges: Iterable[Sequence[Any]],
@@ -154,22 +149,51 @@ def refine(
     spans: Mapping[str, Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> RefinedCircuit:
-    """Cut the edges (parent, child, ...) of a circuit at every span where that raises
-    the metric by less than `threshold`.
+    """Cut the edges of a circuit at every span where hardly anybody notices.
 
-    `spans` names groups of positions; by default each position that can differ is one.
-    The prompts must be aligned: a position has to mean the same in all of them. One
-    forward pass per edge and span. Raises `ValueError` for a negative threshold, an
-    edge that the graph does not have, or spans that overlap.
+    That is where the metric rises by less than the threshold. It takes one forward pass
+    per edge and span. The prompts must be aligned: a position has to mean the same in
+    all of them.
+
+    Args:
+        contrast: Prompts, model and metric.
+        edges: The circuit, (parent, child, ...), in the order of the tests.
+        threshold: The least rise of the metric that keeps an edge.
+        spans: Named groups of positions; by default each position that can differ.
+            Positions that no span names are one more, "other".
+        progress: Whether to show a progress bar; by default unless `TQDM_DISABLE=1`.
+
+    Returns:
+        The refined circuit.
+
+    Raises:
+        ValueError: For a threshold below 0, an edge that the graph does not have, or
+            spans that overlap or leave the prompts.
+
+    Example:
+        >>> from mechtut.circuits.known import gate
+        >>> made = gate("and")
+        >>> contrast = Contrast(made.model, made.clean, made.corrupted, "kl", made.mask)
+        >>> refined = refine(contrast, contrast.graph.edges, threshold=0.01)
+        >>> [step.span for step in refined.log if step.kept and step.child == "out"]
+        ['2']
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be a number of at least 0, not {threshold}")
-    found, places = check_edges(contrast.graph, edges), _spans(contrast, spans)
+    found, places = check_edges(contrast.graph, edges), _places(contrast, spans)
     sums = [e for e in found if e.child in contrast.graph.receiver_index]
     cuts = PlacedCuts.of(contrast, found)
-    before = circuit_metric(contrast, cuts)
-    tests = list(product(sums, reversed(places)))
-    rows = _decide(contrast, cuts, tests, places, before, threshold, quiet(progress))
+    current = before = circuit_metric(contrast, cuts)
+    tests, rows = list(product(sums, reversed(places))), []
+    for edge, span in tqdm(tests, desc="refine", delay=1, disable=quiet(progress)):
+        inside = [p - contrast.window.start for p in places[span]]
+        cuts.place(edge, inside, False)
+        without = circuit_metric(contrast, cuts)
+        delta = without - current
+        kept = not delta < threshold
+        cuts.place(edge, inside, kept)
+        current = current if kept else without
+        rows.append((without, delta, float(kept)))
     made = provenance(
         contrast.model,
         threshold=threshold,
@@ -189,24 +213,22 @@ def refine(
     )
 
 
-def _decide(
-    contrast: Contrast,
-    cuts: PlacedCuts,
-    tests: list[tuple[Edge, str]],
-    places: dict[str, list[int]],
-    current: float,
-    threshold: float,
-    silent: bool,
-) -> list[tuple[float, float, float]]:
-    """The rule, test by test; `cuts` is what is left in the end."""
-    start, rows = contrast.window.start, []
-    for edge, span in tqdm(tests, desc="refine", delay=1, disable=silent):
-        inside = [p - start for p in places[span]]
-        cuts.place(edge, inside, False)
-        without = circuit_metric(contrast, cuts)
-        delta = without - current
-        kept = not delta < threshold
-        cuts.place(edge, inside, kept)
-        current = current if kept else without
-        rows.append((without, delta, float(kept)))
-    return rows
+def _places(
+    contrast: Contrast, spans: Mapping[str, Sequence[int]] | None
+) -> dict[str, list[int]]:
+    """The window's positions in each span; each alone if no spans are given."""
+    window, length = contrast.window.rows.tolist(), contrast.tokens[0].shape[1]
+    if spans is None:
+        return {str(p): [p] for p in window}
+    given = [p for span in spans.values() for p in span]
+    wrong = {p for p in given if given.count(p) > 1 or not 0 <= p < length}
+    if wrong:
+        raise ValueError(
+            f"positions {sorted(wrong)} are in two spans or outside the prompts of"
+            f" {length} tokens"
+        )
+    found = {
+        name: [p for p in window if p in set(span)] for name, span in spans.items()
+    }
+    found["other"] = [p for p in window if p not in given]
+    return {name: places for name, places in found.items() if places}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from families import tiny
 
-from mechtut.circuits.attribution import contrast_scores
-from mechtut.circuits.attribution_by_position import (
+from mechtut.circuits.attribution import (
     PositionScores,
     attribution_by_position,
+    contrast_scores,
     cut_at,
 )
 from mechtut.circuits.graph import Edge

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import tiny
 
-from mechtut.circuits.attribution_by_position import cut_at
+from mechtut.circuits.attribution import cut_at
 from mechtut.circuits.graph import Edge
 from mechtut.circuits.refining import PlacedCuts, RefinedCircuit, refine
 from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
