@@ -254,7 +254,7 @@ class Contrast:
         and `tok` and `pos` where positions are learned (for a graph that splits them,
         the corrupted ones are in another order).
         """
-        model, wires = self.model, self.wiring.wires
+        model, family = self.model, self.model.family
         clean, corrupted = (ids[:, : self.window.n_pos] for ids in self.tokens)
         every = self.tokens[0].shape[1]
         usual = torch.arange(every, device=clean.device)
@@ -263,10 +263,10 @@ class Contrast:
         ).to(clean.device)
 
         def written(tokens: Tensor, order: Tensor) -> dict[str, Tensor]:
-            if wires.positions is None:
+            if family.positions is None:
                 return {"embed": record_blocks(model, tokens).resid[0]}
-            table: Any = model.hf.get_submodule(wires.positions)
-            rows = order[: tokens.shape[1]] + wires.first_position
+            table: Any = model.hf.get_submodule(family.positions)
+            rows = order[: tokens.shape[1]] + family.first_position
             pos = table.weight[rows].expand(len(tokens), -1, -1)
             tok = model.embed(tokens)
             return {"tok": tok, "pos": pos, "embed": tok + pos}
@@ -319,7 +319,7 @@ class Contrast:
             raise NotImplementedError(
                 f"the graph's logits differ from {model.name}'s by {worst:.2g}: it has"
                 " parts that the wiring table does not describe"
-                " (mechtut.circuits._wiring.WIRES)"
+                " (mechtut.models.families)"
             )
 
     def read(

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from .weights import as_stored, mlp_projection
+from .weights import mlp_projection
+from ..models.families import as_stored
 from ..models.loading import Model, mask_arguments, pad_right, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.matmul import fast_matmul

@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from ..models.checks import integer
 from ..models.hooks import Edit, capture
-from ..models.loading import Model, load_model, weight_fingerprint
+from ..models.loading import Model, embedding_std, load_model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.replay import Replay
 from ..patching.results import Result, provenance
 from ..prompts.facts import known_fact
-from ..models.loading import embedding_std
 from mechtut.prompts.subject_noise import (
     ROLES,
     Corruption,

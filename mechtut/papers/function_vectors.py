@@ -29,7 +29,6 @@ from mechtut.prompts.accuracy import (
     accuracies,
     check_targets,
     known_queries,
-    pooled,
     target_ranks,
 )
 from mechtut.prompts.few_shot import (
@@ -47,11 +46,7 @@ from mechtut.prompts.few_shot import (
     layout,
     sample_prompts,
 )
-from mechtut.prompts.mean_activations import (
-    at_last_slot,
-    layer_average,
-    mean_head_activations,
-)
+from ..prompts.mean_activations import at_last_slot, mean_head_activations
 from ..viz import plots
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c017

@@ -14,9 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .matmul import fast_matmul
-from ..models.loading import Model
-from .replay import Replay
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -25,6 +22,9 @@ from mechtut.models.hooks import (
     intervene,
     visiting,
 )
+from ..models.loading import Model
+from .matmul import fast_matmul
+from .replay import Replay
 
 # %% ../../nbs/library/patching/last_token.ipynb #c004
 @dataclass(frozen=True, eq=False)

@@ -471,7 +471,7 @@ def _check_intervention(model: Model, edits: Intervention) -> None:
             )
 
 
-_REPLAYABLE = tuple("resid_pre resid_post attn_out mlp_out mlp_act q k v z".split())
+_REPLAYABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", *"qkvz")
 
 
 def _default_batch(model: Model, n_pos: int) -> int:

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .few_shot import Prompt, Task, answer_ids, encode, every_query
 from ..models.loading import Model
+from .few_shot import Prompt, Task, answer_ids, encode, every_query
 
 # %% ../../nbs/library/prompts/completions.ipynb #c004
 @torch.no_grad()

@@ -8,7 +8,7 @@ __all__ = ['Span', 'ROLES', 'text_and_ends', 'find_subject', 'Noise', 'Corruptio
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c002
 import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.loading import Model, embedding_std
 from ..models.hooks import Edit
+from ..models.loading import Model, embedding_std
 
 Span = tuple[int, int]
 

@@ -8,7 +8,7 @@ import torch
 from golden_models import read_json, rome_model
 
 from mechtut.models.hooks import Edit, capture, intervene
-from mechtut.models.loading import load_model
+from mechtut.models.loading import embedding_std, load_model
 from mechtut.papers.causal_tracing import (
     AverageTrace,
     CausalTrace,
@@ -16,7 +16,6 @@ from mechtut.papers.causal_tracing import (
     trace_facts,
     window_layers,
 )
-from mechtut.models.loading import embedding_std
 from mechtut.prompts.subject_noise import Noise, find_subject, token_roles
 
 MODEL = rome_model("tiny_facts", torch.float64)

@@ -21,12 +21,14 @@ from mechtut.mini.corpus import corpus
 from mechtut.mini.world import World
 from mechtut.models.loading import load_model
 from mechtut.neurons.client import ServerError, chat
+from mechtut.neurons.collect import activations_on, token_ids
 from mechtut.neurons.dashboards import (
     NeuronPage,
     index_html,
     scores_by_layer,
     write_pages,
 )
+from mechtut.neurons.judging import SimulatorJudge, detection, fuzzing
 from mechtut.papers import neuron_explanation as paper
 from mechtut.papers.neuron_explanation import (
     ActivationRecord,
@@ -39,20 +41,15 @@ from mechtut.papers.neuron_explanation import (
     ServerExplainer,
     ServerJudge,
     ServerSimulator,
-    SimulatorJudge,
     TableExplainer,
     ablation_score,
-    activations_on,
     collect,
-    detection,
     divergence,
     explain,
-    fuzzing,
     revise,
     score,
     score_explanation,
     simulate,
-    token_ids,
 )
 
 WORLD = World()

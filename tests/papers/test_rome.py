@@ -9,11 +9,12 @@ import torch
 from families import CONFIGS, tiny
 from golden_models import GOLDEN, rome_model
 
-from mechtut.editing import covariance, evaluation, weights
+from mechtut.editing import covariance, evaluation
 from mechtut.editing.covariance import key_covariance
 from mechtut.editing.evaluation import target_nll
 from mechtut.editing.requests import context_templates, locate
 from mechtut.editing.weights import WeightEdit, fine_tune, mlp_projection
+from mechtut.models import families
 from mechtut.models.loading import load_model
 from mechtut.papers import rome
 from mechtut.papers.rome import RomeConfig, edit_fact
@@ -40,7 +41,7 @@ def weights_of(model, layer=0):
 def ridge(model, layer=0):
     """A covariance that can be inverted, of the right width."""
     module = mlp_projection(model, layer)
-    width = weights.as_stored(module, module.weight).shape[0]
+    width = families.as_stored(module, module.weight).shape[0]
     return torch.eye(width, dtype=torch.float64)
 
 
