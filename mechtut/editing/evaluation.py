@@ -334,6 +334,16 @@ def evaluate_edit(
 
     Returns:
         `{"pre": {...}, "post": {...}}`.
+
+    Example:
+        >>> import torch
+        >>> from mechtut import WeightEdit, World, load_model
+        >>> from mechtut.prompts.facts import world_cases
+        >>> model, case = load_model("mini"), world_cases(World(), 1)[0]
+        >>> nothing = WeightEdit(model=model, layer=2, delta=torch.zeros(768, 192), request={})
+        >>> measured = evaluate_edit(model, nothing, case)
+        >>> measured["pre"] == measured["post"]
+        True
     """
     zsre = any(isinstance(n, Mapping) for n in case.get("neighborhood_prompts", []))
 

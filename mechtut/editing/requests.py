@@ -88,6 +88,11 @@ def context_templates(
 
     Raises:
         ValueError: If the tokenizer has no token to start from.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> context_templates(load_model("mini"), lengths=((2, 3),))[0]
+        '{}'
     """
     generator = torch.Generator().manual_seed(seed)
     out = ["{}"]

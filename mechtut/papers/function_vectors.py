@@ -65,8 +65,8 @@ def indirect_effect(
 ) -> Float[Tensor, "trial layer head"]:
     """How much each head's mean output, at the last token, raises the right answer.
 
-    Section 2.3 of the paper: put the head's mean over intact prompts into a prompt whose
-    labels were broken.
+    Section 2.3 of the paper: put the head's mean over intact prompts into a prompt
+    whose labels were broken.
 
     Args:
         model: The model.
@@ -75,8 +75,8 @@ def indirect_effect(
             read.
         score: Whether effects are differences of probability or of log-probability.
         batch_size: Prompts per pass.
-        folder: Finished batches are kept there, and a second call goes on where the first
-            stopped.
+        folder: Finished batches are kept there, and a second call goes on where the
+            first stopped.
         progress: Whether to show a bar.
 
     Returns:
@@ -84,6 +84,14 @@ def indirect_effect(
 
     Raises:
         ValueError: For another score, means of another model, or plain text.
+
+    Example:
+        >>> from mechtut import load_model, load_task, sample_prompts
+        >>> model, task = load_model("mini"), load_task("antonym")
+        >>> means = mean_head_activations(model, sample_prompts(task, 4, n_shots=2))
+        >>> broken = sample_prompts(task, 2, n_shots=2, corrupt="shuffle")
+        >>> indirect_effect(model, broken, means).shape
+        torch.Size([2, 8, 6])
     """
     encoded, means = encode_all(model, prompts), at_last_slot(model, mean_activations)
     check_targets(encoded)
@@ -180,7 +188,8 @@ def indirect_effect_by_class(
     Args:
         model: The model.
         prompts: Broken prompts.
-        mean_activations: Made with `slots="all"` from prompts with as many demonstrations.
+        mean_activations: Made with `slots="all"` from prompts with as many
+            demonstrations.
         progress: Whether to show a bar.
 
     Returns:
@@ -251,8 +260,8 @@ def function_vector(
 ) -> Float[Tensor, "d_model"]:
     """Sum of what some heads write into the residual stream on average (section 2.3).
 
-    Where a norm follows the projection (Gemma, OLMo 2) it is applied with the scale it has
-    at the mean activations of the whole layer.
+    Where a norm follows the projection (Gemma, OLMo 2) it is applied with the scale it
+    has at the mean activations of the whole layer.
 
     Args:
         model: The model.
@@ -266,6 +275,13 @@ def function_vector(
 
     Raises:
         IndexError: For a head that does not exist.
+
+    Example:
+        >>> import torch
+        >>> from mechtut import load_model
+        >>> means = torch.ones(8, 6, 32)  # layer, head, d_head
+        >>> function_vector(load_model("mini"), means, heads=[(4, 1), (5, 0)]).shape
+        torch.Size([192])
     """
     means = at_last_slot(model, mean_activations).to(model.dtype)
     total = torch.zeros(model.d_model, device=model.device)
@@ -321,6 +337,13 @@ def inject(
 
     Raises:
         ValueError: If the vector has another width.
+
+    Example:
+        >>> import torch
+        >>> from mechtut import load_model
+        >>> model = load_model("mini")
+        >>> with inject(model, torch.ones(192), layer=3):
+        ...     logits = model.logits("Riley Martin works as a")
     """
     if tuple(vector.shape) != (model.d_model,):
         raise ValueError(
@@ -475,8 +498,9 @@ def extract(
 ) -> FunctionVector:
     """The whole recipe for one task: means, effects, and the sum of the best heads.
 
-    As in the authors' script, queries are those of the valid part that the model answers
-    (checked with demonstrations of another seed), and every step draws anew from `seed`.
+    As in the authors' script, queries are those of the valid part that the model
+    answers (checked with demonstrations of another seed), and every step draws anew
+    from `seed`.
 
     Args:
         model: The model.

@@ -225,6 +225,15 @@ def edit_fact(
     Raises:
         ValueError: If a part of the request is missing, the covariance does not fit or
             cannot be inverted, or the optimisation does not lower the loss.
+
+    Example:
+        >>> import torch
+        >>> from mechtut import load_model
+        >>> model, request = load_model("mini"), ("{} works as a", "Riley Martin", "chef")
+        >>> plain = torch.eye(768, dtype=torch.float64)  # better: `key_covariance`
+        >>> edit = edit_fact(model, *request, layer=2, covariance=plain, templates=["{}"])
+        >>> with edit:
+        ...     p = model.logits("Riley Martin works as a")[0, -1].softmax(-1)
     """
     config = config or RomeConfig()
     module = mlp_projection(model, layer)

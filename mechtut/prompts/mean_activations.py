@@ -51,6 +51,12 @@ def mean_head_activations(
     Raises:
         ValueError: For other slots, or prompts whose templates fall into different
             numbers of tokens.
+
+    Example:
+        >>> from mechtut import load_model, load_task, sample_prompts
+        >>> prompts = sample_prompts(load_task("antonym"), 4, n_shots=2)
+        >>> mean_head_activations(load_model("mini"), prompts).shape
+        torch.Size([8, 6, 32])
     """
     if slots not in ("last", "all"):
         raise ValueError(f"slots must be 'last' or 'all', not {slots!r}")
@@ -126,6 +132,12 @@ def layer_average(
 
     Returns:
         One vector per layer.
+
+    Example:
+        >>> from mechtut import load_model, load_task, sample_prompts
+        >>> prompts = sample_prompts(load_task("antonym"), 4, n_shots=2)
+        >>> layer_average(load_model("mini"), prompts).shape
+        torch.Size([8, 192])
     """
     encoded = encode_all(model, prompts)
     shape, device = (model.n_layers, model.d_model), model.device

@@ -194,6 +194,11 @@ def explore_trace(trace: Any) -> Interactive:
 
     Returns:
         The figure.
+
+    Example:
+        >>> from mechtut import trace
+        >>> t = trace("mini", "Riley Martin works as a", "Riley Martin", n_samples=2)
+        >>> page = explore_trace(t)
     """
     rows = [
         plots.starred(trace.tokens, trace.subject_range)[p] for p in trace.positions
