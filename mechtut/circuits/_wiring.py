@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .graph import Graph
-from ..models.hooks import attention_tap
 from ..models.families import as_stored
+from ..models.hooks import attention_tap
 from ..models.loading import Model
 from ..patching.partial import record_blocks
 

@@ -18,6 +18,190 @@ from ._wiring import projector
 from .graph import Edge, layer_of
 from .runs import Contrast, Cuts
 
+# %% ../../nbs/library/circuits/search.ipynb #c010
+class _Stage:
+    """The tests of the edges into some nodes.
+
+    A *copy* stands for the nodes' values without some of these edges. All copies of a
+    question run through the steps behind the nodes in one pass. `current` is the copy
+    without the edges that were accepted.
+    """
+
+    behind = False  # whether edges are gone already that the state does not know of
+    n_own = 0  # of the first steps, those that a stage commits by itself
+
+    def __init__(
+        self, state: State, nodes: list[str], readers: list[str], current: Tensor
+    ):
+        self.state, self.nodes, self.current = state, nodes, current
+        self.plan = self.out = None
+        if layer_of(readers[0]) is not None:  # nothing is behind the output
+            self.plan = Plan.behind(state, readers)
+            self.out = self.plan.mix(["out"])
+        # edges, with the number of the copy where the edge makes a difference
+        self.asked: list[tuple[Edge, int | None]] = []
+        self.copies: list[Tensor] = []
+        self.alone = False  # whether each copy is without one edge only
+        self.accepted: tuple[list, Tensor] | None = None
+
+    def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
+        """A copy without one more edge; `None` if it carries the same in both runs."""
+        raise NotImplementedError
+
+    def start(self, plan: Plan, changes: Changes) -> None:
+        """Run the first step on all copies."""
+        raise NotImplementedError
+
+    def propose(self, edges: Sequence[Edge], alone: bool) -> list[int | None]:
+        """Set `copies` to the values without these edges; returns for each edge its
+        copy, if it changes anything.
+        """
+        self.asked, self.copies, self.alone, value = [], [], alone, self.current
+        for edge in edges:
+            without = self.cut(value, edge)
+            if without is not None:
+                self.copies.append(without)
+                value = self.current if alone else without
+            self.asked.append((edge, None if without is None else len(self.copies) - 1))
+        return [number for _, number in self.asked]
+
+    def run(self) -> Float[Tensor, "batch read d"]:
+        """The last stream of every copy, one after the other in the batch."""
+        if self.plan is None or self.out is None:
+            return torch.cat(self.copies)
+        changes = Changes(self.state.window, len(self.copies))
+        self.start(self.plan, changes)
+        for step in self.plan.steps[1:]:
+            step.run(changes)
+        self.last_out = self.out(changes)[0]
+        return self.last_out
+
+    def accept(self, edge: Edge) -> bool:
+        """Remember what the last run computed without this edge, if it was asked for
+        and nothing else has gone since.
+        """
+        asked = [e for e, _ in self.asked]
+        if edge not in (asked if self.alone else asked[:1]):
+            return False
+        number, n = self.asked[asked.index(edge)][1], len(self.copies)
+        self.asked = [] if self.alone else self.asked[1:]
+        if number is not None:
+            self.current = self.copies[number]
+            if self.plan is not None:
+                steps = self.plan.steps[self.n_own :]
+                values = [(step, step.one(number, n)) for step in steps]
+                self.accepted = values, self.last_out.chunk(n)[number]
+        return True
+
+    def commit(self) -> None:
+        """Make what was accepted last the state."""
+        if self.accepted is not None:
+            steps, self.state.x["out"] = self.accepted
+            for step, last in steps:
+                step.commit(last)
+
+
+class _ReaderStage(_Stage):
+    """A reader and all its edges; a copy is the reader's stream."""
+
+    def __init__(self, state: State, node: str):
+        self.differences = state.differences[state.reads_wide(node)]
+        clean, already = state.clean_stream(node), state.taken_away(node)
+        self.behind = isinstance(already, Tensor)
+        super().__init__(
+            state, [node], [node], clean - already if self.behind else clean
+        )
+
+    def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
+        difference = self.differences[self.state.graph.sender_index[edge.parent]]
+        return value - difference if difference.any() else None
+
+    def start(self, plan: Plan, changes: Changes) -> None:
+        plan.steps[0].run(changes, [torch.cat(self.copies)[None]])
+
+    def commit(self) -> None:
+        super().commit()
+        self.state.x[self.nodes[0]] = self.current
+
+# %% ../../nbs/library/circuits/search.ipynb #c012a
+class _HeadsStage(_Stage):
+    """Queries, keys or values of some heads of a layer, or the streams that they are
+    made of, with one edge each; a copy says which of them are without it.
+    """
+
+    n_own = 1
+
+    def __init__(self, state: State, nodes: list[str]):
+        wiring, window = state.contrast.wiring, state.window
+        # in the order in which a step takes them
+        self.by_head = sorted(nodes, key=lambda node: int(node.split(".")[1]))
+        own = [int(node.split(".")[1]) for node in self.by_head]
+        self.direct = nodes[0] not in state.graph.receiver_index
+        readers = [f"{n}_in" if self.direct else n for n in self.by_head]
+        layer, part = layer_of(readers[0]) or 0, readers[0].split(".")[2][0]
+        wide = state.reads_wide(readers[0])
+        # what can be cut: of a query the rows that are needed, of a key or value all
+        # from where the prompts differ
+        rows = state.rows(wide) if part == "q" else slice(window.start, None)
+        self.now = state.qkv[layer][part][own][:, :, rows]
+        if self.direct:
+            self.without = state.contrast.corrupted_qkv[layer][part][own][:, :, rows]
+            pairs = zip(self.now, self.without, strict=True)
+            self.same = [torch.equal(x, y) for x, y in pairs]
+        else:
+            # a single edge comes from the first sender, and all still read the clean
+            # stream
+            difference = state.differences[wide][0]
+            x = state.clean_stream(readers[0]) - difference
+            index = torch.tensor(own, device=x.device)
+            places = window.rows[state.rows(wide)]
+            self.without = projector(wiring, layer, part, index, places)(x[None])
+            self.same = [not difference.any()] * len(readers)
+        nothing = torch.zeros(len(readers), dtype=torch.bool, device=self.now.device)
+        super().__init__(state, nodes, readers, nothing)
+        first = self.plan.steps[0] if self.plan else None
+        if not isinstance(first, AttentionStep):
+            raise TypeError(f"{nodes[0]} is not read by attention")
+        self.first = first
+        self.moved = [first.compute(g, [self.without], 1) for g in first.groups]
+        # for each head which of the nodes is its query, or the key or value it reads
+        self.whose = [
+            [
+                own.index(h if part == "q" else int(wiring.kv_of_head[h]))
+                for h in group.index.tolist()
+            ]
+            for group in first.groups
+        ]
+
+    def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
+        i = self.by_head.index(edge.child)
+        if self.same[i]:
+            return None
+        return value.index_fill(0, torch.tensor([i], device=value.device), True)
+
+    def start(self, plan: Plan, changes: Changes) -> None:
+        gone = torch.stack(self.copies, dim=1)  # [node, copy]
+        for group, nodes, (_, change) in zip(
+            self.first.groups, self.whose, self.moved, strict=True
+        ):
+            which = gone[nodes, :, None, None, None]
+            changes.push((change[:, None] * which).flatten(1, 2), group.wide)
+
+    def commit(self) -> None:
+        super().commit()
+        state, gone = self.state, self.current[:, None, None, None]
+        if self.accepted is not None:
+            zs = [
+                torch.where(gone[nodes], z, group.z)
+                for group, nodes, (z, _) in zip(
+                    self.first.groups, self.whose, self.moved, strict=True
+                )
+            ]
+            values = torch.where(gone, self.without, self.now)
+            self.first.commit(([], [values], zs))
+        for node in [] if self.direct else self.nodes:
+            state.x[node] = state.clean_stream(node) - state.taken_away(node)
+
 # %% ../../nbs/library/circuits/search.ipynb #c004
 # of prompts and positions that one pass computes at most, unless a single circuit has
 # more: products of a few hundred rows are the fastest
@@ -216,187 +400,3 @@ class Pruner:
                 again(MLPStep(plan, layer))
         if "out" in state.x and plan.dirty[False]:
             state.x["out"] = plan.mix(["out"])(changes)[0]
-
-# %% ../../nbs/library/circuits/search.ipynb #c010
-class _Stage:
-    """The tests of the edges into some nodes.
-
-    A *copy* stands for the nodes' values without some of these edges. All copies of a
-    question run through the steps behind the nodes in one pass. `current` is the copy
-    without the edges that were accepted.
-    """
-
-    behind = False  # whether edges are gone already that the state does not know of
-    n_own = 0  # of the first steps, those that a stage commits by itself
-
-    def __init__(
-        self, state: State, nodes: list[str], readers: list[str], current: Tensor
-    ):
-        self.state, self.nodes, self.current = state, nodes, current
-        self.plan = self.out = None
-        if layer_of(readers[0]) is not None:  # nothing is behind the output
-            self.plan = Plan.behind(state, readers)
-            self.out = self.plan.mix(["out"])
-        # edges, with the number of the copy where the edge makes a difference
-        self.asked: list[tuple[Edge, int | None]] = []
-        self.copies: list[Tensor] = []
-        self.alone = False  # whether each copy is without one edge only
-        self.accepted: tuple[list, Tensor] | None = None
-
-    def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
-        """A copy without one more edge; `None` if it carries the same in both runs."""
-        raise NotImplementedError
-
-    def start(self, plan: Plan, changes: Changes) -> None:
-        """Run the first step on all copies."""
-        raise NotImplementedError
-
-    def propose(self, edges: Sequence[Edge], alone: bool) -> list[int | None]:
-        """Set `copies` to the values without these edges; returns for each edge its
-        copy, if it changes anything.
-        """
-        self.asked, self.copies, self.alone, value = [], [], alone, self.current
-        for edge in edges:
-            without = self.cut(value, edge)
-            if without is not None:
-                self.copies.append(without)
-                value = self.current if alone else without
-            self.asked.append((edge, None if without is None else len(self.copies) - 1))
-        return [number for _, number in self.asked]
-
-    def run(self) -> Float[Tensor, "batch read d"]:
-        """The last stream of every copy, one after the other in the batch."""
-        if self.plan is None or self.out is None:
-            return torch.cat(self.copies)
-        changes = Changes(self.state.window, len(self.copies))
-        self.start(self.plan, changes)
-        for step in self.plan.steps[1:]:
-            step.run(changes)
-        self.last_out = self.out(changes)[0]
-        return self.last_out
-
-    def accept(self, edge: Edge) -> bool:
-        """Remember what the last run computed without this edge, if it was asked for
-        and nothing else has gone since.
-        """
-        asked = [e for e, _ in self.asked]
-        if edge not in (asked if self.alone else asked[:1]):
-            return False
-        number, n = self.asked[asked.index(edge)][1], len(self.copies)
-        self.asked = [] if self.alone else self.asked[1:]
-        if number is not None:
-            self.current = self.copies[number]
-            if self.plan is not None:
-                steps = self.plan.steps[self.n_own :]
-                values = [(step, step.one(number, n)) for step in steps]
-                self.accepted = values, self.last_out.chunk(n)[number]
-        return True
-
-    def commit(self) -> None:
-        """Make what was accepted last the state."""
-        if self.accepted is not None:
-            steps, self.state.x["out"] = self.accepted
-            for step, last in steps:
-                step.commit(last)
-
-# %% ../../nbs/library/circuits/search.ipynb #c012a
-class _ReaderStage(_Stage):
-    """A reader and all its edges; a copy is the reader's stream."""
-
-    def __init__(self, state: State, node: str):
-        self.differences = state.differences[state.reads_wide(node)]
-        clean, already = state.clean_stream(node), state.taken_away(node)
-        self.behind = isinstance(already, Tensor)
-        super().__init__(
-            state, [node], [node], clean - already if self.behind else clean
-        )
-
-    def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
-        difference = self.differences[self.state.graph.sender_index[edge.parent]]
-        return value - difference if difference.any() else None
-
-    def start(self, plan: Plan, changes: Changes) -> None:
-        plan.steps[0].run(changes, [torch.cat(self.copies)[None]])
-
-    def commit(self) -> None:
-        super().commit()
-        self.state.x[self.nodes[0]] = self.current
-
-
-class _HeadsStage(_Stage):
-    """Queries, keys or values of some heads of a layer, or the streams that they are
-    made of, with one edge each; a copy says which of them are without it.
-    """
-
-    n_own = 1
-
-    def __init__(self, state: State, nodes: list[str]):
-        wiring, window = state.contrast.wiring, state.window
-        # in the order in which a step takes them
-        self.by_head = sorted(nodes, key=lambda node: int(node.split(".")[1]))
-        own = [int(node.split(".")[1]) for node in self.by_head]
-        self.direct = nodes[0] not in state.graph.receiver_index
-        readers = [f"{n}_in" if self.direct else n for n in self.by_head]
-        layer, part = layer_of(readers[0]) or 0, readers[0].split(".")[2][0]
-        wide = state.reads_wide(readers[0])
-        # what can be cut: of a query the rows that are needed, of a key or value all
-        # from where the prompts differ
-        rows = state.rows(wide) if part == "q" else slice(window.start, None)
-        self.now = state.qkv[layer][part][own][:, :, rows]
-        if self.direct:
-            self.without = state.contrast.corrupted_qkv[layer][part][own][:, :, rows]
-            pairs = zip(self.now, self.without, strict=True)
-            self.same = [torch.equal(x, y) for x, y in pairs]
-        else:
-            # a single edge comes from the first sender, and all still read the clean
-            # stream
-            difference = state.differences[wide][0]
-            x = state.clean_stream(readers[0]) - difference
-            index = torch.tensor(own, device=x.device)
-            places = window.rows[state.rows(wide)]
-            self.without = projector(wiring, layer, part, index, places)(x[None])
-            self.same = [not difference.any()] * len(readers)
-        nothing = torch.zeros(len(readers), dtype=torch.bool, device=self.now.device)
-        super().__init__(state, nodes, readers, nothing)
-        first = self.plan.steps[0] if self.plan else None
-        if not isinstance(first, AttentionStep):
-            raise TypeError(f"{nodes[0]} is not read by attention")
-        self.first = first
-        self.moved = [first.compute(g, [self.without], 1) for g in first.groups]
-        # for each head which of the nodes is its query, or the key or value it reads
-        self.whose = [
-            [
-                own.index(h if part == "q" else int(wiring.kv_of_head[h]))
-                for h in group.index.tolist()
-            ]
-            for group in first.groups
-        ]
-
-    def cut(self, value: Tensor, edge: Edge) -> Tensor | None:
-        i = self.by_head.index(edge.child)
-        if self.same[i]:
-            return None
-        return value.index_fill(0, torch.tensor([i], device=value.device), True)
-
-    def start(self, plan: Plan, changes: Changes) -> None:
-        gone = torch.stack(self.copies, dim=1)  # [node, copy]
-        for group, nodes, (_, change) in zip(
-            self.first.groups, self.whose, self.moved, strict=True
-        ):
-            which = gone[nodes, :, None, None, None]
-            changes.push((change[:, None] * which).flatten(1, 2), group.wide)
-
-    def commit(self) -> None:
-        super().commit()
-        state, gone = self.state, self.current[:, None, None, None]
-        if self.accepted is not None:
-            zs = [
-                torch.where(gone[nodes], z, group.z)
-                for group, nodes, (z, _) in zip(
-                    self.first.groups, self.whose, self.moved, strict=True
-                )
-            ]
-            values = torch.where(gone, self.without, self.now)
-            self.first.commit(([], [values], zs))
-        for node in [] if self.direct else self.nodes:
-            state.x[node] = state.clean_stream(node) - state.taken_away(node)

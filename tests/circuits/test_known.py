@@ -5,8 +5,9 @@ import torch
 
 from mechtut.circuits import known
 from mechtut.circuits.attribution import contrast_scores, select
+from mechtut.circuits.circuit import evaluate_circuit, roc
 from mechtut.circuits.runs import Contrast
-from mechtut.papers.acdc import acdc, evaluate_circuit, roc, sweep
+from mechtut.papers.acdc import acdc, sweep
 
 MADE = {"induction": known.induction, "reverse": known.reverse}
 

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from slow_circuit import slow_logits
 
 from mechtut.circuits import drawing
-from mechtut.circuits.circuit import Circuit, Roc, pessimistic_auc
+from mechtut.circuits.circuit import (
+    Circuit,
+    Roc,
+    evaluate_circuit,
+    pessimistic_auc,
+    roc,
+)
 from mechtut.circuits.graph import (
     Edge,
     Graph,
@@ -36,7 +42,7 @@ from mechtut.circuits.metrics import (
 from mechtut.circuits.runs import Contrast, Cuts, circuit_logits, circuit_metric
 from mechtut.circuits.search import Pruner
 from mechtut.models.loading import load_model
-from mechtut.papers.acdc import Rules, acdc, evaluate_circuit, roc, search, sweep
+from mechtut.papers.acdc import Rules, acdc, search, sweep
 
 FAMILIES = [kind for kind in CONFIGS if kind != "gptj"]
 
@@ -686,7 +692,7 @@ def test_unknown_nodes_and_families():
         evaluate_circuit(model, [("a2.0", "a0.0.q_in")], clean, corrupted)
     with pytest.raises(ValueError, match="not the name of a node"):
         layer_of("b0.1")
-    with pytest.raises(NotImplementedError, match="no wiring for model_type 'gptj'"):
+    with pytest.raises(NotImplementedError, match="gptj does not look its attention"):
         acdc(model_of("gptj"), clean, corrupted, threshold=0.1)
     with pytest.raises(ValueError, match="no learned position embedding"):
         acdc(model_of("llama"), clean, corrupted, threshold=0.1, split_positions=True)

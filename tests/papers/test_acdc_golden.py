@@ -14,10 +14,11 @@ from golden_acdc import (
     prompts,
 )
 
-from mechtut.circuits.circuit import counts, node_counts
+from mechtut.circuits.attribution import attribution_scores
+from mechtut.circuits.circuit import counts, node_counts, roc
 from mechtut.circuits.graph import Graph, check_edges, visits
 from mechtut.circuits.runs import Cuts, circuit_metric
-from mechtut.papers.acdc import attribution_scores, roc, search
+from mechtut.papers.acdc import search
 
 TRACR_SHAPES = {
     "tracr-xproportion": (2, 1),
