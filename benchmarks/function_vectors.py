@@ -22,8 +22,8 @@ from common import gpt2_small, measure
 from mechtut.models.hooks import Edit, intervene
 from mechtut.models.loading import Model
 from mechtut.papers.function_vectors import indirect_effect
-from mechtut.prompts.mean_activations import mean_head_activations
 from mechtut.patching.matmul import fast_matmul
+from mechtut.prompts.mean_activations import mean_head_activations
 
 
 def random_prompts(model: Model, n: int) -> list[tuple[list[int], int]]:

@@ -16,16 +16,15 @@ import torch
 from common import gpt2_small, measure
 from transformers import PreTrainedTokenizerFast
 
-from mechtut.editing.weights import mlp_projection
-from mechtut.models.loading import pad_right
-from mechtut.prompts.facts import target_ids
-from mechtut.mini.world import World
-from mechtut.models.loading import Model, mask_arguments
-from mechtut.models.weights import mini_folder
 from mechtut.editing.covariance import key_covariance
 from mechtut.editing.requests import context_templates, locate
+from mechtut.editing.weights import mlp_projection
+from mechtut.mini.world import World
+from mechtut.models.loading import Model, mask_arguments, pad_right
+from mechtut.models.weights import mini_folder
 from mechtut.papers.rome import RomeConfig, _optimise, _problem
 from mechtut.patching.matmul import fast_matmul
+from mechtut.prompts.facts import target_ids
 
 PROMPT, SUBJECT, TARGET = "{} works as a", "Martin Riley", "teacher"
 

@@ -340,8 +340,8 @@ def evaluate_edit(
         >>> from mechtut import WeightEdit, World, load_model
         >>> from mechtut.prompts.facts import world_cases
         >>> model, case = load_model("mini"), world_cases(World(), 1)[0]
-        >>> nothing = WeightEdit(model=model, layer=2, delta=torch.zeros(768, 192), request={})
-        >>> measured = evaluate_edit(model, nothing, case)
+        >>> what = {"layer": 2, "delta": torch.zeros(768, 192), "request": {}}
+        >>> measured = evaluate_edit(model, WeightEdit(model=model, **what), case)
         >>> measured["pre"] == measured["post"]
         True
     """

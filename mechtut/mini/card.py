@@ -20,7 +20,6 @@ from .evaluation import Line
 __all__ = ['agreement', 'model_card']
 
 # %% ../../nbs/library/mini/card.ipynb #c005
-#| code-fold: true
 _CARD = """# The embedded model of mechtut
 
 A GPT-2 of {shape} ({parameters:.1f} million parameters, {size:.1f} MB in float16),

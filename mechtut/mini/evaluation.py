@@ -18,10 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .corpus import corpus, icl_prompt
-from ..models.loading import embedding_std
-from ..models.families import find_family
-from ..models.loading import Model
 from .world import LIST_OPERATIONS, Fact, World, make_pairs
+from ..models.families import find_family
+from ..models.loading import Model, embedding_std
 
 # %% auto #0
 __all__ = ['Part', 'Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_lens', 'neuron_selectivity', 'planted', 'steering',

@@ -24,11 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .card import model_card
+from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .evaluation import evaluate
-from ..models.weights import mini_folder
-from .tokenizer import Rows, build_tokenizer, pack_rows, token_kinds
 from mechtut.mini.network import (
     Muon,
     NeuronCost,
@@ -45,7 +43,9 @@ from mechtut.mini.network import (
     wanted,
     weighted_loss,
 )
+from .tokenizer import Rows, build_tokenizer, pack_rows, token_kinds
 from .world import World
+from ..models.weights import mini_folder
 
 # %% auto #0
 __all__ = ['Recipe', 'Trainer', 'train', 'examine_folder', 'main']
@@ -559,7 +559,6 @@ def examine_folder(
     return table
 
 # %% ../../nbs/library/mini/training.ipynb #n001
-#| code-fold: true
 def _parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -10,7 +10,6 @@ __all__ = ['explain', 'simulate', 'score_explanation', 'fit_calibration', 'diver
            'detection', 'fuzzing', 'Server', 'ServerExplainer', 'ServerSimulator', 'ServerJudge']
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c009
-#| code-fold: true
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
