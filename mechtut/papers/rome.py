@@ -229,9 +229,11 @@ def edit_fact(
     Example:
         >>> import torch
         >>> from mechtut import load_model
-        >>> model, request = load_model("mini"), ("{} works as a", "Riley Martin", "chef")
-        >>> plain = torch.eye(768, dtype=torch.float64)  # better: `key_covariance`
-        >>> edit = edit_fact(model, *request, layer=2, covariance=plain, templates=["{}"])
+        >>> model = load_model("mini")
+        >>> request = ("{} works as a", "Riley Martin", "chef")
+        >>> how = {"layer": 2, "templates": ["{}"]}
+        >>> how["covariance"] = torch.eye(768).double()  # better: `key_covariance`
+        >>> edit = edit_fact(model, *request, **how)
         >>> with edit:
         ...     p = model.logits("Riley Martin works as a")[0, -1].softmax(-1)
     """
