@@ -88,12 +88,12 @@ def wheel_python(wheel: Path, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python"]
     install = [*pip, python, "install", "-c", pinned]
     if stamp.exists() and stamp.read_text() == wanted:
-        subprocess.run([*install, "--no-deps", "--force-reinstall", wheel], check=True)
+        quietly(*install, "--no-deps", "--force-reinstall", wheel)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         venv = [sys.executable, "-m", "venv", "--without-pip", folder]
         subprocess.run(venv, check=True)
-        subprocess.run([*install, f"{wheel}[tutorials]"], check=True)
+        quietly(*install, f"{wheel}[tutorials]")
         stamp.write_text(wanted)
     code = (
         "import mechtut, sysconfig as s; print(mechtut.__file__, s.get_path('purelib'))"
@@ -103,6 +103,14 @@ def wheel_python(wheel: Path, folder: Path) -> Path:
     if not Path(where).is_relative_to(Path(site)):
         sys.exit(f"mechtut was imported from {where}, not from the wheel in {site}")
     return python
+
+
+def quietly(*command: object) -> None:
+    """Run a command; show what it said only if it fails (pip tells of its indexes)."""
+    words = [str(c) for c in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed:\n{done.stdout}{done.stderr}")
 
 
 def kernel(python: Path, folder: Path) -> None:
