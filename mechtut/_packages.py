@@ -67,14 +67,18 @@ def imports_in(
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             up = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join([*(up if node.level else []), node.module or ""]).rstrip(".")
+            base = ".".join([*(up if node.level else []), node.module or ""]).rstrip(
+                "."
+            )
             found |= {base, *(f"{base}.{a.name}" for a in node.names)}
     offered = {f"mechtut.{n}": f"mechtut.{m}" for n, m in (names or {}).items()}
     found = {offered.get(name, name) for name in found}
     return {name for name in found if name.split(".")[0] == "mechtut"}
 
 
-def import_graph(root: Path, names: dict[str, str] | None = None) -> dict[str, set[str]]:
+def import_graph(
+    root: Path, names: dict[str, str] | None = None
+) -> dict[str, set[str]]:
     """Which module of the package imports which, read from their source.
 
     Args:

@@ -179,20 +179,24 @@ def main() -> None:
     if unknown := [n for n in names if n not in steps]:
         sys.exit(f"no step {', '.join(unknown)}; the steps are {', '.join(steps)}")
     times, preparing = [], None
-    for name in names or list(steps):
-        step, arguments = steps[name]
-        print(f"\n=== {name}: {step.__doc__}", flush=True)
-        start = time.monotonic()
-        try:
+    try:
+        for name in names or list(steps):
+            step, arguments = steps[name]
+            print(f"\n=== {name}: {step.__doc__}", flush=True)
+            start = time.monotonic()
             if preparing and name == "notebooks" and preparing.wait():
                 fail("installing the wheel; see above")
-            step(*arguments)
-        except subprocess.CalledProcessError as error:
-            fail(f"step {name}, exit code {error.returncode}. Again, alone: "
-                 f"python tools/check.py {name}")  # fmt: skip
-        if name == "build" and (not names or "notebooks" in names):
-            preparing = wheel_environment()
-        times.append(report(name, start))
+            try:
+                step(*arguments)
+            except subprocess.CalledProcessError as error:
+                again = f"Again, alone: python tools/check.py {name}"
+                fail(f"step {name}, exit code {error.returncode}. {again}")
+            if name == "build" and (not names or "notebooks" in names):
+                preparing = wheel_environment()
+            times.append(report(name, start))
+    finally:
+        if preparing:
+            preparing.terminate()  # if it is still there, its work is not wanted
     print(f"\nAll green: {', '.join(times)}", flush=True)
 
 
