@@ -130,7 +130,6 @@ def _decide(walk: Walk, rules: Rules, edges: list[Edge]) -> Float[Tensor, "edge 
     return torch.tensor(rows, dtype=torch.float64)
 
 # %% ../../nbs/papers/30_acdc.ipynb #c022
-#| code-fold: true
 def acdc(
     model: Model,
     clean: Int[Tensor, "batch pos"],
@@ -205,7 +204,6 @@ def acdc(
         return search(contrast, rules, folder=folder, progress=progress)
 
 # %% ../../nbs/papers/30_acdc.ipynb #c045
-#| code-fold: true
 def sweep(
     model: Model,
     clean: Int[Tensor, "batch pos"],
