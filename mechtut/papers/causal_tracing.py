@@ -510,7 +510,7 @@ def trace_facts(
         )
     return average(traces, tuple(skipped))
 
-
+# %% ../../nbs/papers/10_causal_tracing.ipynb #c049a
 def average(
     traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()
 ) -> AverageTrace:

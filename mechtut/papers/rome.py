@@ -266,7 +266,7 @@ def edit_fact(
         losses=tuple(losses),
     )
 
-
+# %% ../../nbs/papers/11_rome.ipynb #c032a
 def _left_vector(
     model: Model,
     prompts: Sequence[str],

