@@ -12,6 +12,7 @@ _SMALL = {
 }
 _GATED = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 _OWN_HEAD_DIM = {**_GATED, "head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 CONFIGS = {
     "gpt2": {
@@ -29,6 +30,17 @@ CONFIGS = {
     "gemma2": {**_OWN_HEAD_DIM, "sliding_window": 4},
     "gemma3_text": {**_OWN_HEAD_DIM, "sliding_window": 4},
     "olmo2": _GATED,
+    "gemma": _OWN_HEAD_DIM,
+    "stablelm": _GATED,
+    "phi3": _GATED,
+    "smollm3": _GATED,
+    "olmo": _GATED,
+    "arcee": _GATED,
+    "seed_oss": _OWN_HEAD_DIM,
+    "starcoder2": {**_GATED, "sliding_window": 4},
+    "mixtral": {**_GATED, "num_local_experts": 4},
+    "qwen3_moe": {**_OWN_HEAD_DIM, **_EXPERTS},
+    "olmoe": {**_GATED, **_EXPERTS},
     "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {**_SMALL, "intermediate_size": 48},
     "gptj": {
@@ -40,6 +52,9 @@ CONFIGS = {
         "rotary_dim": 4,
     },
 }
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe")  # mixtures, without a list of neurons
+WITH_NEURONS = sorted(k for k in CONFIGS if k not in EXPERTS)
+IN_CIRCUITS = [k for k in CONFIGS if k not in ("gptj", "phi3")]
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -49,6 +64,8 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes):
     """
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**CONFIGS[kind], **SPECIAL, **changes})
+    if kind in EXPERTS:
+        config._experts_implementation = "eager"  # the grouped product knows no float64
     hf = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in hf.parameters():

@@ -60,6 +60,11 @@ def qkv_weights(
                     fused.bias, "(head part d_head) -> part (head d_head)", **heads
                 )
             )
+    elif not hasattr(attn, "q_proj"):
+        raise NotImplementedError(
+            f"{model.config.model_type} keeps its queries, keys and values in a way"
+            " that circuits cannot take apart"
+        )
     else:
         projections = [attn.q_proj, attn.k_proj, attn.v_proj]
         weights = [as_stored(p, p.weight) for p in projections]

@@ -29,8 +29,17 @@ def mlp_projection(model: Model, layer: int) -> nn.Module:
 
     Returns:
         The linear module.
+
+    Raises:
+        ValueError: For a mixture of experts, which has no such matrix.
     """
-    return model.part(check_layer(model, layer, "mlp_act"), model.family.mlp_proj)
+    path = model.family.mlp_proj
+    if path is None:
+        raise ValueError(
+            f"{model.config.model_type} has a mixture of experts in place of an MLP:"
+            " there is no one matrix to edit"
+        )
+    return model.part(check_layer(model, layer, "mlp_act"), path)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -23,7 +23,8 @@ class Family:
         norm: The final norm, before the unembedding, from the root.
         attn: The attention module, below a block.
         attn_proj: Its output projection; its input is `z`, the heads side by side.
-        mlp_proj: The MLP's output projection; its input is the MLP's neurons.
+        mlp_proj: The MLP's output projection; its input is the MLP's neurons. `None`
+            for a mixture of experts, which has no one list of neurons.
         attn_out: The module whose output attention adds to the residual stream.
         mlp_out: The module whose output the MLP adds to the residual stream.
         unembed: The unembedding, from the root.
@@ -41,7 +42,7 @@ class Family:
     norm: str
     attn: str = "self_attn"
     attn_proj: str = "self_attn.o_proj"
-    mlp_proj: str = "mlp.down_proj"
+    mlp_proj: str | None = "mlp.down_proj"
     attn_out: str = "self_attn"
     mlp_out: str = "mlp"
     unembed: str = "lm_head"
@@ -57,6 +58,7 @@ _LLAMA = Family("model.layers", "model.embed_tokens", "model.norm")
 _POST_NORM = replace(
     _LLAMA, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
 )
+_EXPERTS = replace(_LLAMA, mlp_proj=None)
 _GEMMA2 = replace(_POST_NORM, norm_mlp="pre_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
@@ -82,10 +84,12 @@ FAMILIES: dict[str, Family] = {
         attn_out="attention",
         parallel=True,
     ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "stablelm", "phi3"), _LLAMA
+    ),
+    **dict.fromkeys(("smollm3", "olmo", "arcee", "seed_oss"), _LLAMA),
+    "starcoder2": replace(_LLAMA, mlp_proj="mlp.c_proj"),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), _EXPERTS),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "olmo2": replace(_POST_NORM, norm_attn=None, norm_mlp=None),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIDUAL_SITES', 'HEAD_SITES', 'ATTENTION_SITES', 'SITES', 'Visitor', 'Site', 'Edit', 'write_into', 'write',
            'check_layer', 'AttentionTap', 'attention_tap', 'visiting', 'intervene', 'check_edits', 'Activations',
-           'expand_sites', 'capture']
+           'expand_sites', 'capture', 'check_family']
 
 # %% ../../nbs/library/models/hooks.ipynb #c002
 import sys
@@ -279,6 +279,11 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
         "mlp_act": family.mlp_proj,
         "z": family.attn_proj,
     }[site.name]
+    if path is None:
+        raise ValueError(
+            f"{model.config.model_type} has no site {site.name!r}: its MLP is a mixture"
+            " of experts, which has no one list of neurons; 'mlp_out' is there"
+        )
     side: Literal["in", "out"] = "in" if site.name in ("mlp_act", "z") else "out"
     n_heads = model.n_heads if site.name == "z" else None
     return _Place(model.part(layer, path), side, n_heads)
@@ -722,3 +727,44 @@ def capture(
             logits = model(inputs)
     _all_fired(wanted, fired)
     return Activations({s: kept[s] for s in wanted}, logits)
+
+# %% ../../nbs/library/models/hooks.ipynb #r002
+def check_family(model: Model) -> None:
+    """Hold a model's row against one short run.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If the stream is not a sum of what the sites carry, the logits are
+            not its unembedding, or writing a site's own value changes something.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> check_family(load_model("mini"))  # says nothing: all is well
+    """
+    tokens = torch.arange(min(4, model.d_vocab), device=model.device)[None]
+    acts = capture(model, tokens, ["resid_pre", "attn_out", "mlp_out", "resid_post"])
+    after = acts["resid_post"]
+    total = acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"]
+    z = capture(model, tokens, "z.0")["z.0"]
+    with intervene(model, [Edit("z", 0, z)]):
+        again = model.logits(tokens)
+    exact = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, 0.1)
+    for claim, one, other in (
+        ("resid_pre + attn_out + mlp_out is resid_post", total, after),
+        (
+            "the unembedded last stream is the logits",
+            model.unembed(after[-1]),
+            acts.logits,
+        ),
+        ("z written back changes nothing", again, acts.logits),
+    ):
+        worst = float((one.float() - other.float()).abs().max())
+        if not worst <= exact * max(1.0, float(other.abs().max())):
+            raise ValueError(
+                f"the row of model_type {model.config.model_type!r} in"
+                f" mechtut.models.families does not fit {model.name}: {claim!r} is off"
+                f" by {worst:.2g}. Give `capture`/`intervene` the plain module and"
+                " module paths, or add a row that fits"
+            )

@@ -385,8 +385,8 @@ def load_model(
         The model, frozen and in eval mode.
 
     Raises:
-        ValueError: For a family that has no row, a damaged file, or weights that are
-            not finite.
+        ValueError: For a family that has no row or whose row does not fit, a damaged
+            file, or weights that are not finite.
 
     Example:
         >>> load_model("mini").n_layers
@@ -415,6 +415,9 @@ def load_model(
                 f"{name} has NaN or infinite values in {weight_name}; the file may be"
                 " damaged"
             )
+    from mechtut.models.hooks import check_family  # it stands on this module
+
+    check_family(model)
     return model
 
 
@@ -510,10 +513,10 @@ def weight_fingerprint(model: Model, samples: int = 4096) -> str:
 
 # %% ../../nbs/library/models/loading.ipynb #n031
 def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
-    """Standard deviation of token embeddings, over all scalars together.
+    """Standard deviation of what the `embed` site carries, over all scalars together.
 
     The authors' unit: every subject of the fact file, tokenised alone without a leading
-    space.
+    space. A model that scales inside the embedding (Gemma) has the scale in it.
 
     Args:
         model: The model.
@@ -521,8 +524,14 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
 
     Returns:
         The standard deviation.
+
+    Example:
+        >>> embedding_std(load_model("mini"), ["Riley Martin"]) < 1
+        True
     """
-    if subjects is None:
-        return float(model.embed.weight.double().std())
-    ids = torch.cat([model.to_tokens(s) for s in subjects])
-    return float(model.embed.weight[ids].std())
+    with torch.no_grad():
+        if subjects is None:
+            ids = torch.arange(model.d_vocab, device=model.device)
+            return float(model.embed(ids).double().std())
+        ids = torch.cat([model.to_tokens(s) for s in subjects])
+        return float(model.embed(ids).std())

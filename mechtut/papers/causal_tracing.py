@@ -6,6 +6,7 @@
 __all__ = ['QUIRKS', 'CausalTrace', 'window_layers', 'trace', 'AverageTrace', 'trace_facts', 'average']
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c014
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -337,6 +338,13 @@ def trace(
     sweep: dict[str, Any] = {"folder": folder, "progress": progress}
     both = (drawn, run, batch_size)
     measured = _scores(model, batch, positions, settings, *both, **sweep)
+    _, _, high, low = measured
+    if high - low < 0.01 * high:
+        warnings.warn(
+            f"the noise takes {high - low:.2g} of the answer's probability {high:.2g}:"
+            " there is nothing to bring back; is it large enough for this model?",
+            stacklevel=2,
+        )
     return _result(model, ids, positions, settings, drawn, noise, measured)
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c032r
@@ -514,23 +522,24 @@ def trace_facts(
 def average(
     traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()
 ) -> AverageTrace:
-    """Average traces of whole prompts by token role.
+    """Average traces by token role; roles that no trace restored are NaN.
 
     Args:
-        traces: The traces.
+        traces: The traces, of whole prompts or of some of their tokens.
         skipped: Prompts that were left out, for the record.
 
     Returns:
         The average.
     """
     pooled: list[list[Tensor]] = [[] for _ in ROLES]
+    nothing, best = torch.full_like(traces[0].scores[:1], float("nan")), []
     for t in traces:
+        row = dict(zip(t.positions, t.scores, strict=True))  # of each restored token
         for role, positions in enumerate(token_roles(t.subject_range, len(t.tokens))):
-            pooled[role] += [t.scores[p] for p in positions]
-    nothing = torch.full_like(traces[0].scores[:1], float("nan"))
+            pooled[role] += [row[p] for p in positions if p in row]
+        ends = (t.subject_range[1] - 1, len(t.tokens) - 1)
+        best.append([t.scores.max(), *(row.get(p, nothing).max() for p in ends)])
     rows = [torch.stack(r) if r else nothing for r in pooled]
-    where = [(t.scores, t.scores[t.subject_range[1] - 1], t.scores[-1]) for t in traces]
-    best = [[x.max() for x in scores] for scores in where]
     first = traces[0]
     return AverageTrace(
         scores=torch.stack([r.mean(0) for r in rows]),

@@ -51,6 +51,7 @@ def complete(
             f"a prompt of {len(ids)} tokens and {n_tokens} new ones do not fit into"
             f" {model.n_ctx}"
         )
+    ends = _end_tokens(model)
     step = torch.tensor([ids], device=model.device)
     for _ in range(n_tokens):
         mask = torch.ones(1, len(ids) + len(out), dtype=torch.long, device=model.device)
@@ -58,15 +59,21 @@ def complete(
             input_ids=step, attention_mask=mask, past_key_values=kept, use_cache=cache
         )
         out.append(int(answer.logits[0, -1].argmax()))
-        if out[-1] == getattr(model.config, "eos_token_id", None):
+        if out[-1] in ends:
             break
         new = torch.tensor([out[-1:]], device=model.device)
-        kept, step = (
-            (answer.past_key_values, new)
-            if cache
-            else (None, torch.cat([step, new], dim=1))
-        )
+        kept = answer.past_key_values if cache else None
+        step = new if cache else torch.cat([step, new], dim=1)
     return out
+
+
+def _end_tokens(model: Model) -> set[int]:
+    """The tokens after which a text is over; chat models have several."""
+    found: set[int] = set()
+    for config in (model.config, getattr(model.hf, "generation_config", None)):
+        ends = getattr(config, "eos_token_id", None)
+        found |= set(ends if isinstance(ends, list | tuple) else [ends])
+    return found - {None}  # type: ignore[arg-type]
 
 # %% ../../nbs/library/prompts/completions.ipynb #c007
 def _words(text: str) -> list[str]:

@@ -4,7 +4,7 @@ faithfulness, refusals.
 
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import IN_CIRCUITS, tiny
 
 from mechtut.circuits.attribution import (
     EdgeScores,
@@ -41,7 +41,7 @@ def contrast_of(kind="gpt2", metric=None, small=None, **options):
 
 
 @pytest.mark.parametrize("split_qkv", [True, False])
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "gptj"])
+@pytest.mark.parametrize("kind", IN_CIRCUITS)
 def test_eap_is_the_derivative_of_cutting(kind, split_qkv):
     """Where the two runs are very close, cutting an edge changes the metric by its
     score.

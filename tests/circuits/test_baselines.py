@@ -4,7 +4,7 @@ finite differences and known circuits.
 
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import IN_CIRCUITS, tiny
 
 from mechtut.circuits import known
 from mechtut.circuits.attribution import faithfulness, select
@@ -57,7 +57,7 @@ def some_nodes(graph, every=2):
 
 @pytest.mark.parametrize("ablation", ["resample", "zero"])
 @pytest.mark.parametrize("split_qkv", [True, False])
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "gptj"])
+@pytest.mark.parametrize("kind", IN_CIRCUITS)
 def test_masking_nodes_is_cutting_their_edges(kind, split_qkv, ablation):
     """A run with masks of 0 and 1 has the metric of the circuit of the nodes with a 1,
     in every family.

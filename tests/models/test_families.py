@@ -4,11 +4,11 @@ loop, TransformerLens agrees.
 
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import CONFIGS, EXPERTS, tiny
 
 from mechtut.models.families import FAMILIES
 from mechtut.models.hooks import ATTENTION_SITES, SITES, Edit, capture, intervene
-from mechtut.models.loading import load_model, mask_arguments
+from mechtut.models.loading import embedding_std, load_model, mask_arguments
 from mechtut.patching.replay import Replay, naive_replay
 
 KINDS = sorted(CONFIGS)
@@ -16,9 +16,10 @@ TOKENS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0)
 
 
 def sites_of(model):
-    return [
-        s for s in SITES if model.family.attention_interface or s not in ATTENTION_SITES
-    ]
+    """The sites that a family has."""
+    lacks = () if model.family.attention_interface else ATTENTION_SITES
+    lacks = lacks if model.family.mlp_proj else (*lacks, "mlp_act")  # experts
+    return [s for s in SITES if s not in lacks]
 
 
 def test_every_family_has_a_test():
@@ -41,7 +42,7 @@ def test_shapes(kind):
     model = load_model(tiny(kind))
     acts = capture(model, TOKENS, sites_of(model))
     heads, kv, d_head = model.n_heads, model.n_kv_heads, model.d_head
-    d_mlp = acts["mlp_act"].shape[-1]
+    d_mlp = acts["mlp_act"].shape[-1] if model.family.mlp_proj else 48
     wanted = dict.fromkeys(
         ("resid_pre", "resid_post", "attn_out", "mlp_out"), (3, 2, 9, 32)
     )
@@ -154,7 +155,8 @@ def test_engine_equals_loop(kind, dtype, tolerance):
         for s in ("q", "k", "v", "z")
         for layer in range(3)
     ]
-    interventions += [[Edit("mlp_act", layer, 0.0, pos=6)] for layer in range(3)]
+    if model.family.mlp_proj:
+        interventions += [[Edit("mlp_act", layer, 0.0, pos=6)] for layer in range(3)]
     fast = Replay(model, TOKENS).run(interventions)[:, :, 0]
     slow = naive_replay(model, TOKENS, interventions)
     # RMS norms compute in float32 also in a float64 model: whether sums of other sizes
@@ -223,3 +225,21 @@ def test_transformer_lens_agrees(kind):
     ours = load_model(bridge)
     assert torch.allclose(ours.logits(TOKENS), plain, atol=1e-5)
     assert not any("Bridge" in type(m).__name__ for m in ours.hf.modules())
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_have_no_list_of_neurons(kind):
+    with pytest.raises(ValueError, match=rf"{kind} has no site 'mlp_act'.*mixture"):
+        capture(load_model(tiny(kind)), TOKENS, "mlp_act.1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spread_of_embeddings_is_that_of_the_site(kind):
+    """Noise is measured in it: a scale inside the embedding (Gemma) has to count."""
+    model = load_model(tiny(kind))
+    everything = torch.arange(97)[None, :64]  # as many as the shortest context
+    carried = capture(model, everything, "embed")["embed"]
+    with torch.no_grad():
+        whole = model.embed(torch.arange(97))
+    assert torch.equal(carried[0], whole[:64])
+    assert embedding_std(model) == pytest.approx(float(whole.double().std()))

@@ -2,6 +2,7 @@
 refused by name.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -210,3 +211,34 @@ def test_what_is_not_a_batch():
 def test_a_model_says_what_it_is():
     lines = repr(load_model(tiny("llama"))).splitlines()
     assert len(lines) == 2 and "llama" in lines[0] and "keys and values" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "claim"),
+    [
+        ({"mlp_out": "self_attn"}, "attn_out . mlp_out is resid_post"),
+        ({"norm": "model.layers.0.input_layernorm"}, "last stream is the logits"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_found_at_load(monkeypatch, change, claim):
+    monkeypatch.setitem(
+        FAMILIES, "llama", dataclasses.replace(FAMILIES["llama"], **change)
+    )
+    hf = tiny("llama")
+    with torch.no_grad():
+        hf.model.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match=rf"'llama' .*does not fit.*{claim}.*off by"):
+        load_model(hf)
+
+
+def test_a_model_with_scales_of_its_own_is_not_taken_for_a_llama(monkeypatch):
+    """Granite multiplies what enters the stream, and the logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setitem(FAMILIES, "granite", FAMILIES["llama"])
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    scales = {"residual_multiplier": 0.5, "logits_scaling": 4.0}
+    config = AutoConfig.for_model("granite", **sizes, **scales, pad_token_id=0)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(AutoModelForCausalLM.from_config(config))

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import IN_CIRCUITS, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_circuit import slow_logits
@@ -44,7 +44,7 @@ from mechtut.circuits.search import Pruner
 from mechtut.models.loading import load_model
 from mechtut.papers.acdc import Rules, acdc, search, sweep
 
-FAMILIES = [kind for kind in CONFIGS if kind != "gptj"]
+FAMILIES = IN_CIRCUITS
 
 
 def prompts(n=3, length=7, seed=0, first=0):
@@ -694,6 +694,8 @@ def test_unknown_nodes_and_families():
         layer_of("b0.1")
     with pytest.raises(NotImplementedError, match="gptj does not look its attention"):
         acdc(model_of("gptj"), clean, corrupted, threshold=0.1)
+    with pytest.raises(NotImplementedError, match="phi3 keeps its queries"):
+        acdc(model_of("phi3"), clean, corrupted, threshold=0.1)
     with pytest.raises(ValueError, match="no learned position embedding"):
         acdc(model_of("llama"), clean, corrupted, threshold=0.1, split_positions=True)
     assert check_edges(Graph(1, 1), [("embed", "out", 3.0)]) == [Edge("embed", "out")]

@@ -328,3 +328,21 @@ def test_the_embedded_model_shows_the_picture():
     assert average.n_facts >= 12 and average.total_effect > 0.4
     assert effect[2, 3:5].min() > 0.3 and effect[2, 3:5].min() > 3 * effect[0].max()
     assert effect[5, -1] > 0.4 and effect[5, 0] < 0.1 and effect[2, -1] < 0.05
+
+
+def test_noise_that_does_nothing_is_told():
+    with pytest.warns(UserWarning, match="nothing to bring back"):
+        trace(MODEL, PROMPT, SUBJECT, noise=1e-9, n_samples=2)
+
+
+def test_facts_at_some_tokens_only():
+    facts = [{"prompt": PROMPT, "subject": SUBJECT}]
+    said = trace(MODEL, PROMPT, SUBJECT, n_samples=2).answer.strip()
+    facts[0]["attribute"] = said
+    whole = trace_facts(MODEL, facts, n_samples=2)
+    some = trace_facts(MODEL, facts, n_samples=2, tokens="subject_last")
+    last = some.roles.index("last subject token")
+    assert torch.equal(some.scores[last], whole.scores[last])
+    assert some.counts == tuple(int(i == last) for i in range(len(some.roles)))
+    assert some.scores[[i for i in range(6) if i != last]].isnan().all()
+    assert some.best[0, 1] == whole.best[0, 1] and some.best[0, 2].isnan()

@@ -623,3 +623,9 @@ def test_without_a_tokenizer():
     assert mean_head_activations(bare, [([1, 2, 3], 4)]).shape == (3, 4, 8)
     with pytest.raises(ValueError, match="has no tokenizer"):
         mean_head_activations(bare, SHORT)
+
+
+def test_a_completion_ends_at_any_of_several_end_tokens(monkeypatch):
+    free = complete(MODEL, ([5, 6, 7], 0), 6)
+    monkeypatch.setattr(MODEL.hf.generation_config, "eos_token_id", [96, free[2]])
+    assert complete(MODEL, ([5, 6, 7], 0), 6) == free[: free.index(free[2]) + 1]

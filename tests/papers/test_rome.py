@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import CONFIGS, WITH_NEURONS, tiny
 from golden_models import GOLDEN, rome_model
 
 from mechtut.editing import covariance, evaluation
@@ -45,7 +45,7 @@ def ridge(model, layer=0):
     return torch.eye(width, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", WITH_NEURONS)
 def test_every_family(kind):
     """The rank-one change gives exactly the wanted value at the subject, whatever the
     weight's layout.
@@ -302,3 +302,8 @@ def test_a_kept_edit_can_be_saved(tmp_path):
         MODEL.hf.save_pretrained(tmp_path)
     again = load_model(str(tmp_path), MODEL.tokenizer, device="cpu")
     assert torch.equal(again.logits(prompt), edited) and not torch.equal(edited, before)
+
+
+def test_a_mixture_of_experts_is_refused():
+    with pytest.raises(ValueError, match="mixture of experts in place of an MLP"):
+        mlp_projection(load_model(tiny("mixtral")), 1)
