@@ -69,11 +69,11 @@ def complete(
 
 def _end_tokens(model: Model) -> set[int]:
     """The tokens after which a text is over; chat models have several."""
-    found: set[int] = set()
+    found: set[Any] = set()
     for config in (model.config, getattr(model.hf, "generation_config", None)):
         ends = getattr(config, "eos_token_id", None)
         found |= set(ends if isinstance(ends, list | tuple) else [ends])
-    return found - {None}  # type: ignore[arg-type]
+    return {int(end) for end in found if end is not None}
 
 # %% ../../nbs/library/prompts/completions.ipynb #c007
 def _words(text: str) -> list[str]:
