@@ -65,7 +65,7 @@ def test_integrated_gradients_are_complete():
     contrast = contrast_of()
     graph = contrast.graph
     inputs, activations = (
-        contrast_scores(contrast, f"eap-ig-{kind}", 200)
+        contrast_scores(contrast, f"eap-ig-{kind}", 60)
         for kind in ("inputs", "activations")
     )
     for group, tolerance in (
