@@ -338,16 +338,23 @@ def trace(
     sweep: dict[str, Any] = {"folder": folder, "progress": progress}
     both = (drawn, run, batch_size)
     measured = _scores(model, batch, positions, settings, *both, **sweep)
-    _, _, high, low = measured
-    if high - low < 0.01 * high:
-        warnings.warn(
-            f"the noise takes {high - low:.2g} of the answer's probability {high:.2g}:"
-            " there is nothing to bring back; is it large enough for this model?",
-            stacklevel=2,
-        )
+    _warn_of_nothing(*measured[2:])
     return _result(model, ids, positions, settings, drawn, noise, measured)
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c032r
+_NOTHING = "nothing to bring back"
+
+
+def _warn_of_nothing(high: float, low: float) -> None:
+    """Say it if the noise hardly lowers the answer's probability."""
+    if high - low < 0.01 * high:
+        warnings.warn(
+            f"{_NOTHING}: the noise takes {high - low:.2g} of the answer's probability"
+            f" {high:.2g}; is it large enough for this model?",
+            stacklevel=3,
+        )
+
+
 def _result(
     model: Model,
     ids: Tensor,
@@ -507,7 +514,9 @@ def trace_facts(
             key = fingerprint(prompt, subject, sweep)
             place = Store(Path(folder) / f"fact-{i:04d}", key).folder
         if place is None or not (place / "result.json").exists():
-            found = trace(model, prompt, subject, **options)
+            with warnings.catch_warnings():  # one for all of them, below
+                warnings.filterwarnings("ignore", message=_NOTHING)
+                found = trace(model, prompt, subject, **options)
             traces.append(CausalTrace.load(found.save(place)) if place else found)
         else:
             traces.append(CausalTrace.load(place))
@@ -516,7 +525,10 @@ def trace_facts(
             f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r};"
             " nothing to trace"
         )
-    return average(traces, tuple(skipped))
+    found_all = average(traces, tuple(skipped))
+    means = found_all.clean_probs.mean(), found_all.corrupted_probs.mean()
+    _warn_of_nothing(*map(float, means))
+    return found_all
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c049a
 def average(

@@ -346,3 +346,9 @@ def test_facts_at_some_tokens_only():
     assert some.counts == tuple(int(i == last) for i in range(len(some.roles)))
     assert some.scores[[i for i in range(6) if i != last]].isnan().all()
     assert some.best[0, 1] == whole.best[0, 1] and some.best[0, 2].isnan()
+
+
+def test_facts_warn_once_for_all(recwarn):
+    facts = read_json("rome/knowns.json")[:3]
+    trace_facts(MODEL, facts, noise=1e-9, n_samples=2)
+    assert sum("nothing to bring back" in str(w.message) for w in recwarn) == 1
