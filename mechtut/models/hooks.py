@@ -744,11 +744,11 @@ def check_family(model: Model) -> None:
         >>> check_family(load_model("mini"))  # says nothing: all is well
     """
     tokens = torch.arange(min(4, model.d_vocab), device=model.device)[None]
-    acts = capture(model, tokens, ["resid_pre", "attn_out", "mlp_out", "resid_post"])
+    sites = ["resid_pre", "attn_out", "mlp_out", "resid_post", "z.0"]
+    acts = capture(model, tokens, sites)
     after = acts["resid_post"]
     total = acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"]
-    z = capture(model, tokens, "z.0")["z.0"]
-    with intervene(model, [Edit("z", 0, z)]):
+    with intervene(model, [Edit("z", 0, acts["z.0"])]):
         again = model.logits(tokens)
     exact = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, 0.1)
     for claim, one, other in (
