@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -45,7 +44,7 @@ from mechtut.mini.network import (
 )
 from .tokenizer import Rows, build_tokenizer, pack_rows, token_kinds
 from .world import World
-from ..models.weights import mini_folder
+from ..models.weights import mini_folder, sha256_of
 
 # %% auto #0
 __all__ = ['Recipe', 'Trainer', 'train', 'examine_folder', 'main']
@@ -456,10 +455,7 @@ class Trainer:
         (folder / "training_log.json").write_text(text, encoding="utf-8")
         loaded = ("config", "tokenizer", "tokenizer_config")
         names = ["model.safetensors", *(f"{name}.json" for name in loaded)]
-        hashes = {
-            n: hashlib.sha256((folder / n).read_bytes()).hexdigest()
-            for n in sorted(names)
-        }
+        hashes = {n: sha256_of(folder / n) for n in sorted(names)}
         text = json.dumps(hashes, indent=2) + "\n"
         (folder / "fingerprint.json").write_text(text, encoding="utf-8")
 
