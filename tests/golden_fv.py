@@ -38,7 +38,8 @@ def fv_model(dtype: torch.dtype = torch.float32) -> Model:
     hf = GPT2LMHeadModel(config)
     hf.load_state_dict(_seeded(hf), strict=False)
     hf.tie_weights()
-    return load_model(hf, tokenizer, dtype=dtype)
+    # the authors put GPT-2's BOS token in front of every prompt themselves
+    return load_model(hf.eval(), tokenizer, dtype=dtype, add_bos=True)
 
 
 def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ def rome_model(name: str, dtype: torch.dtype) -> Model:
     )
     hf.load_state_dict(stored or _seeded(hf), strict=False)
     hf.tie_weights()
-    return load_model(hf, tokenizer, dtype=dtype)
+    return load_model(hf.eval(), tokenizer, dtype=dtype)
 
 
 def _seeded(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:

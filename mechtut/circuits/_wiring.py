@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .graph import Graph
 from ..models.families import as_stored
 from ..models.hooks import attention_tap
-from ..models.loading import Model
+from ..models.loading import Model, evaluating
 from ..patching.partial import record_blocks
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c008
@@ -232,8 +232,10 @@ def apply_mlp(wiring: Wiring, layer: int, x: Tensor) -> Tensor:
     Returns:
         What is added to the stream.
     """
-    for module in wiring.parts[layer].mlp:
-        x = module(x)
+    steps = wiring.parts[layer].mlp
+    with evaluating(*(s for s in steps if isinstance(s, nn.Module))):
+        for step in steps:
+            x = step(x)
     return x
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c022

@@ -26,6 +26,8 @@ from mechtut.circuits._wiring import (
 )
 from .graph import Edge, Graph, check_edges
 from .metrics import BoundMetric, Metric, Positions
+from ..models.checks import rounding
+from ..models.hooks import refuse_open_edits
 from ..models.loading import Model
 from ..patching.partial import record_blocks
 
@@ -37,6 +39,7 @@ def _check_prompts(
     model: Model, clean: Tensor, corrupted: Tensor, ablation: str
 ) -> tuple[Tensor, Tensor]:
     """Clean and corrupted token ids, checked, on the model's device."""
+    refuse_open_edits(model, "a circuit")
     for name, ids in (("clean", clean), ("corrupted", corrupted)):
         if (
             not isinstance(ids, Tensor)
@@ -51,6 +54,11 @@ def _check_prompts(
         if low < 0 or high >= model.embed.weight.shape[0]:
             wrong, last = low if low < 0 else high, model.embed.weight.shape[0] - 1
             raise ValueError(f"{name} has token id {wrong}, outside 0..{last}")
+        if row := _padded_row(model, ids):
+            raise ValueError(
+                f"{name} has padding in row {row}: circuits take prompts of equal"
+                " length without padding, so group yours by their number of tokens"
+            )
     if clean.shape != corrupted.shape:
         raise ValueError(
             f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}:"
@@ -59,6 +67,19 @@ def _check_prompts(
     if ablation not in ("resample", "zero"):
         raise ValueError(f"ablation must be 'resample' or 'zero', not {ablation!r}")
     return clean.to(model.device), corrupted.to(model.device)
+
+
+def _padded_row(model: Model, ids: Tensor) -> int | None:
+    """The first row that begins or ends with more padding tokens than another one."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None:
+        return None
+    inside = (ids != pad).int()
+    for side in (inside, inside.flip(1)):
+        padding = (side.cumsum(1) == 0).sum(1)
+        if padding.max() > padding.min():
+            return int(padding.argmax())
+    return None
 
 
 def _only_biases(wiring: Wiring, like: Tensor) -> Run:
@@ -315,7 +336,7 @@ class Contrast:
         model = self.model
         own = model.logits(self.tokens[0][:1])[:, self.metric.columns]
         worst, scale = float((logits[:1] - own).abs().max()), float(own.abs().max())
-        if not worst <= 2e-3 * max(1.0, scale):
+        if not worst <= 2 * rounding(model.dtype) * max(1.0, scale):
             raise NotImplementedError(
                 f"the graph's logits differ from {model.name}'s by {worst:.2g}: it has"
                 " parts that the wiring table does not describe"

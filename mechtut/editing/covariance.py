@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .weights import mlp_projection
 from ..models.families import as_stored
-from ..models.loading import Model, mask_arguments, pad_right, weight_fingerprint
+from ..models.hooks import hooked
+from ..models.loading import Model, pad_right, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.matmul import fast_matmul
 from ..patching.partial import Stop
@@ -43,18 +44,15 @@ def mlp_keys(
     """
     found: list[Tensor] = []
 
-    def keep(_module: Any, args: tuple) -> None:
+    def keep(_module: Any, args: tuple, _kwargs: dict) -> None:
         found.append(args[0])
         raise Stop  # the rest of the forward pass is not needed
 
-    hook = mlp_projection(model, layer).register_forward_pre_hook(keep)
     try:
-        with torch.no_grad():
-            model.hf(input_ids=tokens, use_cache=False, **mask_arguments(mask))
+        with hooked(mlp_projection(model, layer), keep, before=True):
+            model.logits(tokens, mask)
     except Stop:
         return found[0].reshape(-1, found[0].shape[-1])[mask.flatten().bool()]
-    finally:
-        hook.remove()
     raise RuntimeError(f"layer {layer}'s MLP projection was never reached")
 
 

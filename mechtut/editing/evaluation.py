@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .weights import WeightEdit
-from ..models.loading import Model, mask_arguments, pad_right
+from ..models.loading import Model, pad_right
 from ..prompts.facts import target_ids
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c009
@@ -39,13 +39,14 @@ def target_log_probs(
     out = []
     for i in range(0, len(prompts), batch_size):
         starts = [model.to_tokens(p) for p in prompts[i : i + batch_size]]
-        ends = [target_ids(model, t) for t in targets[i : i + batch_size]]
+        pairs = zip(
+            targets[i : i + batch_size], prompts[i : i + batch_size], strict=True
+        )
+        ends = [target_ids(model, t, p) for t, p in pairs]
         tokens, mask = pad_right(
             [torch.cat([a, b]) for a, b in zip(starts, ends, strict=True)]
         )
-        logits = model.hf(
-            input_ids=tokens, use_cache=False, **mask_arguments(mask)
-        ).logits
+        logits = model.logits(tokens, mask)
         out += [
             row[len(a) - 1 : len(a) + len(b) - 1].log_softmax(-1)
             for row, a, b in zip(logits, starts, ends, strict=True)
@@ -73,7 +74,7 @@ def target_nll(
         True
     """
     rows = target_log_probs(model, prompts, targets)
-    ids = [target_ids(model, t) for t in targets]
+    ids = [target_ids(model, t, p) for t, p in zip(targets, prompts, strict=True)]
     return [
         float(-r.gather(1, i[:, None]).mean()) for r, i in zip(rows, ids, strict=True)
     ]
@@ -164,9 +165,7 @@ def zsre_correct(model: Model, case: Mapping[str, Any]) -> dict[str, list[bool]]
     near = case[
         "neighborhood_prompts"
     ]  # one token each: the prompt holds the answer's tokens before it
-    out["neighborhood_prompts_correct"] = [
-        _next_is(model, n["prompt"], n["target"]) for n in near
-    ]
+    out["neighborhood_prompts_correct"] = [_next_is(model, n) for n in near]
     return out
 
 
@@ -176,14 +175,16 @@ def _argmax_right(
     rows = target_log_probs(model, prompts, targets)
     return [
         bool(ok)
-        for r, t in zip(rows, targets, strict=True)
-        for ok in r.argmax(-1) == target_ids(model, t)
+        for r, t, p in zip(rows, targets, prompts, strict=True)
+        for ok in r.argmax(-1) == target_ids(model, t, p)
     ]
 
 
-def _next_is(model: Model, prompt: str, target: str) -> bool:
-    first = model.tokenizer(target, add_special_tokens=False)["input_ids"][0]
-    return int(model.logits(model.to_tokens(prompt)[None])[0, -1].argmax()) == first
+def _next_is(model: Model, near: Mapping[str, Any]) -> bool:
+    prompt, wanted = near.get("ids", near["prompt"]), near.get("target_id")
+    if wanted is None:
+        wanted = model.continuation(near["prompt"], near["target"])[0]
+    return int(model.logits(prompt)[0, -1].argmax()) == wanted
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c028
 def _words(text: str) -> list[str]:

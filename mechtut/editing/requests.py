@@ -6,7 +6,6 @@
 __all__ = ['TOKENS', 'locate', 'context_templates']
 
 # %% ../../nbs/library/editing/requests.ipynb #c002
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .evaluation import sample
-from ..models.loading import Model
-from ..prompts.subject_noise import text_and_ends
+from ..models.loading import Model, document_start
+from ..prompts.subject_noise import token_spans
 
 # %% ../../nbs/library/editing/requests.ipynb #n001
 TOKENS = ("subject_last", "subject_first", "last")
@@ -54,16 +53,19 @@ def locate(
             f"need a subject and a token out of {', '.join(TOKENS)}, not"
             f" {subject!r} and {token!r}"
         )
-    tokens = model.to_tokens(template.format(subject))
-    text, ends = text_and_ends(model, tokens, subject)
-    at = text.find(subject, template.index("{}"))
-    if at < 0:
+    filled = template.format(subject)
+    text, spans = token_spans(model, filled)
+    begin = text.find(filled)  # decoded text may have special tokens around it
+    if begin < 0:
         raise ValueError(
-            f"subject {subject!r} is lost in the tokens of {text!r}; does the tokenizer"
+            f"{filled!r} is lost in its tokens, which read {text!r}; does the tokenizer"
             " change its letters?"
         )
-    first, last = bisect_right(ends, at), bisect_left(ends, at + len(subject))
-    found = {"subject_last": last, "subject_first": first, "last": len(ends) - 1}
+    begin += template.index("{}")
+    inside = (i for i, (a, b) in enumerate(spans) if b > begin)
+    tokens, first = model.to_tokens(filled), next(inside)
+    last = max(i for i, (a, _) in enumerate(spans) if a < begin + len(subject))
+    found = {"subject_last": last, "subject_first": first, "last": len(spans) - 1}
     return tokens, found[token]
 
 # %% ../../nbs/library/editing/requests.ipynb #n004
@@ -96,20 +98,16 @@ def context_templates(
     """
     generator = torch.Generator().manual_seed(seed)
     out = ["{}"]
+    first = document_start(model)
+    if first is None:
+        raise ValueError(
+            "this tokenizer has neither a start nor an end token to sample from; pass"
+            " your own templates"
+        )
     for count, length in lengths:
-        start = torch.full((count, 1), _start_token(model), device=model.device)
+        start = torch.full((count, 1), first, device=model.device)
         rows = sample(model, start, length - 1, generator, top_k)
         texts = [model.decode(row[1:].tolist()) for row in rows]
         safe = [t.replace("{", " ").replace("}", " ").strip() for t in texts]
         out += [f"{text}. {{}}" for text in safe]
     return tuple(out)
-
-
-def _start_token(model: Model) -> int:
-    for name in ("bos_token_id", "eos_token_id"):
-        if (token := getattr(model.tokenizer, name, None)) is not None:
-            return int(token)
-    raise ValueError(
-        "this tokenizer has neither a start nor an end token to sample from; pass your"
-        " own templates"
-    )

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..models.families import as_stored
-from ..models.hooks import check_layer
-from ..models.loading import Model
+from ..models.hooks import check_layer, hooked
+from ..models.loading import Model, evaluating
 from ..prompts.facts import target_ids
 
 # %% ../../nbs/library/editing/weights.ipynb #c004
@@ -138,7 +138,8 @@ def fine_tune(
         An edit that is not applied yet.
     """
     module = mlp_projection(model, layer)
-    start, goal = model.to_tokens(prompt.format(subject)), target_ids(model, target)
+    asked = prompt.format(subject)
+    start, goal = model.to_tokens(asked), target_ids(model, target, asked)
     tokens = torch.cat([start, goal])[None]
     weight: Any = module.weight
     zeros = torch.zeros_like(as_stored(module, weight.detach()))
@@ -148,8 +149,7 @@ def fine_tune(
     def add_delta(_module: Any, args: tuple, out: Tensor) -> Tensor:
         return out + (args[0] @ delta).reshape(out.shape)
 
-    hook = module.register_forward_hook(add_delta)
-    try:
+    with evaluating(model.hf), hooked(module, add_delta):
         for _ in range(steps):
             logits = model.hf(input_ids=tokens, use_cache=False).logits
             log_probs = logits[0, len(start) - 1 : -1].log_softmax(-1)
@@ -157,13 +157,10 @@ def fine_tune(
             losses.append(float(loss.detach()))
             if losses[-1] < stop_loss:
                 break
-            adam.zero_grad()
-            loss.backward()
+            (delta.grad,) = torch.autograd.grad(loss, [delta])
             adam.step()
             if max_change is not None:
                 delta.data.clamp_(-max_change, max_change)
-    finally:
-        hook.remove()
     request = {"prompt": prompt, "subject": subject, "target": target}
     return WeightEdit(
         model=model,

@@ -179,11 +179,22 @@ def as_stored(
         in_out: The matrix; or the module's own weight, to get it as `[in, out]`.
 
     Returns:
-        The matrix itself for a `Conv1D`, transposed for everything else.
+        The matrix itself for a `Conv1D`, transposed for an `nn.Linear`.
+
+    Raises:
+        ValueError: For anything else, such as an adapter's layer.
 
     Example:
         >>> import torch
         >>> as_stored(nn.Linear(2, 3), torch.zeros(2, 3)).shape
         torch.Size([3, 2])
     """
-    return in_out if type(module).__name__ == "Conv1D" else in_out.T
+    kind = type(module)
+    if f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D":
+        return in_out
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{kind.__name__} of {kind.__module__} is not a plain linear layer (an"
+            " adapter, or quantised?); merge or dequantise the model first"
+        )
+    return in_out.T

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.hooks import Site, Visitor, visiting
-from ..models.loading import Model
+from ..models.hooks import Site, Visitor, hooked, visiting
+from ..models.loading import Model, document_start
 from ..patching.partial import Stop
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c004
@@ -76,9 +76,7 @@ def _document(model: Model, item: Any) -> list[int]:
             f"{model.name} was loaded without a tokenizer: give token ids instead of"
             " texts"
         )
-    ids: list[int] = model.tokenizer(item)["input_ids"]
-    separators = (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
-    first = next((i for i in separators if i is not None), None)
+    ids, first = model.encode(item), document_start(model)
     return ids if first is None or ids[:1] == [first] else [first, *ids]
 
 
@@ -119,17 +117,15 @@ def run_trunk(
     def stop(_block: Any, _args: Any, _output: Any) -> None:
         raise Stop
 
-    hook = model.blocks[max(s.layer or 0 for s in visitors)].register_forward_hook(stop)
+    last = model.blocks[max(s.layer or 0 for s in visitors)]
     try:
-        with visiting(model, visitors) as fired:
+        with hooked(last, stop), visiting(model, visitors) as fired:
             model.logits(tokens, torch.ones_like(tokens))
     except Stop:
         if missed := set(visitors) - fired:
             raise RuntimeError(
                 f"{model.name} never reached {', '.join(map(str, missed))}"
             ) from None
-    finally:
-        hook.remove()
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c013
 _LAST = 2**31 - 1

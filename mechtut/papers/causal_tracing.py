@@ -25,7 +25,7 @@ from ..models.loading import Model, embedding_std, load_model, weight_fingerprin
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.replay import Replay
 from ..patching.results import Result, provenance
-from ..prompts.facts import known_fact
+from ..prompts.facts import continues_with, known_fact
 from mechtut.prompts.subject_noise import (
     ROLES,
     Corruption,
@@ -165,7 +165,7 @@ def _with_severing(
     return [[*severed[i:], *edits] for i, edits in zip(first, restored, strict=True)]
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c026
-QUIRKS = ("severed_noise", "additive_low")
+QUIRKS = ("severed_noise", "additive_low", "one_token_answers")
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def trace(
     """
     model = load_model(model)
     ids = model.to_tokens(prompt)
-    span = find_subject(model, ids, subject)
+    span = find_subject(model, prompt, subject)
     settings = _Settings(component, window, sever, tuple(quirks), n_samples, seed)
     positions = _positions(tokens, span, len(ids))
     draw = partial(corrupt, model, noise, settings.n_samples, span, settings.seed)
@@ -398,7 +398,8 @@ class AverageTrace(Result):
         corrupted_probs: Of each fact.
         best: Each fact's highest score: anywhere, at the last subject token, at the
             last token.
-        skipped: Prompts that the model does not answer as the fact says.
+        skipped: Prompts that the model does not answer as the fact says, each with what
+            it says instead.
         component: What was restored.
         window: How many layers together.
         noise_std: Standard deviation of the noise.
@@ -514,7 +515,8 @@ def trace_facts(
             as in the authors' code; or a `Noise`.
         folder: Every finished trace is saved there and not run again.
         progress: Whether to show a bar.
-        **options: Those of `trace`.
+        **options: Those of `trace`, and one more quirk: with `"one_token_answers"` the
+            model knows a fact only if the answer is its next token, whole.
 
     Returns:
         The average.
@@ -543,9 +545,11 @@ def trace_facts(
     traces, skipped = [], []
     bar = tqdm(known, desc="facts", delay=1, disable=quiet(progress))
     for i, (prompt, subject, answer) in enumerate(bar):
-        first = int(model.logits(prompt)[0, -1].argmax())
-        if model.decode([first]).strip() != answer:
-            skipped.append(prompt)
+        knows, said = continues_with(model, prompt, answer)
+        if "one_token_answers" in options.get("quirks", ()):
+            knows = said.strip() == answer
+        if not knows:
+            skipped.append(f"{prompt} ({said.strip()}, not {answer})")
             continue
         place = None
         if folder:
@@ -560,8 +564,8 @@ def trace_facts(
             traces.append(CausalTrace.load(place))
     if not traces:
         raise ValueError(
-            f"the model answers none of the {len(known)} facts, e.g. {skipped[0]!r};"
-            " nothing to trace"
+            f"{model.name} answers none of the {len(known)} facts, so there is nothing"
+            f" to trace; it says: {'; '.join(skipped[:3])}"
         )
     found_all = average(traces, tuple(skipped))
     means = found_all.clean_probs.mean(), found_all.corrupted_probs.mean()

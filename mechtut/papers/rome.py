@@ -17,6 +17,7 @@ from torch import Tensor
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
+from ..models.hooks import hooked
 from ..models.loading import Model, pad_right
 from ..patching.matmul import fast_matmul
 from mechtut.patching.partial import (
@@ -89,12 +90,12 @@ def _problem(
     kl_prompt: str,
     token: str,
 ) -> _Problem:
-    goal = target_ids(model, target)
-    lead = model.decode(goal[:-1].tolist()) if len(goal) > 1 else ""
-    lead = lead.replace("{", "{{").replace("}", "}}")
-    filled = [t.format(prompt) + lead for t in templates]
+    filled = [t.format(prompt) for t in templates]
     found = [locate(model, p, subject, token) for p in [*filled, kl_prompt]]
-    tokens, mask = pad_right([t for t, _ in found])
+    goal = target_ids(model, target, prompt.format(subject))
+    lead = goal[:-1]  # all but the last token of the target are given
+    rows = [torch.cat([ids, lead]) for ids, _ in found[:-1]]
+    tokens, mask = pad_right([*rows, found[-1][0]])
     # the target's first token is predicted here
     ends = mask.sum(1)[:-1, None] - len(goal)
     read_at = ends + torch.arange(len(goal), device=tokens.device)
@@ -129,15 +130,12 @@ def _losses(
         clean.setdefault("value", flat[where[0]].detach().clone())
         return flat.index_add(0, where, delta.expand(len(rows), -1)).reshape(out.shape)
 
-    hook = mlp_projection(model, layer).register_forward_hook(add_delta)
-    try:
+    with hooked(mlp_projection(model, layer), add_delta):
         x = inputs.resid[layer][rows[:, None], window]
         if inputs.keys:
             resid = resume_at(model, inputs, layer, x, window)
         else:  # GPT-J: everywhere
             resid = resume(model, inputs, layer, x)
-    finally:
-        hook.remove()
     log_probs = model.unembed(resid[rows[:-1, None], problem.read_at]).log_softmax(-1)
     of_target = log_probs.gather(2, problem.target.expand(len(rows) - 1, -1)[..., None])
     after_subject = model.unembed(resid[-1, problem.subject_at[-1]]).log_softmax(-1)
@@ -167,8 +165,7 @@ def _optimise(
         losses.append(float(loss.detach()))
         if losses[-1] < config.stop_loss or step == config.steps - 1:
             break
-        adam.zero_grad()
-        loss.backward()
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
         adam.step()
         if history is not None:
             history.append(delta.detach().clone())
@@ -303,9 +300,6 @@ def _key_and_value(
     def keep(_module: Any, args: tuple, out: Tensor) -> None:
         seen.extend(x.reshape(-1, x.shape[-1])[last] for x in (args[0], out))
 
-    hook = module.register_forward_hook(keep)
-    try:
+    with hooked(module, keep):
         model.logits(tokens[None])
-    finally:
-        hook.remove()
     return seen[0], seen[1]

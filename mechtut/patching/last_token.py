@@ -22,7 +22,7 @@ from mechtut.models.hooks import (
     intervene,
     visiting,
 )
-from ..models.loading import Model
+from ..models.loading import Model, evaluating
 from .matmul import fast_matmul
 from .replay import Replay
 
@@ -229,7 +229,7 @@ def run_changes(
     check_edits(model, [c.edit() for c in changes])
     if not model.family.attention_interface:
         return naive_changes(model, tokens, last, changes, metric)
-    with fast_matmul(model), torch.no_grad():
+    with evaluating(model.hf), fast_matmul(model), torch.no_grad():
         streams, order = _streams(model, tokens, last, changes)
         back = torch.tensor(order, device=streams.device).argsort()
         logits = (model.unembed(x[back]) for x in streams)

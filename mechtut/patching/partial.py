@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.hooks import attention_tap
-from ..models.loading import Model
+from ..models.hooks import attention_tap, hooked, refuse_open_edits
+from ..models.loading import Model, evaluating
 
 # %% ../../nbs/library/patching/partial.ipynb #c003
 @dataclass(frozen=True)
@@ -97,10 +97,9 @@ def record_blocks(
         if keys:
             tap = attention_tap(model, arguments=keep_kv, explicit_mask=True)
             stack.enter_context(tap)
-        stack.callback(model.blocks[-1].register_forward_hook(keep_last).remove)
+        stack.enter_context(hooked(model.blocks[-1], keep_last))
         for block in model.blocks:
-            hook = block.register_forward_pre_hook(keep_input, with_kwargs=True)
-            stack.callback(hook.remove)
+            stack.enter_context(hooked(block, keep_input, before=True))
         try:
             model.logits(tokens, mask)
         except Stop:
@@ -126,10 +125,12 @@ def resume(
     Returns:
         The residual stream that leaves the last block.
     """
+    refuse_open_edits(model, "a run from one block on")
     rest = zip(model.blocks[layer:], inputs.arguments[layer:], strict=True)
-    for block, arguments in rest:
-        out = block(x, **arguments)
-        x = out[0] if isinstance(out, tuple) else out
+    with evaluating(model.hf):
+        for block, arguments in rest:
+            out = block(x, **arguments)
+            x = out[0] if isinstance(out, tuple) else out
     return x
 
 # %% ../../nbs/library/patching/partial.ipynb #n002
@@ -155,6 +156,7 @@ def resume_at(
     Returns:
         The residual stream that leaves the last block at these positions.
     """
+    refuse_open_edits(model, "a run at some positions")
     rows, n_pos = (
         torch.arange(len(positions), device=x.device),
         inputs.resid[0].shape[1],
@@ -179,7 +181,7 @@ def resume_at(
         keys, values = inputs.keys[number], inputs.values[number]
         return q, keys.scatter(2, index, k), values.scatter(2, index, v)
 
-    with attention_tap(model, arguments=among_others):
+    with evaluating(model.hf), attention_tap(model, arguments=among_others):
         rest = zip(model.blocks[layer:], inputs.arguments[layer:], strict=True)
         for block, arguments in rest:
             out = block(x, **{name: at(value) for name, value in arguments.items()})

@@ -26,10 +26,11 @@ from mechtut.models.hooks import (
     attention_tap,
     check_edits,
     intervene,
+    refuse_open_edits,
     visiting,
     write_into,
 )
-from ..models.loading import Model, weight_fingerprint
+from ..models.loading import Model, evaluating, weight_fingerprint
 from .checkpoints import Store, fingerprint, quiet
 from .matmul import fast_matmul
 from .partial import BlockInputs, Stop, record_blocks
@@ -385,6 +386,7 @@ class Replay:
         batch_size: int | None = None,
     ):
         _check_base(base_edits, batch_size)
+        refuse_open_edits(model, "the replay engine")
         self.model, self.tokens = model, model.to_batch(tokens)
         self.n_pos_full = n = self.tokens.shape[1]
         reads = [Edit("embed", None, 0.0, pos=p) for p in integers(readout, "readout")]
@@ -438,6 +440,7 @@ class Replay:
         Raises:
             ValueError: If a site cannot be replayed or a result is not finite.
         """
+        refuse_open_edits(self.model, "the replay engine")
         interventions = [list(edits) for edits in interventions]
         for edits in interventions:
             _check_intervention(self.model, edits)
@@ -446,7 +449,7 @@ class Replay:
         store = None
         if folder:
             store = Store(Path(folder), _key(self, interventions, metric))
-        with fast_matmul(self.model), torch.no_grad():
+        with evaluating(self.model.hf), fast_matmul(self.model), torch.no_grad():
             return _run(self, plans, metric, store, progress)
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.loading import Model
+from ..models.loading import Model, evaluating
 from .few_shot import Prompt, Task, answer_ids, encode, every_query
 
 # %% ../../nbs/library/prompts/completions.ipynb #c004
@@ -55,9 +55,9 @@ def complete(
     step = torch.tensor([ids], device=model.device)
     for _ in range(n_tokens):
         mask = torch.ones(1, len(ids) + len(out), dtype=torch.long, device=model.device)
-        answer = model.hf(
-            input_ids=step, attention_mask=mask, past_key_values=kept, use_cache=cache
-        )
+        given = {"attention_mask": mask, "past_key_values": kept, "use_cache": cache}
+        with evaluating(model.hf):
+            answer = model.hf(input_ids=step, **given)
         out.append(int(answer.logits[0, -1].argmax()))
         if out[-1] in ends:
             break

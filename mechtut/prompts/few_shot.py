@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Pair', 'TODD', 'COMMIT', 'Role', 'WORDS', 'PREFIXES', 'SEPARATORS', 'Prompt', 'Split', 'Task', 'load_task',
-           'Template', 'ICLPrompt', 'template_grid', 'sample_prompts', 'every_query', 'Encoded', 'bos_text', 'encode',
-           'answer_ids', 'encode_all', 'Layout', 'layout', 'Batch', 'batches']
+           'Template', 'ICLPrompt', 'template_grid', 'sample_prompts', 'every_query', 'Encoded', 'encode', 'answer_ids',
+           'encode_all', 'Layout', 'layout', 'Batch', 'batches']
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c002
 import json
@@ -562,21 +562,6 @@ class Encoded(NamedTuple):
 Prompt = ICLPrompt | str | tuple[Any, Any]
 
 
-def bos_text(model: Model) -> str:
-    """What a prompt begins with.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The BOS token if the tokenizer has one and does not add it on its own, else "".
-    """
-    tokenizer = _tokenizer(model)
-    token = getattr(tokenizer, "bos_token", None)
-    adds_it = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return token if token and not adds_it else ""
-
-
 def _tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
         raise ValueError(
@@ -587,7 +572,7 @@ def _tokenizer(model: Model) -> Any:
 
 
 def encode(model: Model, prompt: Prompt) -> Encoded:
-    """Token ids of a prompt; plain text gets no BOS and no target (-1).
+    """Token ids of a prompt; plain text has no target (-1).
 
     Args:
         model: The model.
@@ -603,7 +588,8 @@ def encode(model: Model, prompt: Prompt) -> Encoded:
         ids, target = model.to_tokens(prompt[0]).tolist(), int(prompt[1])
         model.to_tokens([target])  # checks the range
         return Encoded(ids, target)
-    text = prompt if isinstance(prompt, str) else bos_text(model) + prompt.text
+    _tokenizer(model)
+    text = prompt if isinstance(prompt, str) else prompt.text
     ids = model.to_tokens(text).tolist()
     return Encoded(ids, -1 if isinstance(prompt, str) else answer_ids(model, prompt)[0])
 
@@ -619,17 +605,10 @@ def answer_ids(model: Model, prompt: ICLPrompt) -> list[int]:
         The token ids.
 
     Raises:
-        ValueError: If it adds none.
+        ValueError: If it adds none, or changes the prompt's last token.
     """
-    text, tokenizer = bos_text(model) + prompt.text, _tokenizer(model)
-    n_prompt = len(tokenizer(text)["input_ids"])
-    new: list[int] = tokenizer(f"{text} {prompt.target}")["input_ids"][n_prompt:]
-    if not new:
-        raise ValueError(
-            f"the answer {prompt.target!r} adds no token to the prompt; this tokenizer"
-            " cannot spell it"
-        )
-    return new
+    _tokenizer(model)
+    return model.continuation(prompt.text, f" {prompt.target}")
 
 
 def encode_all(model: Model, prompts: Sequence[Prompt]) -> list[Encoded]:
@@ -678,13 +657,12 @@ def layout(model: Model, prompt: ICLPrompt) -> Layout:
     Raises:
         ValueError: For a word that adds no token.
     """
-    tokenizer, text = _tokenizer(model), bos_text(model)
-    # also one that the tokenizer adds by itself
-    roles: list[Role] = ["bos"] * len(tokenizer(text)["input_ids"])
+    _tokenizer(model)
+    text, roles = "", list[Role](["bos"] * len(model.encode("")))
     slots = list(range(len(roles)))
     for piece, role in prompt.parts():
         text += piece
-        new = len(tokenizer(text)["input_ids"]) - len(roles)
+        new = len(model.encode(text)) - len(roles)
         first = slots[-1] + 1 if slots else 0
         if role in WORDS and new < 1:
             raise ValueError(

@@ -68,8 +68,8 @@ def test_float64_noise_on_a_float32_model_is_rounded_once():
 def test_bfloat16_keeps_its_type():
     model = load_model(tiny("llama"), dtype=torch.bfloat16)
     with intervene(model, [Edit("mlp_out", 0, torch.ones(32), pos=0)]):
-        assert model.logits(TOKENS).dtype == torch.bfloat16
-    model = None
+        assert capture(model, TOKENS, "mlp_out.0")["mlp_out.0"].dtype == torch.bfloat16
+        assert model.logits(TOKENS).dtype == torch.float32  # exact, and never again cut
 
 
 def test_any_module_by_path():
@@ -156,7 +156,7 @@ def test_transformer_lens_names_in_edits():
         ({"pos": ()}, ValueError, "no position"),
         ({"pos": [1, 1]}, ValueError, "one twice"),
         ({"pos": 0.5}, TypeError, "pos must be a whole number, not 0.5"),
-        ({"pos": "1"}, TypeError, "pos"),
+        ({"pos": "1"}, ValueError, "unknown rule '1'"),
         ({"layer": 1.0}, TypeError, "layer"),
         ({"head": True}, TypeError, "head"),
         ({"mode": "ADD"}, ValueError, "'set' or 'add', not 'ADD'"),

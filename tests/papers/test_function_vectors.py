@@ -4,6 +4,7 @@ family, saving, hostile input.
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,6 @@ from mechtut.prompts.few_shot import (
     ICLPrompt,
     Task,
     Template,
-    bos_text,
     encode,
     every_query,
     layout,
@@ -372,7 +372,7 @@ def test_roles_cover_every_token():
             len(where.ids) == len(where.roles) == len(where.slots)
             and where.roles[-1] == "query_predictive"
         )
-        assert where.slots == sorted(where.slots) and where.slots[-1] == 6 * 4 + 4
+        assert where.slots == sorted(where.slots) and where.slots[-1] == 6 * 4 + 3
 
 
 def test_tokenizers_without_bos_and_with_their_own():
@@ -384,13 +384,9 @@ def test_tokenizers_without_bos_and_with_their_own():
     own.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    none.tokenizer.bos_token = None
+    none = replace(none, add_bos=False)
     with_bos = encode(MODEL, prompt)
-    assert (bos_text(MODEL), bos_text(own), bos_text(none)) == (
-        "<|endoftext|>",
-        "",
-        "",
-    ) and with_bos.ids[0] == before == 0
+    assert with_bos.ids[0] == before == 0
     assert encode(own, prompt) == with_bos and layout(own, prompt) == layout(
         MODEL, prompt
     )
@@ -614,7 +610,7 @@ def test_words_that_tokenize_to_nothing():
     ).normalizers.Replace(" hush", "")
     with pytest.raises(ValueError, match="'hush' has no token"):
         layout(mute, ICLPrompt([("hush", "loud")], "big", "small"))
-    with pytest.raises(ValueError, match="'hush' adds no token"):
+    with pytest.raises(ValueError, match="' hush' adds no token"):
         encode(mute, ICLPrompt([("hot", "cold")], "big", "hush"))
 
 

@@ -262,7 +262,8 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
     with pytest.raises(ValueError, match="another sweep"):
         Replay(model, TOKENS + 1).run(grid(model)[:2], folder=tmp_path)
     other = load_model(tiny("gpt2"))
-    other.blocks[0].mlp.c_proj.weight[0] += 1
+    with torch.no_grad():
+        other.blocks[0].mlp.c_proj.weight[0] += 1
     with pytest.raises(ValueError, match="another sweep"):
         Replay(other, TOKENS).run(grid(model)[:2], folder=tmp_path)
 
