@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .checks import at_least_float32
 from .families import Family, find_family
 from mechtut.models.weights import (
     WHEELS,
@@ -332,7 +333,8 @@ class Model:
         mask = torch.ones_like(tokens)
         given = mask_arguments(attention_mask) or {"attention_mask": mask}
         with evaluating(self.hf):
-            return _wide(self.hf(input_ids=tokens, use_cache=False, **given).logits)
+            logits = self.hf(input_ids=tokens, use_cache=False, **given).logits
+        return logits.to(at_least_float32(logits.dtype))
 
     def unembed(
         self, resid: Float[Tensor, "*batch d_model"]
@@ -349,7 +351,8 @@ class Model:
             self.hf.get_submodule(self.family.norm)(resid)
         )
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return _wide(logits if cap is None else torch.tanh(logits / cap) * cap)
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits.to(at_least_float32(logits.dtype))
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -370,11 +373,6 @@ class Model:
             outside = int(ids.max() if ids.min() >= 0 else ids.min())
             raise ValueError(f"token id {outside} is outside 0..{self.d_vocab - 1}")
         return ids.to(self.device)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return logits.float() if logits.element_size() < 4 else logits
 
 
 def _whole_numbers(ids: Any) -> Tensor:
