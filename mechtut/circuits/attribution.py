@@ -174,7 +174,7 @@ def _pass(
     graph, parts = contrast.graph, []
     for rows, gradient in _gradients(contrast, x, write or {}):
         n = graph.n_parents(graph.receivers[rows][0])
-        found = -contract(gradient, contrast.differences[:n]).double().cpu()
+        found = -contract(gradient, contrast.differences[:n]).cpu().double()
         nothing = found.new_zeros(len(found), len(graph.senders) - n, *found.shape[2:])
         parts.append(torch.cat([found, nothing], dim=1))
     return torch.cat(parts)

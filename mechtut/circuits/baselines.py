@@ -312,7 +312,7 @@ def head_importance(
     with fast_matmul(contrast.model), torch.enable_grad():
         value = metric(masked_logits(contrast, masks))
         gradient = torch.autograd.grad(value, masks)[0]
-    scores = gradient.abs().sum(1).double().cpu()
+    scores = gradient.abs().sum(1).cpu().double()
     if not torch.isfinite(scores).all():
         raise ValueError(
             "head importance gave scores that are not finite: check the metric"
@@ -455,7 +455,7 @@ def subnetwork_probing(
             contrast.graph,
             (penalty, lr, seed),
         )
-        store = Store(Path(folder), key)
+        store = Store(Path(folder), key, contrast.model.device)
     names, history = maskable(contrast.graph), []
     state = torch.zeros(3, len(names), dtype=contrast.differences.dtype)
     state[0] = torch.tensor((0.9 - _GAMMA) / (_ZETA - 0.9)).log()  # masks begin at 0.9
@@ -473,7 +473,7 @@ def subnetwork_probing(
                 _train, contrast, state, range(first, last), penalty, lr, seed
             )
             state = store.once(f"steps-{first}-{last}", piece) if store else piece()
-            history.append(state[0].double().sigmoid())
+            history.append(state[0].cpu().double().sigmoid())
             bar.update(last - first)
     made = {
         "metric": metric.name,

@@ -137,12 +137,12 @@ def _chunk_sum(
     for i in range(0, len(rows), batch_size):
         k = mlp_keys(model, *pad_right(rows[i : i + batch_size]), layer)
         k = k.to(at_least_float32(k.dtype))
-        product = (k.T @ k).double()  # the long sum in float64
+        product = (k.T @ k).cpu().double()  # the long sum in float64
         total = product if total is None else total + product
         count += len(k)
     width = total.shape[1] if total is not None else 1
-    last = torch.full((1, width), count, dtype=torch.float64, device=model.device)
-    return torch.cat([total if total is not None else last[:0], last]).cpu()
+    last = torch.full((1, width), count, dtype=torch.float64)
+    return torch.cat([total if total is not None else last[:0], last])
 
 
 def check_covariance(

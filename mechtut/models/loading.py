@@ -555,7 +555,8 @@ def load_model(
             returned as it is.
         tokenizer: The tokenizer of an instance; otherwise the model's own.
         dtype: float32 by default for what is loaded here, its own for an instance.
-        device: A GPU where there is one; an instance stays where it is.
+        device: A GPU where there is one (CUDA, Apple's MPS, Intel's XPU); an instance
+            stays where it is.
         add_bos: Begin every text with the BOS token although the tokenizer does not.
         **kwargs: Passed on to `from_pretrained`.
 
@@ -644,7 +645,7 @@ def _from_pretrained(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path: str | Path = source
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device) if device else _fastest_device()
     if source == "mini":
         path = mini_folder()
         verify_fingerprint(path)
@@ -663,6 +664,19 @@ def _from_pretrained(
     if with_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return nn.Module.to(hf, target), tokenizer
+
+
+def _fastest_device() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    accelerator = getattr(torch, "accelerator", None)  # since PyTorch 2.6
+    if accelerator is not None:
+        found = accelerator.is_available() and accelerator.current_accelerator()
+        return found or torch.device("cpu")
+    for name in ("cuda", "mps", "xpu"):
+        backend = getattr(torch, name, None)
+        if backend is not None and backend.is_available():
+            return torch.device(name)
+    return torch.device("cpu")
 
 
 @contextmanager
@@ -703,10 +717,8 @@ def weight_fingerprint(model: Model, samples: int = 4096) -> str:
     digest = hashlib.sha256()
     for name, weight in [*model.hf.named_parameters(), *model.hf.named_buffers()]:
         flat = weight.detach().flatten()
-        probe = flat[:: max(1, flat.numel() // samples)].double()
-        digest.update(
-            f"{name}{tuple(weight.shape)}".encode() + probe.cpu().numpy().tobytes()
-        )
+        probe = flat[:: max(1, flat.numel() // samples)].cpu().double()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + probe.numpy().tobytes())
     for name, module in model.hf.named_modules():
         adapter = [getattr(module, a, None) for a in _ADAPTER_STATE]
         if any(state is not None for state in adapter):
@@ -739,7 +751,7 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
             n = n if model.tokenizer is None else min(n, len(model.tokenizer))
             rows = [i for i in range(n) if i not in special]
             ids = torch.tensor(rows, device=model.device)
-            return float(model.embed(ids).double().std())
+            return float(model.embed(ids).cpu().double().std())
         words = (model.encode(s) for s in subjects)
         found = [i for ids in words for i in ids if i not in special]
         return float(model.embed(torch.tensor(found, device=model.device)).std())

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..models.checks import widest
 from ..models.hooks import Site, Visitor, capture, check_layer
 from ..models.loading import Model, readable_token, weight_fingerprint
 from mechtut.neurons.records import (
@@ -136,7 +137,7 @@ class Collector:
         state["maxima"] = x.new_zeros(plan.n_maxima, n)
         if plan.moments:
             state["shift"] = x.flatten(0, 1).mean(0)
-            state["sums"] = x.new_zeros(5, n, dtype=torch.float64)
+            state["sums"] = x.new_zeros(5, n, dtype=widest(x.device))
         if plan.token_table:
             state["token_sums"] = x.new_zeros(len(self.kept.token_counts), n)
         return state

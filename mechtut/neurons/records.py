@@ -372,7 +372,7 @@ class NeuronRecords(Result):
     def _quantile_boundaries(self, layer: int, neuron: int) -> list[float]:
         """Quantiles of the excerpts' largest activations, from the sample of maxima."""
         n, size = self.plan.n_quantiles, len(self.kept.maxima)
-        maxima = self._end(layer)["maxima"][:size, neuron].double()
+        maxima = self._end(layer)["maxima"][:size, neuron].cpu().double()
         if not n or not size:
             return []
         steps = torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)
@@ -387,7 +387,8 @@ class NeuronRecords(Result):
         if not self.plan.moments:
             return {}
         state, n = self._end(layer), self.n_excerpts * self.plan.n_tokens
-        values = moments(state["sums"], state["shift"].double(), n)
+        sums, shift = (state[k].cpu().double() for k in ("sums", "shift"))
+        values = moments(sums, shift, n)
         return dict(zip(_MOMENTS, values.tolist(), strict=True))
 
     def token_means(self, layer: int, neuron: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..models.checks import widest
 from ..models.hooks import Site, Visitor, hooked, visiting
 from ..models.loading import Model, document_start
 from ..patching.partial import Stop
@@ -326,7 +327,7 @@ def power_sums(
     Returns:
         The five sums of each neuron.
     """
-    total = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
+    total = torch.zeros(5, x.shape[1], dtype=widest(x.device), device=x.device)
     d, square = x.new_empty(32, x.shape[1]), x.new_empty(32, x.shape[1])
     of_part = x.new_empty(5, x.shape[1])
     # two buffers hold one power after the other, so no new memory is needed; a product

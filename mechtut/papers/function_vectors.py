@@ -104,7 +104,7 @@ def indirect_effect(
     store, out = None, torch.empty(len(encoded), n_layers, n_heads)
     if folder:
         parts = (weight_fingerprint(model), means, encoded, score, batch_size)
-        store = Store(Path(folder), fingerprint(*parts))
+        store = Store(Path(folder), fingerprint(*parts), model.device)
     todo, hidden = list(batches(model, encoded, batch_size)), quiet(progress)
     bar = tqdm(todo, desc="effects", unit="batch", delay=1, disable=hidden)
     for number, batch in enumerate(bar):

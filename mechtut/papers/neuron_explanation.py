@@ -286,10 +286,11 @@ def ablation_score(
     far = torch.zeros(2, dtype=torch.float64)
     for r, row in zip(shown, simulate(said, shown, simulator), strict=True):
         ids = torch.tensor([token_ids(model, r)], device=model.device)
-        plain = model.logits(ids).double()
+        plain = model.logits(ids).cpu().double()
         for i, values in enumerate((fitted(row), [record.mean] * len(r))):
             with visiting(model, {site: writer(values)}):
-                far[i] += divergence(plain, model.logits(ids).double()).sum().cpu()
+                changed = model.logits(ids).cpu().double()
+                far[i] += divergence(plain, changed).sum()
     # float64 rounding is far below, any effect above
     return float(1 - far[0] / far[1]) if far[1] > 1e-12 else math.nan
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,13 +47,16 @@ class Store:
     Args:
         folder: The folder, made if it is missing.
         key: Says which sweep it is.
+        device: Where stored pieces are put when they are read again.
 
     Raises:
         ValueError: If the folder already holds another sweep.
     """
 
-    def __init__(self, folder: Path, key: str):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, key: str, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folder, self.device = folder, str(device)
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / "sweep.json"
         if not manifest.exists():
@@ -76,10 +80,10 @@ class Store:
         """
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            return load_file(path)["values"]
+            return load_file(path)["values"].to(self.device)
         values = compute()
         half = path.with_suffix(".part")
-        save_file({"values": values.contiguous()}, half)
+        save_file({"values": values.cpu().contiguous()}, half)
         os.replace(half, path)
         return values
 

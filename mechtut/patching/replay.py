@@ -454,7 +454,8 @@ class Replay:
         plans = [_plan(e, n_pos, n_layers, self.readout) for e in interventions]
         store = None
         if folder:
-            store = Store(Path(folder), _key(self, interventions, metric))
+            key = _key(self, interventions, metric)
+            store = Store(Path(folder), key, self.model.device)
         with evaluating(self.model.hf), fast_matmul(self.model), torch.no_grad():
             name = f"{name} (about {self._seconds(plans):.0f} s)"
             return _run(self, plans, metric, store, (name, quiet(progress)))

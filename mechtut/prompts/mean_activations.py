@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..models.checks import widest
 from ..models.hooks import Site, Visitor, visiting
 from ..models.loading import Model
 from ..patching.matmul import fast_matmul
@@ -64,7 +65,7 @@ def mean_head_activations(
     layouts = _layouts(model, prompts) if slots == "all" else []
     n_slots = [1 + layouts[0].slots[-1]] if layouts else []
     shape = (model.n_layers, model.n_heads, *n_slots, model.d_head)
-    total = torch.zeros(shape, dtype=torch.float64, device=model.device)
+    total = torch.zeros(shape, dtype=widest(model.device), device=model.device)
     for batch in batches(model, encoded, batch_size):
         shares = None
         if layouts:
@@ -85,9 +86,9 @@ def _adder(
 
     def visit(z: Tensor) -> None:
         if shares is None:
-            total.add_(z[rows, batch.last].double().sum(0))
+            total.add_(z[rows, batch.last].to(total.dtype).sum(0))
         else:
-            total.add_(torch.einsum("bsp,bphd->hsd", shares, z.double()))
+            total.add_(torch.einsum("bsp,bphd->hsd", shares, z.to(total.dtype)))
 
     return visit
 
@@ -141,12 +142,12 @@ def layer_average(
     """
     encoded = encode_all(model, prompts)
     shape, device = (model.n_layers, model.d_model), model.device
-    total = torch.zeros(shape, dtype=torch.float64, device=device)
+    total = torch.zeros(shape, dtype=widest(device), device=device)
     for batch in batches(model, encoded, batch_size):
         rows = torch.arange(len(batch.rows), device=model.device)
         with fast_matmul(model):
             recorded = record_blocks(model, batch.tokens, torch.ones_like(batch.tokens))
-        last = [x[rows, batch.last].double().sum(0) for x in recorded.resid[1:]]
+        last = [x[rows, batch.last].to(total).sum(0) for x in recorded.resid[1:]]
         total += torch.stack(last)
     return (total / len(encoded)).to(model.dtype)
 

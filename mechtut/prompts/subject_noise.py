@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.checks import integer
+from ..models.checks import integer, widest
 from ..models.hooks import Edit
 from ..models.loading import Model, embedding_std
 
@@ -343,7 +343,8 @@ def corrupt(
         noise = Noise(float(noise), std=embedding_std(model))
     values = noise.draw(n_samples, span[1] - span[0], model.d_model, seed, skip)
     std = noise.scale * noise.std if noise.kind == "gaussian" else float(values.std())
-    return Corruption(values.to(model.device), noise.replace, span, std)
+    values = values.to(model.device, widest(model.device))
+    return Corruption(values, noise.replace, span, std)
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #n011
 ROLES = (
