@@ -236,6 +236,8 @@ class _Place:
     module: nn.Module
     side: Literal["in", "out"]
     n_heads: int | None = None  # split the last axis into this many heads
+    scale: float = 1.0  # the site carries the module's output times this
+    copy: bool = False  # the block changes the output in place
 
 
 def check_layer(model: Model, layer: int | None, site: str) -> int:
@@ -269,7 +271,7 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
         return _module_place(model.hf if isinstance(model, Model) else model, site.name)
     family = model.family
     if site.name == "embed":
-        return _Place(model.embed, "out")
+        return _Place(model.embed, "out", scale=family.embed_scale)
     layer = check_layer(model, site.layer, site.name)
     if site.name in ("resid_pre", "resid_post"):
         return _Place(model.blocks[layer], "in" if site.name == "resid_pre" else "out")
@@ -286,7 +288,9 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
         )
     side: Literal["in", "out"] = "in" if site.name in ("mlp_act", "z") else "out"
     n_heads = model.n_heads if site.name == "z" else None
-    return _Place(model.part(layer, path), side, n_heads)
+    scale = family.residual_scale if side == "out" else 1.0
+    copy = family.adds_in_place and site.name == "mlp_out"
+    return _Place(model.part(layer, path), side, n_heads, scale, copy)
 
 
 def _module_place(root: nn.Module, path: str) -> _Place:
@@ -305,8 +309,10 @@ def _module_place(root: nn.Module, path: str) -> _Place:
 def _to_site(x: Tensor, place: _Place, batch: int | None) -> Tensor:
     if x.ndim == 2 and batch is not None:  # OPT's MLP sees [batch * pos, width]
         x = rearrange(x, "(batch pos) d -> batch pos d", batch=batch)
+    if place.scale != 1:
+        return x * place.scale
     if place.n_heads is None:
-        return x
+        return x.clone() if place.copy else x
     return rearrange(x, "b p (head d) -> b p head d", head=place.n_heads)
 
 # %% ../../nbs/library/models/hooks.ipynb #c019
@@ -316,7 +322,9 @@ Visitor = Callable[[Tensor], Tensor | None]
 def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
     def visit(x: Tensor) -> Tensor | None:
         new = fn(_to_site(x, place, batch()))
-        return None if new is None else new.reshape(x.shape)
+        if new is None:
+            return None
+        return (new if place.scale == 1 else new / place.scale).reshape(x.shape)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not args:  # some blocks are called by keyword

@@ -20,7 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .families import Family, find_family
+from mechtut.models.families import (
+    Family,
+    context_length,
+    find_family,
+    finish_logits,
+    key_value_heads,
+)
 from mechtut.models.weights import (
     WHEELS,
     fetch,
@@ -80,7 +86,7 @@ class Model:
     @property
     def n_kv_heads(self) -> int:
         """Number of key/value heads per layer; fewer under grouped-query attention."""
-        return int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
+        return key_value_heads(self.config)
 
     @property
     def d_model(self) -> int:
@@ -101,7 +107,7 @@ class Model:
     @property
     def n_ctx(self) -> int:
         """The longest input, in tokens."""
-        return int(self.config.max_position_embeddings)
+        return context_length(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -269,7 +275,7 @@ class Model:
     def unembed(
         self, resid: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits of a residual stream: final norm, unembedding, and soft cap if any.
+        """Logits of a residual stream: final norm, unembedding, and scale or soft cap.
 
         Args:
             resid: The stream as it leaves a block, before the final norm.
@@ -280,8 +286,7 @@ class Model:
         logits = self.hf.get_submodule(self.family.unembed)(
             self.hf.get_submodule(self.family.norm)(resid)
         )
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return finish_logits(self.config, logits)
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -516,7 +521,7 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
     """Standard deviation of what the `embed` site carries, over all scalars together.
 
     The authors' unit: every subject of the fact file, tokenised alone without a leading
-    space. A model that scales inside the embedding (Gemma) has the scale in it.
+    space. A model that scales its embedding (Gemma, Granite) has the scale in it.
 
     Args:
         model: The model.
@@ -529,9 +534,10 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
         >>> embedding_std(load_model("mini"), ["Riley Martin"]) < 1
         True
     """
+    scale = model.family.embed_scale
     with torch.no_grad():
         if subjects is None:
             ids = torch.arange(model.d_vocab, device=model.device)
-            return float(model.embed(ids).double().std())
+            return float(model.embed(ids).double().std()) * scale
         ids = torch.cat([model.to_tokens(s) for s in subjects])
-        return float(model.embed(ids).std())
+        return float(model.embed(ids).std()) * scale

@@ -4,7 +4,7 @@ loop, TransformerLens agrees.
 
 import pytest
 import torch
-from families import CONFIGS, EXPERTS, tiny
+from families import CONFIGS, EXPERTS, NO_REGISTRY, tiny
 
 from mechtut.models.families import FAMILIES
 from mechtut.models.hooks import ATTENTION_SITES, SITES, Edit, capture, intervene
@@ -71,7 +71,11 @@ def test_own_value_written_back_changes_nothing(kind):
             continue
         value = capture(model, TOKENS, f"{site}.1")[f"{site}.1"]
         with intervene(model, [Edit(site, 1, value)]):
-            assert torch.equal(model.logits(TOKENS), plain), site
+            again = model.logits(TOKENS)
+        if model.family.residual_scale == 1:
+            assert torch.equal(again, plain), site
+        else:  # divided by the scale and multiplied with it again
+            assert torch.allclose(again, plain, atol=1e-5), site
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +119,11 @@ def test_pattern_rows_sum_to_one_and_can_be_written(kind):
             capture(model, TOKENS, "pattern.0")
         return
     acts = capture(model, TOKENS, ["pattern.1", "v.1", "z.1"])
-    assert torch.allclose(acts["pattern.1"].sum(-1), torch.ones(()), atol=1e-5)
+    totals = acts["pattern.1"].sum(-1)
+    if kind == "gpt_oss":  # the rest goes to each head's sink
+        assert (totals < 1 - 1e-4).all() and (totals > 0).all()
+    else:
+        assert torch.allclose(totals, torch.ones(()), atol=1e-5)
     with intervene(model, [Edit("pattern", 1, acts["pattern.1"])]):
         again = capture(model, TOKENS, "z.1")["z.1"]
     assert torch.allclose(again, acts["z.1"], atol=1e-5)
@@ -136,7 +144,7 @@ def test_pattern_rows_sum_to_one_and_can_be_written(kind):
 )
 def test_engine_equals_loop(kind, dtype, tolerance):
     model = load_model(tiny(kind, dtype))
-    if kind == "gptj":
+    if kind in NO_REGISTRY:
         with pytest.raises(NotImplementedError, match="AttentionInterface"):
             Replay(model, TOKENS)
         return
@@ -161,11 +169,12 @@ def test_engine_equals_loop(kind, dtype, tolerance):
     slow = naive_replay(model, TOKENS, interventions)
     # RMS norms compute in float32 also in a float64 model: whether sums of other sizes
     # round alike depends on the processor
-    tolerance = max(tolerance, 1e-6) if "rms" in repr(model.hf).lower() else tolerance
+    in_float32 = any(word in repr(model.hf).lower() for word in ("rms", "cohere"))
+    tolerance = max(tolerance, 1e-6) if in_float32 else tolerance
     assert (fast - slow).abs().max() <= tolerance * max(1.0, float(slow.abs().max()))
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "gptj"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in NO_REGISTRY])
 def test_left_padding(kind):
     """A left-padded row gives what the unpadded prompt gives, in a plain forward and in
     the engine.
@@ -240,6 +249,6 @@ def test_the_spread_of_embeddings_is_that_of_the_site(kind):
     everything = torch.arange(97)[None, :64]  # as many as the shortest context
     carried = capture(model, everything, "embed")["embed"]
     with torch.no_grad():
-        whole = model.embed(torch.arange(97))
+        whole = model.embed(torch.arange(97)) * model.family.embed_scale
     assert torch.equal(carried[0], whole[:64])
     assert embedding_std(model) == pytest.approx(float(whole.double().std()))
