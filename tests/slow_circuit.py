@@ -9,7 +9,6 @@ import torch
 
 from mechtut.circuits.graph import Edge, Graph
 from mechtut.circuits.runs import Contrast, Cuts
-from mechtut.models.families import FAMILIES
 from mechtut.models.hooks import attention_tap
 from mechtut.models.loading import Model
 from mechtut.patching.partial import record_blocks
@@ -19,7 +18,7 @@ class _Layers:
     """The model's modules, with the arguments that its blocks got in one run."""
 
     def __init__(self, model: Model, tokens: torch.Tensor):
-        self.model, self.wires = model, FAMILIES[model.config.model_type]
+        self.model, self.wires = model, model.family
         with attention_tap(model, explicit_mask=True):
             self.arguments = record_blocks(model, tokens).arguments
 

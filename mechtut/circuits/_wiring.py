@@ -268,6 +268,8 @@ def projector(
     # the norm of queries or keys, in the families that have one
     norm = getattr(parts.attn, f"{part}_norm", None)
     norm = norm or getattr(parts.attn, f"{part}_layernorm", None)
+    each = getattr(norm, "norms", None)  # StableLM has one for each head
+    wide = norm is not None and each is None and norm.weight.numel() > weight.shape[-1]
     limit = getattr(wiring.model.config, "clip_qkv", None)  # OLMo, OLMoE
     mine, index = weight[heads], torch.arange(len(heads), device=weight.device)
     offset = None if bias is None else bias[heads]
@@ -275,7 +277,7 @@ def projector(
 
     def apply(x: Tensor) -> Tensor:
         y = parts.norm_attn(x).expand(len(mine), *x.shape[1:])
-        if norm is not None and norm.weight.numel() > weight.shape[-1]:
+        if wide:
             # OLMo 2 normalises all heads together, and Cohere each with its own weight
             every = torch.einsum("nbpd,hde->nbphe", y, weight)
             if bias is not None:
@@ -289,7 +291,11 @@ def projector(
             else:
                 out = torch.baddbmm(offset, flat, mine)
             out = out.unflatten(1, x.shape[1:3])
-            out = out if norm is None else norm(out)
+            if each is not None:
+                pairs = zip(heads.tolist(), out, strict=True)
+                out = torch.stack([each[head](z) for head, z in pairs])
+            elif norm is not None:
+                out = norm(out)
         out = out if limit is None else out.clamp(-limit, limit)
         return out if turn is None else turn(out)
 

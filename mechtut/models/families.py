@@ -246,6 +246,8 @@ def _as_configured(family: Family, kind: str, config: Any) -> Family:
     """The row of a family, with what its configuration switches."""
     if kind == "gpt_neox" and not config.use_parallel_residual:
         return replace(family, parallel=False)
+    if kind == "stablelm" and config.use_parallel_residual:
+        return replace(family, parallel=True, norm_mlp="input_layernorm")
     if kind in ("granite", "granitemoe"):
         return replace(
             family,
