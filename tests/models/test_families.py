@@ -252,3 +252,68 @@ def test_the_spread_of_embeddings_is_that_of_the_site(kind):
         whole = model.embed(torch.arange(97)) * model.family.embed_scale
     assert torch.equal(carried[0], whole[:64])
     assert embedding_std(model) == pytest.approx(float(whole.double().std()))
+
+
+@pytest.mark.parametrize(
+    "changes, kv_heads",
+    [
+        ({}, 1),  # Falcon 7B: one key/value head, parallel
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2),  # Falcon 40B
+        (
+            {
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+                "num_ln_in_parallel_attn": 1,
+            },
+            2,
+        ),  # Falcon 11B
+        ({"parallel_attn": False, "multi_query": False, "alibi": True}, 4),  # RW 1B
+    ],
+)
+def test_every_falcon(changes, kv_heads):
+    """Its blocks add attention to the MLP's output in place, which must not reach what
+    was captured there before.
+    """
+    model = load_model(tiny("falcon", torch.float64, **changes))
+    assert model.n_kv_heads == kv_heads
+    acts = capture(model, TOKENS, ["resid_pre", "attn_out", "mlp_out", "resid_post"])
+    total = acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"]
+    assert torch.allclose(total, acts["resid_post"], atol=1e-12)
+    family, layer = model.family, 1
+    entering = acts["resid_pre", layer]
+    if not family.parallel:
+        entering = entering + acts["attn_out", layer]
+    with torch.no_grad():
+        read = model.part(layer, family.norm_mlp)(entering)
+        wrote = model.part(layer, "mlp")(read)
+    assert torch.allclose(wrote, acts["mlp_out", layer], atol=1e-12)
+    new = torch.randn(32, dtype=torch.float64)
+    edits = [Edit("mlp_out", layer, new, pos=3)]
+    after = capture(model, TOKENS, f"resid_post.{layer}", edits=edits)
+    wanted = acts["resid_post", layer].clone()
+    wanted[:, 3] += new - acts["mlp_out", layer][:, 3]
+    assert torch.allclose(after["resid_post", layer], wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["granite", "granitemoe"])
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
+def test_an_edit_of_a_scaled_site_is_what_the_stream_gets(kind, site):
+    model = load_model(tiny(kind, torch.float64))
+    new = torch.randn(32, dtype=torch.float64)
+    acts = capture(model, TOKENS, ["resid_pre", "attn_out"])
+    edit = Edit(site, 1, new, pos=4)
+    after = capture(
+        model, TOKENS, ["attn_out.1", "mlp_out.1", "resid_post.1"], edits=[edit]
+    )
+    assert torch.allclose(after[f"{site}.1"][:, 4], new.expand(2, -1), atol=1e-12)
+    total = acts["resid_pre", 1] + after["attn_out.1"] + after["mlp_out.1"]
+    assert torch.allclose(after["resid_post.1"], total, atol=1e-6)
+
+
+def test_granites_embedding_is_what_enters_the_stream():
+    model = load_model(tiny("granite", torch.float64))
+    acts = capture(model, TOKENS, ["embed", "resid_pre.0"])
+    assert torch.allclose(acts["embed"], acts["resid_pre.0"], atol=1e-12)
+    edit = Edit("embed", None, 2.0, pos=3)
+    acts = capture(model, TOKENS, "resid_pre.0", edits=[edit])
+    assert torch.allclose(acts["resid_pre.0"][:, 3], torch.full((), 2.0).double())
