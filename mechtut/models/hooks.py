@@ -744,22 +744,30 @@ def check_family(model: Model) -> None:
         model: The model.
 
     Raises:
-        ValueError: If the stream is not a sum of what the sites carry, the logits are
-            not its unembedding, or writing a site's own value changes something.
+        ValueError: If the stream does not begin with the embedding, is not a sum of
+            what the sites carry, the logits are not its unembedding, or writing a
+            site's own value changes something.
 
     Example:
         >>> from mechtut import load_model
         >>> check_family(load_model("mini"))  # says nothing: all is well
     """
     tokens = torch.arange(min(4, model.d_vocab), device=model.device)[None]
-    sites = ["resid_pre", "attn_out", "mlp_out", "resid_post", "z.0"]
-    acts = capture(model, tokens, sites)
+    sites = ["embed", "resid_pre", "attn_out", "mlp_out", "resid_post", "z.0"]
+    acts, family = capture(model, tokens, sites), model.family
+    start = acts["embed"]
+    if family.positions is not None:
+        table: Any = model.hf.get_submodule(family.positions).weight
+        start = start + table[family.first_position :][: tokens.shape[1]]
+    if family.embed_norm is not None:
+        start = model.hf.get_submodule(family.embed_norm)(start)
     after = acts["resid_post"]
     total = acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"]
     with intervene(model, [Edit("z", 0, acts["z.0"])]):
         again = model.logits(tokens)
     exact = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, 0.1)
     for claim, one, other in (
+        ("the embedding is resid_pre.0", start, acts["resid_pre.0"]),
         ("resid_pre + attn_out + mlp_out is resid_post", total, after),
         (
             "the unembedded last stream is the logits",
