@@ -174,22 +174,25 @@ def test_engine_equals_loop(kind, dtype, tolerance):
     assert (fast - slow).abs().max() <= tolerance * max(1.0, float(slow.abs().max()))
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in NO_REGISTRY])
+@pytest.mark.parametrize("kind", KINDS)
 def test_left_padding(kind):
     """A left-padded row gives what the unpadded prompt gives, in a plain forward and in
     the engine.
     """
-    # Gemma 2's eager attention overflows to NaN on a fully masked row in float64 (in
+    # The attention of these overflows to NaN on a fully masked row in float64 (in
     # float32 it does not).
-    dtype, tolerance = (
-        (torch.float32, 1e-4) if kind == "gemma2" else (torch.float64, 1e-6)
-    )
+    overflows = kind in ("gemma2", "bloom", "mpt")
+    dtype, tolerance = (torch.float32, 1e-4) if overflows else (torch.float64, 1e-6)
+    if kind == "gpt_neo":  # it takes its scores in float32
+        tolerance = 5e-6
     model = load_model(tiny(kind, dtype))
     short = TOKENS[:1, :5]
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)
     mask = (torch.arange(9) >= 4).long()[None]
     alone = model.logits(short)[:, -1]
     assert torch.allclose(model.logits(padded, mask)[:, -1], alone, atol=tolerance)
+    if kind in NO_REGISTRY:
+        return
     edits = [[Edit("mlp_out", 1, 0.0, pos=-2)], [Edit("resid_post", 0, 1.0, pos=-3)]]
     replayed = Replay(model, padded, attention_mask=mask).run(edits)[:, :, 0]
     assert torch.allclose(replayed, naive_replay(model, short, edits), atol=tolerance)
