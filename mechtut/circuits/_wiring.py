@@ -266,7 +266,7 @@ def projector(
     """
     parts, (weight, bias) = wiring.parts[layer], wiring.weights[layer][part]
     # the norm of queries or keys, in the families that have one
-    norm = getattr(parts.attn, f"{part}_norm", None)
+    norm: Any = getattr(parts.attn, f"{part}_norm", None)
     norm = norm or getattr(parts.attn, f"{part}_layernorm", None)
     each = getattr(norm, "norms", None)  # StableLM has one for each head
     wide = norm is not None and each is None and norm.weight.numel() > weight.shape[-1]

@@ -114,9 +114,23 @@ def test_a_model_in_training_stays_in_training():
     assert hf.training
 
 
-def test_learned_prompts_are_not_dropped_in_silence():
+def test_adapters_that_multiply():
     peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(1)
+    config = peft.IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    )
+    hf = peft.get_peft_model(tiny("llama"), config).eval()
+    assert (logits_of(hf) - logits_of(tiny("llama"))).abs().max() > 0.1
+    assert torch.allclose(load_model(hf).logits(TOKENS), logits_of(hf), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_learned_prompts_are_not_dropped_in_silence(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
     hf = peft.get_peft_model(tiny("llama"), config)
     with pytest.raises(ValueError, match=r"adapters.*changes the logits.*prompts"):
         load_model(hf)
