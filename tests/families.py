@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mechtut.models.families import FAMILIES
+
 _SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -12,6 +14,12 @@ _SMALL = {
 }
 _GATED = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 _OWN_HEAD_DIM = {**_GATED, "head_dim": 16}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.7,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 CONFIGS = {
@@ -30,10 +38,15 @@ CONFIGS = {
     "gemma2": {**_OWN_HEAD_DIM, "sliding_window": 4},
     "gemma3_text": {**_OWN_HEAD_DIM, "sliding_window": 4},
     "olmo2": _GATED,
+    "olmo3": {
+        **_GATED,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "gemma": _OWN_HEAD_DIM,
     "stablelm": _GATED,
     "phi3": _GATED,
-    "smollm3": _GATED,
+    "smollm3": {**_GATED, "no_rope_layers": [1, 0, 1]},
     "olmo": _GATED,
     "arcee": _GATED,
     "seed_oss": _OWN_HEAD_DIM,
@@ -41,6 +54,26 @@ CONFIGS = {
     "mixtral": {**_GATED, "num_local_experts": 4},
     "qwen3_moe": {**_OWN_HEAD_DIM, **_EXPERTS},
     "olmoe": {**_GATED, **_EXPERTS},
+    "gpt_oss": {
+        **_OWN_HEAD_DIM,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+    },
+    "granite": {**_GATED, **_GRANITE},
+    "granitemoe": {
+        **_GATED,
+        **_GRANITE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "cohere": {**_GATED, "logit_scale": 0.3, "use_qk_norm": True},
+    "cohere2": {
+        **_GATED,
+        "logit_scale": 0.3,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {**_SMALL, "intermediate_size": 48},
     "gptj": {
@@ -51,16 +84,38 @@ CONFIGS = {
         "n_positions": 64,
         "rotary_dim": 4,
     },
+    "gpt_neo": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "max_position_embeddings": 64,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 4,
+    },
+    "falcon": _SMALL,
+    "bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "mpt": {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_seq_len": 64,
+    },
 }
-EXPERTS = ("mixtral", "qwen3_moe", "olmoe")  # mixtures, without a list of neurons
+# mixtures, without a list of neurons
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe")
 WITH_NEURONS = sorted(k for k in CONFIGS if k not in EXPERTS)
-IN_CIRCUITS = [k for k in CONFIGS if k not in ("gptj", "phi3")]
+# their attention is not in transformers' registry
+NO_REGISTRY = ("gptj", "gpt_neo", "falcon", "bloom", "mpt")
+IN_CIRCUITS = [k for k in CONFIGS if k not in (*NO_REGISTRY, "phi3")]
+POST_NORM = [k for k in CONFIGS if FAMILIES[k].post_norm]
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes):
     """A Hugging Face model of the family with random weights, larger than usual so that
-    every part matters.
+    every part matters; norms and biases differ from place to place.
     """
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**CONFIGS[kind], **SPECIAL, **changes})
@@ -71,4 +126,6 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes):
         for parameter in hf.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return hf

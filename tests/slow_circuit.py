@@ -9,7 +9,6 @@ import torch
 
 from mechtut.circuits.graph import Edge, Graph
 from mechtut.circuits.runs import Contrast, Cuts
-from mechtut.models.families import FAMILIES
 from mechtut.models.hooks import attention_tap
 from mechtut.models.loading import Model
 from mechtut.patching.partial import record_blocks
@@ -19,9 +18,14 @@ class _Layers:
     """The model's modules, with the arguments that its blocks got in one run."""
 
     def __init__(self, model: Model, tokens: torch.Tensor):
-        self.model, self.wires = model, FAMILIES[model.config.model_type]
+        self.model, self.wires = model, model.family
         with attention_tap(model, explicit_mask=True):
             self.arguments = record_blocks(model, tokens).arguments
+
+    @property
+    def multiplier(self) -> float:
+        """What Granite's own blocks multiply with before they add."""
+        return getattr(self.model.blocks[0], "residual_multiplier", 1.0)
 
     def norm(self, layer: int, path: str | None, x: torch.Tensor) -> torch.Tensor:
         return x if path is None else self.model.part(layer, path)(x)
@@ -60,7 +64,8 @@ class _Layers:
         alone = torch.zeros_like(z)
         alone[:, :, head] = z[:, :, head]
         project = self.model.part(layer, self.model.family.attn_proj)
-        return project(alone.flatten(2)) - project(torch.zeros_like(alone.flatten(2)))
+        nothing = project(torch.zeros_like(alone.flatten(2)))
+        return (project(alone.flatten(2)) - nothing) * self.multiplier
 
     def gain(self, layer: int, z: torch.Tensor) -> torch.Tensor | float:
         """In families with a norm behind attention: what it multiplies the sum of the
@@ -76,12 +81,12 @@ class _Layers:
         y = self.norm(layer, self.wires.norm_mlp, x)
         if model.config.model_type == "opt":
             return block.fc2(block.activation_fn(block.fc1(y)))
-        out = model.part(layer, "mlp")(y)
-        return (
-            out
-            if model.family.mlp_out == "mlp"
-            else model.part(layer, model.family.mlp_out)(out)
-        )
+        own = "block_sparse_moe" if hasattr(block, "block_sparse_moe") else "mlp"
+        out = model.part(layer, own)(y)
+        out = out[0] if isinstance(out, tuple) else out  # gpt-oss
+        if model.family.mlp_out.endswith("norm"):
+            out = model.part(layer, model.family.mlp_out)(out)
+        return out * self.multiplier
 
 
 @torch.no_grad()
@@ -126,7 +131,8 @@ def _full(
 def _bias(layers: _Layers, layer: int, x: torch.Tensor) -> torch.Tensor:
     project = layers.model.part(layer, layers.model.family.attn_proj)
     bias = getattr(project, "bias", None)
-    return torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    bias = torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    return bias * layers.multiplier
 
 
 def _circuit(

@@ -579,7 +579,13 @@ class AttentionStep:
         for part in "qkv":
             if part not in updated:
                 values[part] = _repeated(values[part], copies)
-        z = attend(self.state.contrast.wiring, self.layer, **values, mask=group.mask)
+        z = attend(
+            self.state.contrast.wiring,
+            self.layer,
+            **values,
+            mask=group.mask,
+            heads=group.index,
+        )
         change = torch.bmm(
             (z - _repeated(group.z, copies)).flatten(1, 2), group.weight
         ).unflatten(1, z.shape[1:3])

@@ -160,10 +160,10 @@ class Wiring:
         if model.config.model_type == "opt":
             # its block calls the two layers of its MLP itself
             inside = (block.fc1, block.activation_fn, block.fc2)
+        elif model.family.post_norm:
+            inside = (part("mlp"), part(model.family.mlp_out))
         else:
-            inside = (part("mlp"),)
-        if model.family.mlp_out.endswith("norm"):
-            inside = (*inside, part(model.family.mlp_out))
+            inside = (part(model.family.mlp_out),)
         return _Parts(
             part(self.family.norm_attn),
             (part(self.family.norm_mlp), *inside),
@@ -173,9 +173,11 @@ class Wiring:
     def _output_weights(self, layer: int) -> Float[Tensor, "head d_head d"]:
         module: Any = self.model.part(layer, self.family.attn_proj)
         weight = as_stored(module, module.weight)
-        return rearrange(
+        weight = rearrange(
             weight, "(head d_head) d -> head d_head d", head=self.model.n_heads
         ).contiguous()
+        scale = self.family.residual_scale
+        return weight if scale == 1 else weight * scale
 
     def _mask(self, layer: int, arguments: dict[str, Any]) -> Float[Tensor, "pos pos"]:
         """0 where a query may look, minus infinity elsewhere."""
@@ -235,8 +237,11 @@ def apply_mlp(wiring: Wiring, layer: int, x: Tensor) -> Tensor:
     steps = wiring.parts[layer].mlp
     with evaluating(*(s for s in steps if isinstance(s, nn.Module))):
         for step in steps:
-            x = step(x)
-    return x
+            y: Any = step(x)
+            # gpt-oss: and what its router chose
+            x = y[0] if isinstance(y, tuple) else y
+    scale = wiring.family.residual_scale
+    return x if scale == 1 else x * scale
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c022
 Project = Callable[
@@ -264,18 +269,24 @@ def projector(
     """
     parts, (weight, bias) = wiring.parts[layer], wiring.weights[layer][part]
     # the norm of queries or keys, in the families that have one
-    norm = getattr(parts.attn, f"{part}_norm", None)
+    norm: Any = getattr(parts.attn, f"{part}_norm", None)
     norm = norm or getattr(parts.attn, f"{part}_layernorm", None)
+    each = getattr(norm, "norms", None)  # StableLM has one for each head
+    wide = norm is not None and each is None and norm.weight.numel() > weight.shape[-1]
+    limit = getattr(wiring.model.config, "clip_qkv", None)  # OLMo, OLMoE
     mine, index = weight[heads], torch.arange(len(heads), device=weight.device)
     offset = None if bias is None else bias[heads]
     turn = _rotation(wiring, layer, rows) if part != "v" else None
 
     def apply(x: Tensor) -> Tensor:
         y = parts.norm_attn(x).expand(len(mine), *x.shape[1:])
-        if norm is not None and norm.weight.numel() > weight.shape[-1]:
-            # OLMo 2 normalises all heads together
+        if wide:
+            # OLMo 2 normalises all heads together, and Cohere each with its own weight
             every = torch.einsum("nbpd,hde->nbphe", y, weight)
-            out = norm(every.flatten(-2)).view_as(every)[index, :, :, heads]
+            if bias is not None:
+                every = every + bias[:, 0]
+            together = every if norm.weight.ndim > 1 else every.flatten(-2)
+            out = norm(together).view_as(every)[index, :, :, heads]
         else:
             flat = y.flatten(1, 2)
             if offset is None:
@@ -283,7 +294,12 @@ def projector(
             else:
                 out = torch.baddbmm(offset, flat, mine)
             out = out.unflatten(1, x.shape[1:3])
-            out = out if norm is None else norm(out)
+            if each is not None:
+                pairs = zip(heads.tolist(), out, strict=True)
+                out = torch.stack([each[head](z) for head, z in pairs])
+            elif norm is not None:
+                out = norm(out)
+        out = out if limit is None else out.clamp(-limit, limit)
         return out if turn is None else turn(out)
 
     return apply
@@ -293,17 +309,28 @@ def _rotation(
     wiring: Wiring, layer: int, rows: Tensor
 ) -> Callable[[Tensor], Tensor] | None:
     """The rotary embedding of a layer at some positions, if it has one."""
-    tables = wiring.rotary[layer]
-    if tables is None:
+    tables, attn = wiring.rotary[layer], wiring.parts[layer].attn
+    kind = wiring.model.config.model_type
+    # some layers of SmolLM3 and Command R7B are given the tables and leave them
+    unused = kind == "cohere2" and attn.sliding_window is None
+    if tables is None or unused or not getattr(attn, "use_rope", True):
         return None
     cos, sin = (table[0, rows] for table in tables)
+    if kind == "gpt_oss":  # its tables have each angle once
+        cos, sin = (torch.cat([table, table], dim=-1) for table in (cos, sin))
+    neighbours = kind in ("cohere", "cohere2")  # pairs, and not the two halves
 
     def turn(x: Float[Tensor, "n batch pos d_head"]) -> Tensor:
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        left, right = turned.chunk(2, dim=-1)
+        if neighbours:
+            left, right = turned[..., ::2], turned[..., 1::2]
+            other = torch.stack([-right, left], dim=-1).flatten(-2)
+        else:
+            left, right = turned.chunk(2, dim=-1)
+            other = torch.cat([-right, left], dim=-1)
         # tables may be in float32 in a model of half precision (OLMo)
-        turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
-        return torch.cat([turned.to(x.dtype), rest], dim=-1)
+        turned = (turned * cos + other * sin).to(x.dtype)
+        return torch.cat([turned, rest], dim=-1)
 
     return turn
 
@@ -315,6 +342,7 @@ def attend(
     k: Float[Tensor, "n batch pos d_head"],
     v: Float[Tensor, "n batch pos d_head"],
     mask: Float[Tensor, "row pos"],
+    heads: Tensor | None = None,
 ) -> Float[Tensor, "n batch row d_head"]:
     """z of some heads: their values, weighted by their attention.
 
@@ -325,6 +353,8 @@ def attend(
         k: Keys, one for each head.
         v: Values, one for each head.
         mask: What is added to the scores.
+        heads: Numbers of the heads, if these are not all; only gpt-oss asks, whose
+            heads have a sink each, which takes attention and gives no value.
 
     Returns:
         z, before the output projection.
@@ -336,7 +366,13 @@ def attend(
         scores = torch.baddbmm(mask, q.flatten(0, 1), keys, alpha=scale)
     else:
         scores = torch.tanh(q.flatten(0, 1) @ keys * (scale / cap)) * cap + mask
-    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    if (sinks := getattr(attn, "sinks", None)) is not None:
+        mine = (sinks if heads is None else sinks[heads]).repeat_interleave(q.shape[1])
+        column = mine[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 def attention_gain(
@@ -357,7 +393,7 @@ def attention_gain(
         The factor, `[batch, pos, d]`; `None` in families without such a norm.
     """
     model = wiring.model
-    if not model.family.attn_out.endswith("norm"):
+    if not model.family.post_norm:
         return None
     norm: Any = model.part(layer, model.family.attn_out)
     eps = getattr(norm, "eps", None) or norm.variance_epsilon
@@ -377,7 +413,7 @@ def attention_bias(model: Model, layer: int) -> Tensor | float:
         The bias; 0.0 where there is none.
     """
     bias = getattr(model.part(layer, model.family.attn_proj), "bias", None)
-    return 0.0 if bias is None else bias
+    return 0.0 if bias is None else bias * model.family.residual_scale
 
 # %% ../../nbs/library/circuits/wiring.ipynb #c028
 @dataclass(frozen=True)

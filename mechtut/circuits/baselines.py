@@ -126,7 +126,9 @@ def masked_logits(
 
     Each node is mask · (its own value) + (1 - mask) · (its corrupted value). Gradients
     flow. Under zero ablation, the corrupted q, k and v are what the biases alone make;
-    what an MLP or a whole head writes becomes zero.
+    what an MLP or a whole head writes becomes zero. Behind a post-norm (Gemma 2 and 3,
+    OLMo 2 and 3) every head is scaled as in the clean run, also one whose three masks
+    are 0, where a circuit without it has what it writes in the corrupted run.
 
     Args:
         contrast: Prompts and model.

@@ -579,12 +579,11 @@ class _CircuitRun:
             return
         if back != list(range(len(k))):
             k, v = k[back], v[back]
-        z = attend(wiring, layer, q, k, v, wiring.masks[layer][rows])
+        some = torch.tensor(heads, device=q.device)
+        z = attend(wiring, layer, q, k, v, wiring.masks[layer][rows], some)
         where = (moved.to(z.device) | self.everything)[:, None, None, None]
         change = torch.where(where, z - _pick(clean.z[layer], heads), 0.0)
-        index = None
-        if len(heads) < self.graph.n_heads:
-            index = torch.tensor(heads, device=z.device)
+        index = some if len(heads) < self.graph.n_heads else None
         senders = [first + h for h in heads]
         self.change[senders] = heads_write(
             wiring, layer, change, clean.gains[layer], rows, index

@@ -310,6 +310,8 @@ class _Place:
     module: nn.Module
     side: Literal["in", "out"]
     n_heads: int | None = None  # split the last axis into this many heads
+    scale: float = 1.0  # the site carries the module's output times this
+    copy: bool = False  # the block changes the output in place
 
 
 def check_layer(model: Model, layer: int | None, site: str) -> int:
@@ -343,7 +345,7 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
         return _module_place(model.hf if isinstance(model, Model) else model, site.name)
     family = model.family
     if site.name == "embed":
-        return _Place(model.embed, "out")
+        return _Place(model.embed, "out", scale=family.embed_scale)
     layer = check_layer(model, site.layer, site.name)
     if site.name in ("resid_pre", "resid_post"):
         return _Place(model.blocks[layer], "in" if site.name == "resid_pre" else "out")
@@ -360,7 +362,9 @@ def _place(model: Model | nn.Module, site: Site) -> _Place:
         )
     side: Literal["in", "out"] = "in" if site.name in ("mlp_act", "z") else "out"
     n_heads = model.n_heads if site.name == "z" else None
-    return _Place(model.part(layer, path), side, n_heads)
+    scale = family.residual_scale if side == "out" else 1.0
+    copy = family.adds_in_place and site.name == "mlp_out"
+    return _Place(model.part(layer, path), side, n_heads, scale, copy)
 
 
 def _module_place(root: nn.Module, path: str) -> _Place:
@@ -379,8 +383,10 @@ def _module_place(root: nn.Module, path: str) -> _Place:
 def _to_site(x: Tensor, place: _Place, batch: int | None) -> Tensor:
     if x.ndim == 2 and batch is not None:  # OPT's MLP sees [batch * pos, width]
         x = rearrange(x, "(batch pos) d -> batch pos d", batch=batch)
+    if place.scale != 1:
+        return x * place.scale
     if place.n_heads is None:
-        return x
+        return x.clone() if place.copy else x
     return rearrange(x, "b p (head d) -> b p head d", head=place.n_heads)
 
 # %% ../../nbs/library/models/hooks.ipynb #c019
@@ -425,7 +431,9 @@ def hooked(
 def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
     def visit(x: Tensor) -> Tensor | None:
         new = fn(_to_site(x, place, batch()))
-        return None if new is None else new.reshape(x.shape)
+        if new is None:
+            return None
+        return (new if place.scale == 1 else new / place.scale).reshape(x.shape)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not args:  # some blocks are called by keyword
@@ -1000,22 +1008,30 @@ def check_family(model: Model) -> None:
         model: The model.
 
     Raises:
-        ValueError: If the stream is not a sum of what the sites carry, the logits are
-            not its unembedding, or writing a site's own value changes something.
+        ValueError: If the stream does not begin with the embedding, is not a sum of
+            what the sites carry, the logits are not its unembedding, or writing a
+            site's own value changes something.
 
     Example:
         >>> from mechtut import load_model
         >>> check_family(load_model("mini"))  # says nothing: all is well
     """
     tokens = torch.arange(min(4, model.d_vocab), device=model.device)[None]
-    sites = ["resid_pre", "attn_out", "mlp_out", "resid_post", "z.0"]
-    acts = capture(model, tokens, sites)
+    sites = ["embed", "resid_pre", "attn_out", "mlp_out", "resid_post", "z.0"]
+    acts, family = capture(model, tokens, sites), model.family
+    start = acts["embed"]
+    if family.positions is not None:
+        table: Any = model.hf.get_submodule(family.positions).weight
+        start = start + table[family.first_position :][: tokens.shape[1]]
+    if family.embed_norm is not None:
+        start = model.hf.get_submodule(family.embed_norm)(start)
     after = acts["resid_post"]
     total = acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"]
     with intervene(model, [Edit("z", 0, acts["z.0"])]):
         again = model.logits(tokens)
     exact = rounding(model.dtype)
     for claim, one, other in (
+        ("the embedding is resid_pre.0", start, acts["resid_pre.0"]),
         ("resid_pre + attn_out + mlp_out is resid_post", total, after),
         (
             "the unembedded last stream is the logits",

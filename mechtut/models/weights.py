@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .families import check_config
+
 # %% ../../nbs/library/models/weights.ipynb #c003
 def mini_folder() -> Path:
     """Folder of the embedded model inside the installed package."""
@@ -210,11 +212,13 @@ def check_gguf_packages() -> None:
     """Say which package is missing before a long conversion begins.
 
     Raises:
-        ImportError: If `gguf` is not installed.
+        ImportError: If `gguf` or `accelerate` is not installed.
     """
-    if find_spec("gguf") is None:
+    needed = ("gguf", "accelerate")
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise ImportError(
-            "reading a GGUF file needs the gguf package: pip install gguf"
+            f"reading a GGUF file needs {' and '.join(missing)}: pip install"
+            f" {' '.join(missing)}"
         )
 
 
@@ -231,7 +235,8 @@ def read_gguf(file: str | Path, dtype: Any = None, **kwargs: Any) -> tuple[Any, 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImportError: If `gguf` is not installed.
+        ImportError: If a package is missing that reading it needs.
+        ValueError: If it is another kind of file, or a model without a family row.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -240,8 +245,18 @@ def read_gguf(file: str | Path, dtype: Any = None, **kwargs: Any) -> tuple[Any, 
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    with file.open("rb") as f:
+        if (start := f.read(4)) != b"GGUF":
+            raise ValueError(f"{file} is not a GGUF file: it begins with {start!r}")
     where = {"gguf_file": file.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    check_config(file.parent, gguf_file=file.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    except ImportError as error:  # not the case with transformers 5.0 and 5.23
+        raise ImportError(
+            f"the tokenizer in {file.name} needs a package that is missing: pip install"
+            f" sentencepiece protobuf ({error})"
+        ) from error
     dtype = dtype or torch.float32
     hf = AutoModelForCausalLM.from_pretrained(
         file.parent, dtype=dtype, **where, **kwargs

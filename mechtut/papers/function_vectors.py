@@ -306,8 +306,8 @@ def _contribution(
     nothing = project(torch.zeros_like(means).flatten())
     out: Tensor = project(alone.flatten())
     out = out if bias else out - nothing
-    if model.family.attn_out == model.family.attn:
-        return out
+    if not model.family.post_norm:
+        return out * model.family.residual_scale
     # a norm stands between the heads and the stream
     together = project(means.flatten())
     scale = model.part(layer, model.family.attn_out)(together) / together

@@ -311,7 +311,8 @@ def _key_and_value(
     seen: list[Tensor] = []
 
     def keep(_module: Any, args: tuple, out: Tensor) -> None:
-        seen.extend(x.reshape(-1, x.shape[-1])[last] for x in (args[0], out))
+        # copies: Falcon's blocks change this output in place
+        seen.extend(x.reshape(-1, x.shape[-1])[last].clone() for x in (args[0], out))
 
     with hooked(module, keep):
         model.logits(tokens[None])

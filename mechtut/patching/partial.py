@@ -81,7 +81,8 @@ def record_blocks(
         named = {**bound.pop("kwargs", {}), **bound}
         found.resid.append(named.pop("hidden_states"))
         left_out = ("self", *_CACHE_ARGUMENTS)
-        kept = {k: v for k, v in named.items() if v is not None and k not in left_out}
+        # also what is None: Falcon's blocks ask for their `alibi`
+        kept = {k: v for k, v in named.items() if k not in left_out}
         found.arguments.append(kept)
 
     def keep_last(_block: Any, _args: tuple, output: Any) -> None:

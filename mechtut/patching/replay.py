@@ -461,7 +461,7 @@ class Replay:
             return _run(self, plans, metric, store, (name, quiet(progress)))
 
     def _seconds(self, plans: Sequence[_Plan | None]) -> float:
-        """About how long a sweep takes: its token–layers, at the pace of the base run."""
+        """About how long a sweep takes, token–layers at the pace of the base run."""
         layers, rows = self.model.n_layers, self.base.n_rows
         cones = [
             (layers - max(p.first_layer, 0)) * (self.n_pos - p.start)

