@@ -52,8 +52,7 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "--window",
         type=int,
-        default=10,
-        help="layers restored together, MLP and attention (default: 10)",
+        help="layers restored together, MLP and attention (default: a fifth of them)",
     )
     trace.add_argument(
         "--noise",
@@ -65,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=10, help="noise samples (default: 10)"
     )
     trace.add_argument("--seed", type=int, default=1, help="of the noise (default: 1)")
+    trace.add_argument(
+        "--folder",
+        type=Path,
+        help="keep finished parts there: the same command goes on where it was stopped",
+    )
     trace.add_argument(
         "--out", default="trace.png", help="file for the figure (default: %(default)s)"
     )
@@ -254,24 +258,27 @@ def trace(args: argparse.Namespace) -> None:
         (args.prompt, args.subject) if args.prompt is not None else default_fact(model)
     )
     components = COMPONENTS if args.component == "all" else (args.component,)
+    fifth = max(1, round(model.n_layers / 5))  # the authors' 10 of GPT-2 XL's 48
     settings = {
-        "window": args.window,
+        "window": fifth if args.window is None else args.window,
         "noise": args.noise,
         "n_samples": args.samples,
         "seed": args.seed,
     }
-    traces = [
-        causal_trace(model, prompt, subject, component=c, **settings)
-        for c in components
-    ]
-    first = traces[0]
-    print(f"{prompt}{first.answer}")
-    print(
-        f"p({first.answer!r}) is {first.clean_prob:.3f}, and"
-        f" {first.corrupted_prob:.3f} with noise on {subject!r}."
-    )
-    for t in traces:
-        print(f"\n{report(t)}")
+    traces: list[CausalTrace] = []
+    for component in components:
+        folder = args.folder / component if args.folder else None
+        t = causal_trace(
+            model, prompt, subject, component=component, folder=folder, **settings
+        )
+        if not traces:
+            print(f"{prompt}{t.answer}")
+            print(
+                f"p({t.answer!r}) is {t.clean_prob:.3f}, and"
+                f" {t.corrupted_prob:.3f} with noise on {subject!r}."
+            )
+        print(f"\n{report(t)}", flush=True)
+        traces.append(t)
     causal_traces(traces).savefig(args.out, dpi=150, bbox_inches="tight")
     print(f"\nFigure: {Path(args.out).resolve()}")
 

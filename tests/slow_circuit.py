@@ -159,17 +159,15 @@ def _circuit(
         for part in "qkv":
             rows = []
             for head in range(graph.count(part)):
-                kept = not graph.split_qkv or cuts.has(
-                    Edge(f"a{layer}.{head}.{part}_in", f"a{layer}.{head}.{part}")
-                )
+                shared = "kv" if graph.count(part) < graph.n_heads else ""
+                node = f"a{layer}.{shared}{head}.{part}"
+                kept = not graph.split_qkv or cuts.has(Edge(f"{node}_in", node))
                 group = (
                     head if part != "q" else head // (graph.n_heads // graph.count("k"))
                 )
-                reader = (
-                    f"a{layer}.{head}.{part}_in"
-                    if graph.split_qkv
-                    else f"a{layer}.{group}.in"
-                )
+                shared = "kv" if graph.count("k") < graph.n_heads else ""
+                whole = f"a{layer}.{shared}{group}.in"
+                reader = f"{node}_in" if graph.split_qkv else whole
                 source = (
                     layers.attention(layer, reads(reader))[0] if kept else values[layer]
                 )

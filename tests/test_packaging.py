@@ -116,6 +116,35 @@ def test_trace_command(tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_trace_command_goes_on(tmp_path, capsys, monkeypatch):
+    """Stopped in its second component it has printed the first, and does not run that
+    one again.
+    """
+    from mechtut.patching.replay import Replay
+
+    run, ran = Replay.run, []
+
+    def stop(self, *arguments, **options):
+        ran.append(options["name"])
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return run(self, *arguments, **options)
+
+    command = ["trace", "--samples", "2", "--component", "all", "--window", "2"]
+    command += ["--folder", str(tmp_path / "kept"), "--out", str(tmp_path / "t.png")]
+    monkeypatch.setattr(Replay, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    first = capsys.readouterr().out
+    assert "resid_post: indirect" in first and "mlp_out: indirect" not in first
+    assert ran == ["trace resid_post", "trace mlp_out"]
+    kept = sorted((tmp_path / "kept" / "resid_post").glob("*.safetensors"))
+    times = [p.stat().st_mtime_ns for p in kept]
+    assert main(command) == 0 and kept
+    assert times == [p.stat().st_mtime_ns for p in kept]
+    assert capsys.readouterr().out.startswith(first)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ._wiring import Project, attend, mlp_out, projector
-from .graph import component, feeds, layer_of
+from .graph import component, feeds, layer_of, number_of
 from .runs import Contrast, Cuts, Window
 
 # %% ../../nbs/library/circuits/steps.ipynb #c012
@@ -458,9 +458,9 @@ class AttentionStep:
         state, graph = plan.state, plan.state.graph
         new: dict[str, list[int]] = {part: [] for part in "qkv"}
         for reader in readers:
-            _, number, kind = reader.split(".")
+            kind = reader.split(".")[2]
             for part in kind[0] if graph.split_qkv else "kv":
-                new[part].append(int(number))
+                new[part].append(number_of(reader))
         heads = {*touched, *new["q"]}
         heads |= {h for part in "kv" for g in new[part] for h in graph.group(g)}
         heads = {h for h in heads if state.heard(f"a{layer}.{h}")}
@@ -478,7 +478,8 @@ class AttentionStep:
         rows, take = state.rows(wide), None
         pick: slice | Tensor = slice(None)
         if state.graph.split_qkv:  # a source of their own, with the rows they need
-            readers = [f"a{layer}.{h}.{part}_in" for h in heads]
+            graph = state.graph
+            readers = [graph.attention_node(layer, h, f"{part}_in") for h in heads]
             self.sources.append(plan.mix(readers))
             source = len(self.sources) - 1
         else:  # one source for all heads and parts, with all rows
@@ -486,10 +487,13 @@ class AttentionStep:
             if part == "q":
                 inputs = [int(state.contrast.wiring.kv_of_head[h]) for h in heads]
             if not self.sources:
-                readers = [f"a{layer}.{g}.in" for g in sorted(set(inputs))]
+                readers = [
+                    state.graph.attention_node(layer, g, "in")
+                    for g in sorted(set(inputs))
+                ]
                 self.sources.append(plan.mix(readers))
-            names = [r.split(".")[1] for r in self.sources[0].receivers]
-            take = torch.tensor([names.index(str(i)) for i in inputs], device=device)
+            numbers = [number_of(r) for r in self.sources[0].receivers]
+            take = torch.tensor([numbers.index(i) for i in inputs], device=device)
         index, positions = torch.tensor(heads, device=device), state.window.rows[rows]
         project = projector(state.contrast.wiring, layer, part, index, positions)
         self.projections.append(

@@ -23,6 +23,7 @@ from .metrics import finite
 from .runs import Contrast, Cuts, circuit_metric
 from .search import Pruner
 from ..models.loading import weight_fingerprint
+from ..models.checks import rounding
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.results import provenance
 
@@ -281,7 +282,8 @@ class Walk:
             RuntimeError: If that is not where the search arrived.
         """
         contrast, graph, final = self.contrast, self.graph, self.pruner.metric()
-        if abs(final - self.metric) > 3e-3 * max(1.0, abs(final)):
+        exact = 3 * rounding(contrast.model.dtype)
+        if abs(final - self.metric) > exact * max(1.0, abs(final)):
             raise RuntimeError(
                 f"the circuit's metric is {final}, but the search arrived at"
                 f" {self.metric}; please report this"
@@ -294,6 +296,7 @@ class Walk:
             "ablation": contrast.ablation,
             **rules,
             "graph": asdict(graph),
+            "metric_empty": circuit_metric(contrast, Cuts.only(graph, [])),
         }
         return Circuit(
             tested=tuple((e.parent, e.child) for e in self.tested),

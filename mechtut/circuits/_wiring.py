@@ -301,9 +301,9 @@ def _rotation(
     def turn(x: Float[Tensor, "n batch pos d_head"]) -> Tensor:
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         left, right = turned.chunk(2, dim=-1)
-        return torch.cat(
-            [turned * cos + torch.cat([-right, left], dim=-1) * sin, rest], dim=-1
-        )
+        # tables may be in float32 in a model of half precision (OLMo)
+        turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
+        return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
     return turn
 

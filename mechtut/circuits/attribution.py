@@ -9,6 +9,7 @@ __all__ = ['SHARES', 'EdgeScores', 'contrast_scores', 'attribution_scores', 'ran
 # %% ../../nbs/library/circuits/attribution.ipynb #c002
 import heapq
 import random
+import warnings
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -23,7 +24,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._wiring import projector, run
-from .graph import Edge, Graph, check_edges, component
+from mechtut.circuits.graph import (
+    Edge,
+    Graph,
+    check_edges,
+    feeds,
+    number_of,
+    reaches_output,
+)
 from .metrics import Metric, Positions
 from .runs import Ablation, Contrast, Cuts, circuit_metric
 from ..models.loading import Model
@@ -395,7 +403,8 @@ def select(
             nodes that are already in it.
 
     Returns:
-        The edges, strongest first, then the direct ones.
+        The edges, strongest first, then the direct ones. Warns if no path of them
+        leads from the embedding to the output: such a circuit says nothing.
 
     Raises:
         ValueError: Unless exactly one of `n` and `threshold` is given, not negative.
@@ -405,6 +414,20 @@ def select(
         >>> [tuple(edge) for edge in select(scores, n=1)]
         [('embed', 'a0.0.q_in'), ('a0.0.q_in', 'a0.0.q')]
     """
+    found = _select(scores, n, threshold, greedy)
+    if found and not reaches_output(_graph_of(scores), found):
+        warnings.warn(
+            f"no path leads through the {len(found)} selected edges from the embedding"
+            " to the output, so the circuit does what the empty one does; take more"
+            " edges, or greedy=True",
+            stacklevel=2,
+        )
+    return found
+
+
+def _select(
+    scores: EdgeScores, n: int | None, threshold: float | None, greedy: bool
+) -> list[Edge]:
     if (
         (n is None) == (threshold is None)
         or (n is not None and n < 0)
@@ -432,16 +455,37 @@ def _greedy(scores: EdgeScores) -> Iterator[Edge]:
     `out`.
     """
     into: dict[str, list[tuple[float, str, str]]] = {}
+    owners = _owners(scores)
     for (parent, child), score in scores.items():
-        into.setdefault(component(child), []).append((-abs(score), parent, child))
-    heap, reached = sorted(into["out"]), {"out"}
+        for owner in owners[child]:
+            into.setdefault(owner, []).append((-abs(score), parent, child))
+    heap, reached, taken = sorted(into["out"]), {"out"}, set[Edge]()
     while heap:
         _, parent, child = heapq.heappop(heap)
+        if Edge(parent, child) in taken:  # several heads share these keys
+            continue
+        taken.add(Edge(parent, child))
         yield Edge(parent, child)
         if parent not in reached:
             reached.add(parent)
             for item in into.get(parent, []):
                 heapq.heappush(heap, item)
+
+
+def _owners(scores: EdgeScores) -> dict[str, list[str]]:
+    """The heads, MLPs or `out` behind every reader; several behind shared keys."""
+    graph, readers = _graph_of(scores), {child for _, child in scores.names}
+    return {r: feeds(graph, r.removesuffix("_in")) or [r] for r in readers}
+
+
+def _graph_of(scores: EdgeScores) -> Graph:
+    """A graph with these readers and senders, as far as their names say."""
+    senders = {parent for parent, _ in scores.names if parent.startswith("a")}
+    groups = [number_of(r) for _, r in scores.names if ".kv" in r]
+    heads = 1 + max(map(number_of, senders), default=0)
+    shared = 1 + max(groups) if groups else heads
+    tokens = any(parent == "tok" for parent, _ in scores.names)
+    return Graph(1, heads, shared, split_positions=tokens)
 
 # %% ../../nbs/library/circuits/attribution.ipynb #c032
 # the sizes of the benchmark, as shares of all edges
@@ -520,7 +564,7 @@ def faithfulness(
         )
     values = []
     for share in shares:
-        edges = select(scores, n=round(share * len(scores)), greedy=greedy)
+        edges = _select(scores, round(share * len(scores)), None, greedy)
         value = circuit_metric(contrast, Cuts.only(contrast.graph, edges))
         values.append((value - lost) / (contrast.metric_full - lost))
     return Faithfulness(shares=tuple(shares), values=tuple(values), name=scores.method)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ._wiring import apply_mlp, attend, attention_bias, projector
 from .attribution import EdgeScores
-from .graph import Edge, Graph, feeds, layer_of
+from .graph import Edge, Graph, feeds, layer_of, number_of
 from .runs import Contrast, heads_write
 from ..models.loading import weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -47,7 +47,7 @@ def maskable(graph: Graph) -> tuple[str, ...]:
     for layer in range(graph.n_layers):
         if graph.split_qkv:
             found += [
-                f"a{layer}.{h}.{part}"
+                graph.attention_node(layer, h, part)
                 for part in "qkv"
                 for h in range(graph.count(part))
             ]
@@ -113,7 +113,7 @@ class _MaskedRun:
         value = projector(contrast.wiring, layer, part, heads, rows)(x[None])
         if self.graph.split_qkv:
             corrupted = contrast.corrupted_qkv[layer][part][:, :, -len(rows) :]
-            masks = self._masks(f"a{layer}.0.{part}", n)
+            masks = self._masks(self.graph.attention_node(layer, 0, part), n)
             value = torch.lerp(corrupted, value, masks)
         clean = contrast.clean.qkv[layer][part]
         return torch.cat([clean[:, :, : clean.shape[2] - len(rows)], value], dim=2)
@@ -191,14 +191,14 @@ def _levels(graph: Graph, scores: Mapping[str, float], top: float) -> dict[str, 
     """
     levels = dict.fromkeys((*graph.embeddings, "out"), top)
     for node, score in scores.items():
-        where, *rest = node.split(".")
-        if where.startswith("m"):
+        if node.startswith("m"):
             reader = f"{node}.in"
         elif graph.split_qkv:
             reader = f"{node}_in"
         else:
             size = graph.n_heads // graph.count("k")
-            reader = f"{where}.{int(rest[0]) // size}.in"
+            group = number_of(node) // size
+            reader = graph.attention_node(layer_of(node) or 0, group, "in")
         for name in (node, reader, *feeds(graph, node)):
             levels[name] = max(levels.get(name, score), score)
     return levels

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import drawing
-from .graph import Graph, check_edges, component
+from .graph import Graph, check_edges, reaches_output
 from .metrics import Metric, Positions
 from .runs import Ablation, Contrast, Cuts, circuit_metric
 from ..models.loading import Model
@@ -114,7 +114,29 @@ class Circuit(Result):
     @property
     def nodes(self) -> list[str]:
         """Heads, MLPs and embeddings that take part, from first to last."""
-        return drawing.in_order({component(n) for edge in self.found for n in edge})
+        drawn = drawing.arrows(self.found, self.graph)
+        return drawing.in_order({node for arrow in drawn for node in arrow[:2]})
+
+    @property
+    def problems(self) -> list[str]:
+        """What makes this circuit worthless, if anything does."""
+        found, empty = [], self.settings.get("metric_empty", float("inf"))
+        if not reaches_output(self.graph, self.found):
+            found.append(
+                f"no path leads through its {len(self.found)} edges from the embedding"
+                " to the output"
+            )
+        if self.metric_final >= empty * (1 - 1e-9):
+            found.append(
+                f"its metric, {self.metric_final:.3g}, is no better than that of the"
+                f" empty circuit, {empty:.3g}"
+            )
+        return found
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that was searched."""
+        return Graph(**self.settings["graph"])
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per tested edge."""
@@ -122,11 +144,11 @@ class Circuit(Result):
 
     def to_networkx(self) -> Any:
         """A `networkx.DiGraph` with the edges' effects; needs networkx."""
-        return drawing.to_networkx(self.edges)
+        return drawing.to_networkx(self.edges, self.graph)
 
     def to_dot(self) -> str:
         """Graphviz source."""
-        return drawing.to_dot(self.edges)
+        return drawing.to_dot(self.edges, self.graph)
 
     def to_json(self) -> str:
         """Nodes, edges with effects, and the numbers of the search."""
@@ -150,7 +172,7 @@ class Circuit(Result):
         Returns:
             The axes.
         """
-        return drawing.plot(self.edges, ax=ax, **options)
+        return drawing.plot(self.edges, ax=ax, graph=self.graph, **options)
 
     def to_html(self) -> str:
         """A self-contained drawing for a browser, with every edge's effect on hover."""
@@ -158,7 +180,7 @@ class Circuit(Result):
             f"{len(self.found)} of {self.n_edges_full} edges, threshold"
             f" {self.threshold:g}"
         )
-        return drawing.to_html(self.edges, title=title)
+        return drawing.to_html(self.edges, title=title, graph=self.graph)
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -407,7 +429,7 @@ def roc(
                 "plain lists of edges need graph=..., which says how many edges there"
                 " could be"
             )
-        graph = Graph(**first.settings["graph"])
+        graph = first.graph
     found = [c.found if isinstance(c, Circuit) else list(c) for c in circuits]
     edges = sorted(counts(f, truth, graph)._rates for f in found)
     nodes = sorted(node_counts(f, truth, graph, merge_qkv)._rates for f in found)

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch
 
-from .graph import component, layer_of
+from .graph import Graph, component, feeds, layer_of, number_of
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c004
 _COLOURS = {"q": "#d1495b", "k": "#2e86c1", "v": "#2a9d5c", "": "#8a8a8a"}
@@ -22,11 +22,13 @@ _WORDS = {"q": "query", "k": "key", "v": "value", "": "sum"}
 _Arrow = tuple[str, str, str, float]
 
 
-def arrows(edges: Iterable[Sequence[Any]]) -> list[_Arrow]:
+def arrows(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> list[_Arrow]:
     """Edges between heads, MLPs and embeddings.
 
     Args:
         edges: Edges (parent, child, effect); a missing effect counts as 1.
+        graph: With it, an edge into keys or values that several heads share becomes an
+            arrow to each of those heads that take part; without it, to `a3.kv0`.
 
     Returns:
         Parent, child, "q", "k", "v" or "", effect; without edges inside a head.
@@ -34,14 +36,24 @@ def arrows(edges: Iterable[Sequence[Any]]) -> list[_Arrow]:
     Example:
         >>> arrows([("m0", "a1.2.k_in", 0.5), ("a1.2.k_in", "a1.2.k", 0.5)])
         [('m0', 'a1.2', 'k', 0.5)]
+        >>> edges = [("m0", "a1.kv0.k_in"), ("a1.1", "out")]
+        >>> arrows(edges, Graph(n_layers=2, n_heads=4, n_kv_heads=2))
+        [('m0', 'a1.1', 'k', 1.0), ('a1.1', 'out', '', 1.0)]
     """
-    found: list[_Arrow] = []
+    edges, found = list(edges), list[_Arrow]()
+    live = {parent for parent, *_ in edges}
     for parent, child, *effect in edges:
-        ends = component(parent), component(child)
-        if ends[0] != ends[1]:
-            split = child.endswith(("q_in", "k_in", "v_in"))
-            part = child.split(".")[2][0] if split else ""
-            found.append((*ends, part, float(effect[0]) if effect else 1.0))
+        if component(parent) == component(child):
+            continue
+        split = child.endswith(("q_in", "k_in", "v_in"))
+        part = child.split(".")[2][0] if split else ""
+        ends = [component(child)]
+        if graph is not None and ".kv" in child:
+            group = graph.group(number_of(child))
+            heads = [f"a{layer_of(child)}.{h}" for h in group]
+            ends = [h for h in heads if h in live]
+        size = float(effect[0]) if effect else 1.0
+        found += [(component(parent), end, part, size) for end in ends]
     return found
 
 
@@ -60,7 +72,7 @@ def in_order(nodes: Iterable[str]) -> list[str]:
     """
 
     def place(node: str) -> tuple:
-        number = int(node.split(".")[1]) if node.startswith("a") else 0
+        number = number_of(node) if node.startswith("a") else 0
         return _level(node), node.startswith("pos"), number, node
 
     return sorted(nodes, key=place)
@@ -107,6 +119,7 @@ def plot(
     ax: Any = None,
     title: str | None = None,
     labels: bool = True,
+    graph: Graph | None = None,
 ) -> Any:
     """Draw edges with matplotlib: colours are query, key, value; width is the effect.
 
@@ -115,11 +128,12 @@ def plot(
         ax: Axes to draw into; new ones by default.
         title: The title.
         labels: Whether to write names into the boxes.
+        graph: See `arrows`.
 
     Returns:
         The axes.
     """
-    found = arrows(edges)
+    found = arrows(edges, graph)
     at = places({n for a in found for n in a[:2]} or {"embed", "out"})
     xs, ys = ([place[i] for place in at.values()] for i in (0, 1))
     if ax is None:
@@ -176,12 +190,15 @@ font:12px system-ui,sans-serif;max-width:100%;overflow:auto}
 """
 
 
-def to_html(edges: Iterable[Sequence[Any]], title: str = "") -> str:
+def to_html(
+    edges: Iterable[Sequence[Any]], title: str = "", graph: Graph | None = None
+) -> str:
     """A self-contained drawing: an SVG with every edge's effect on hover.
 
     Args:
         edges: Edges (parent, child, effect).
         title: A line above it.
+        graph: See `arrows`.
 
     Returns:
         A `<div>`.
@@ -190,7 +207,7 @@ def to_html(edges: Iterable[Sequence[Any]], title: str = "") -> str:
         >>> "m0 → out: 0.5" in to_html([("m0", "out", 0.5)])
         True
     """
-    found = arrows(edges)
+    found = arrows(edges, graph)
     at = places({n for a in found for n in a[:2]} or {"embed", "out"})
     left, top = min(x for x, _ in at.values()), max(y for _, y in at.values())
     spot = {n: (70 * (x - left) + 60, 64 * (top - y) + 40) for n, (x, y) in at.items()}
@@ -252,11 +269,12 @@ def _box(node: str, x: float, y: float, found: Sequence[_Arrow]) -> str:
     )
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c023
-def to_dot(edges: Iterable[Sequence[Any]]) -> str:
+def to_dot(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> str:
     """Graphviz source, at the level of heads and MLPs.
 
     Args:
         edges: Edges (parent, child, effect).
+        graph: See `arrows`.
 
     Returns:
         A `digraph`.
@@ -271,17 +289,19 @@ def to_dot(edges: Iterable[Sequence[Any]]) -> str:
     """
     lines = [
         f'  "{a}" -> "{b}" [color="{_COLOURS[p]}", tooltip="{effect:.4g}"];'
-        for a, b, p, effect in arrows(edges)
+        for a, b, p, effect in arrows(edges, graph)
     ]
     head = "digraph circuit {\n  rankdir=BT; node [shape=box];\n"
     return head + "\n".join(lines) + "\n}\n"
 
 
-def to_networkx(edges: Iterable[Sequence[Any]]) -> Any:
+def to_networkx(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> Any:
     """A `networkx.DiGraph` of all nodes with `effect` on the edges.
 
     Args:
         edges: Edges (parent, child, effect).
+        graph: With it, readers lead on to the heads and MLPs behind them that take
+            part (without an effect), so that every path ends at the output.
 
     Returns:
         The graph.
@@ -293,7 +313,12 @@ def to_networkx(edges: Iterable[Sequence[Any]]) -> Any:
         import networkx  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ImportError("to_networkx needs networkx: pip install networkx") from error
-    graph = networkx.DiGraph()
+    edges, drawn = list(edges), networkx.DiGraph()
     for parent, child, *effect in edges:
-        graph.add_edge(parent, child, effect=float(effect[0]) if effect else None)
-    return graph
+        drawn.add_edge(parent, child, effect=float(effect[0]) if effect else None)
+    live = {parent for parent, *_ in edges}
+    if graph is not None:
+        for node in {child for _, child, *_ in edges}:
+            for behind in live.intersection(feeds(graph, node)):
+                drawn.add_edge(node, behind, effect=None)
+    return drawn

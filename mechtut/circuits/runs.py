@@ -473,10 +473,10 @@ class Cuts:
         Returns:
             The rows.
         """
-        first = self.graph.receiver_index[
-            f"m{layer}.in" if kind == "mlp" else f"a{layer}.0.{kind}"
-        ]
-        return slice(first, first + (1 if kind == "mlp" else self.graph.count(kind)))
+        graph, mlp = self.graph, kind == "mlp"
+        name = f"m{layer}.in" if mlp else graph.attention_node(layer, 0, kind)
+        first = graph.receiver_index[name]
+        return slice(first, first + (1 if mlp else graph.count(kind)))
 
     def direct_of(self, layer: int, part: str) -> Bool[Tensor, "n"] | None:
         """Which direct edges of a layer's q, k or v are present.
@@ -488,7 +488,7 @@ class Cuts:
         Returns:
             One answer per head; `None` if the graph has no direct edges.
         """
-        first = self._direct_index.get(f"a{layer}.0.{part}")
+        first = self._direct_index.get(self.graph.attention_node(layer, 0, part))
         if first is None:
             return None
         return self.direct[first : first + self.graph.count(part)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._steps import AttentionStep, Changes, MLPStep, Plan, State
 from ._wiring import projector
-from .graph import Edge, layer_of
+from .graph import Edge, layer_of, number_of
 from .runs import Contrast, Cuts
 
 # %% ../../nbs/library/circuits/search.ipynb #c010
@@ -134,8 +134,8 @@ class _HeadsStage(_Stage):
     def __init__(self, state: State, nodes: list[str]):
         wiring, window = state.contrast.wiring, state.window
         # in the order in which a step takes them
-        self.by_head = sorted(nodes, key=lambda node: int(node.split(".")[1]))
-        own = [int(node.split(".")[1]) for node in self.by_head]
+        self.by_head = sorted(nodes, key=number_of)
+        own = [number_of(node) for node in self.by_head]
         self.direct = nodes[0] not in state.graph.receiver_index
         readers = [f"{n}_in" if self.direct else n for n in self.by_head]
         layer, part = layer_of(readers[0]) or 0, readers[0].split(".")[2][0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .weights import mlp_projection
+from ..models.checks import at_least_float32
 from ..models.families import as_stored
 from ..models.hooks import hooked
 from ..models.loading import Model, pad_right, weight_fingerprint
@@ -128,15 +129,15 @@ def _chunk_sum(
     model: Model, texts: list[str], layer: int, batch_size: int
 ) -> Float[Tensor, "d_mlp_plus_one d_mlp"]:
     """Sum of outer products over a chunk's tokens; the last row is their number."""
-    ids = [model.tokenizer(t)["input_ids"][: model.n_ctx] for t in texts if t.strip()]
+    ids = [model.encode(t)[: model.n_ctx] for t in texts if t.strip()]
     # similar lengths waste little padding
     rows = sorted((model.to_tokens(row) for row in ids), key=len)
     total: Tensor | None = None
     count = 0
     for i in range(0, len(rows), batch_size):
         k = mlp_keys(model, *pad_right(rows[i : i + batch_size]), layer)
-        # one batch in the model's own type, the long sum in float64
-        product = (k.T @ k).double()
+        k = k.to(at_least_float32(k.dtype))
+        product = (k.T @ k).double()  # the long sum in float64
         total = product if total is None else total + product
         count += len(k)
     width = total.shape[1] if total is not None else 1

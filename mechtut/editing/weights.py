@@ -6,6 +6,7 @@
 __all__ = ['mlp_projection', 'WeightEdit', 'fine_tune']
 
 # %% ../../nbs/library/editing/weights.ipynb #c002
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -40,6 +41,20 @@ def mlp_projection(model: Model, layer: int) -> nn.Module:
             " there is no one matrix to edit"
         )
     return model.part(check_layer(model, layer, "mlp_act"), path)
+
+
+def _warn_of_rounding(before: Tensor, after: Tensor, delta: Tensor) -> None:
+    """Say it if half precision swallowed a good part of a change."""
+    wanted, stored = delta.float().to(after.device), after.float() - before.float()
+    lost = float((stored - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    if lost > 0.1 and bool(wanted.any()):
+        same = torch.equal(before, after)
+        found = "are unchanged" if same else f"took it with an error of {lost:.0%}"
+        warnings.warn(
+            f"the edit is too small for {after.dtype}: the stored weights {found}; load"
+            " the model with dtype=torch.float32 to edit it exactly",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,9 +96,12 @@ class WeightEdit:
         if any(edit is self for edit, _ in self._stack):
             raise RuntimeError("this edit is applied already; revert it first")
         module: Any = mlp_projection(self.model, self.layer)
-        self._stack.append((self, module.weight.detach().clone()))
+        before, delta = module.weight.detach().clone(), as_stored(module, self.delta)
+        self._stack.append((self, before))
         with torch.no_grad():
-            module.weight.add_(as_stored(module, self.delta).to(module.weight))
+            module.weight.add_(delta.to(module.weight))
+        if before.element_size() < 4:
+            _warn_of_rounding(before, module.weight.detach(), delta)
         return self
 
     def revert(self) -> None:

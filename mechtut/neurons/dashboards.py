@@ -96,11 +96,13 @@ class NeuronPage:
         record: The neuron.
         scored: Its explanation, shown with real and simulated activations.
         n_excerpts: Most excerpts shown in each section.
+        other_end: The same neuron's negative end, shown below.
     """
 
     record: NeuronRecord
     scored: ScoredExplanation | None = None
     n_excerpts: int = 5
+    other_end: NeuronRecord | None = None
 
     def __repr__(self) -> str:
         return f"NeuronPage({self.record!r})"
@@ -108,10 +110,7 @@ class NeuronPage:
     def _repr_html_(self) -> str:
         r, s = self.record, self.scored
         highest = max((max(x.activations) for x in r.top), default=0.0)
-        parts = [
-            f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron"
-            f" {r.layer}.{r.neuron}</h1>"
-        ]
+        parts = [f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron {r.name}</h1>"]
         if s is not None:
             score = "not defined" if math.isnan(s.score) else f"{s.score:.2f}"
             parts.append(
@@ -119,24 +118,25 @@ class NeuronPage:
                 f" {escape(s.author)}; correlation {score} on {s.n_top} top and"
                 f" {len(s.lengths) - s.n_top} random excerpts it has not seen</div>"
             )
-        facts = {
-            "largest": highest,
-            "mean": r.mean,
-            "density": r.density,
-            "skewness": r.skewness,
-            "kurtosis": r.kurtosis,
+        parts.append(f"<div class='soft'>{_statistics(r)}</div>")
+        sections = {
+            "Strongest excerpts": (r.top, highest),
+            "Random excerpts": (r.random, highest),
         }
-        told = [f"{name} {v:.3f}" for name, v in facts.items() if not math.isnan(v)]
-        parts.append(f"<div class='soft'>{', '.join(told)}</div>")
-        sections = {"Strongest excerpts": r.top, "Random excerpts": r.random}
         if s is not None:
             parts.append(_compared(s, highest, self.n_excerpts))
         else:
             n = len(r.quantiles)
-            sections |= {f"Quantile {i + 1} of {n}": r.quantiles[i] for i in range(n)}
-        for name, records in sections.items():
+            sections |= {
+                f"Quantile {i + 1} of {n}": (r.quantiles[i], highest) for i in range(n)
+            }
+        if self.other_end is not None:
+            told = f"Negative end: {_statistics(self.other_end)}"
+            strongest = self.other_end.top
+            sections[told] = (strongest, max(strongest[0].activations))
+        for name, (records, scale) in sections.items():
             rows = [
-                _excerpt([("", x.tokens, x.activations)], highest)
+                _excerpt([("", x.tokens, x.activations)], scale)
                 for x in records[: self.n_excerpts]
             ]
             parts.append(f"<h2>{name}</h2>{''.join(rows)}" if rows else "")
@@ -144,7 +144,7 @@ class NeuronPage:
 
     def html(self) -> str:
         """The page as one file."""
-        title = f"Neuron {self.record.layer}.{self.record.neuron}"
+        title = f"Neuron {self.record.name}"
         return _shell(title, self._repr_html_())
 
     def save(self, path: str | Path) -> Path:
@@ -159,6 +159,18 @@ class NeuronPage:
         path = Path(path)
         path.write_text(self.html(), encoding="utf-8")
         return path
+
+
+def _statistics(r: NeuronRecord) -> str:
+    """What the numbers of a record are, in words."""
+    highest = max((max(x.activations) for x in r.top), default=0.0)
+    told = [f"largest {highest:.2f}"]
+    if not math.isnan(r.mean):
+        told += [
+            f"over all tokens: mean {r.mean:.3f}, above zero on {r.density:.1%},"
+            f" skewness {r.skewness:.1f}, kurtosis {r.kurtosis:.1f} (normal: 3)"
+        ]
+    return "; ".join(told)
 
 
 def _compared(s: ScoredExplanation, highest: float, n_excerpts: int) -> str:
@@ -248,7 +260,9 @@ def write_pages(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for (layer, neuron), s in scored.items():
-        NeuronPage(records[layer, neuron], s).save(folder / f"{layer}-{neuron}.html")
+        other = records.negative[layer, neuron] if records.plan.both_ends else None
+        page = NeuronPage(records[layer, neuron], s, other_end=other)
+        page.save(folder / f"{layer}-{neuron}.html")
     table = [
         {"layer": a, "neuron": b, "explanation": s.explanation, "score": s.score}
         for (a, b), s in scored.items()

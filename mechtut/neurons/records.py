@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,8 +98,11 @@ class NeuronRecord:
         variance: Variance of the activation.
         skewness: Skewness of the activation.
         kurtosis: Kurtosis of the activation, 3 for a normal distribution.
-        density: Share of tokens with a positive activation.
+        density: Share of tokens with a positive activation; about a half for a gated
+            neuron (SwiGLU, GeGLU), which has a negative end as well.
         counter_examples: Excerpts that a revision of an explanation has found.
+        sign: -1 for the negative end of a neuron: all numbers here are then of its
+            activation times -1.
 
     Example:
         >>> NeuronRecord(3, 7, [ActivationRecord([" May"], [2.5])], [])
@@ -118,6 +121,12 @@ class NeuronRecord:
     kurtosis: float = math.nan
     density: float = math.nan
     counter_examples: list[ActivationRecord] = field(default_factory=list)
+    sign: int = 1
+
+    @property
+    def name(self) -> str:
+        """Layer and number, with a minus for the negative end."""
+        return f"{self.layer}.{self.neuron}{'-' if self.sign < 0 else ''}"
 
     @property
     def spare(self) -> list[ActivationRecord]:
@@ -127,7 +136,7 @@ class NeuronRecord:
     def __repr__(self) -> str:
         largest = max(self.top[0].activations) if self.top else math.nan
         return (
-            f"NeuronRecord({self.layer}.{self.neuron}: {len(self.top)} top,"
+            f"NeuronRecord({self.name}: {len(self.top)} top,"
             f" {len(self.random)} random, max {largest:.3g})"
         )
 
@@ -145,6 +154,8 @@ class Plan:
         moments: Whether means and higher moments are summed up.
         token_table: Whether mean activations by token are summed up.
         seed: Decides which excerpts are the random ones.
+        both_ends: Whether the negative activations are recorded like the positive ones.
+        special_tokens: Whether excerpts have special tokens in them.
     """
 
     layers: tuple[int, ...]
@@ -155,6 +166,8 @@ class Plan:
     moments: bool
     token_table: bool
     seed: int
+    both_ends: bool = False
+    special_tokens: bool = True
 
     @property
     def n_pool(self) -> int:
@@ -267,11 +280,26 @@ class NeuronRecords(Result):
         plan: What was asked for.
         kept: The tensors of each layer, and the excerpts.
         vocabulary: The corpus' token ids as text.
+        sign: Which end of the neurons these are.
     """
 
     plan: Plan
     kept: Kept = field(repr=False)
     vocabulary: Mapping[int, str] = field(repr=False)
+    sign: int = 1
+
+    @property
+    def negative(self) -> Self:
+        """The records of the neurons' negative ends.
+
+        Raises:
+            ValueError: If they were not collected.
+        """
+        if not self.plan.both_ends:
+            raise ValueError(
+                "the negative ends were not collected; use collect(..., both_ends=True)"
+            )
+        return replace(self, sign=-1)
 
     @property
     def n_excerpts(self) -> int:
@@ -281,12 +309,12 @@ class NeuronRecords(Result):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return (
             (layer, i)
-            for layer, state in self.kept.states.items()
-            for i in range(len(state["top_keys"]))
+            for layer in self.kept.states
+            for i in range(len(self._end(layer)["top_keys"]))
         )
 
     def __len__(self) -> int:
-        return sum(len(state["top_keys"]) for state in self.kept.states.values())
+        return sum(len(self._end(layer)["top_keys"]) for layer in self.kept.states)
 
     def __getitem__(self, where: tuple[int, int]) -> NeuronRecord:
         layer, neuron = where
@@ -311,13 +339,27 @@ class NeuronRecords(Result):
             k: v[neuron] for k, v in self._moments(layer).items()
         }
         random = others[: plan.n_random]
-        return NeuronRecord(layer, neuron, top, random, quantiles, edges, **moments)
+        return NeuronRecord(
+            layer, neuron, top, random, quantiles, edges, **moments, sign=self.sign
+        )
+
+    def _end(self, layer: int) -> State:
+        """What was kept of a layer's neurons at this end."""
+        state = self.kept.states[layer]
+        if not self.plan.both_ends:
+            return state
+        n = len(state["top_keys"]) // 2
+        half = slice(n) if self.sign > 0 else slice(n, None)
+        return {
+            name: x.narrow(_NEURON_AXIS[name], half.start or 0, n)
+            for name, x in state.items()
+        }
 
     def _state(self, layer: int, neuron: int) -> State:
         if layer not in self.kept.states:
             known = sorted(self.kept.states)
             raise IndexError(f"layer {layer} was not collected; collected: {known}")
-        state = self.kept.states[layer]
+        state = self._end(layer)
         n = len(state["top_keys"])
         if not 0 <= neuron < n:
             raise IndexError(f"layer {layer} has neurons 0..{n - 1}, not {neuron}")
@@ -330,7 +372,7 @@ class NeuronRecords(Result):
     def _quantile_boundaries(self, layer: int, neuron: int) -> list[float]:
         """Quantiles of the excerpts' largest activations, from the sample of maxima."""
         n, size = self.plan.n_quantiles, len(self.kept.maxima)
-        maxima = self.kept.states[layer]["maxima"][:size, neuron].double()
+        maxima = self._end(layer)["maxima"][:size, neuron].double()
         if not n or not size:
             return []
         steps = torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)
@@ -344,7 +386,7 @@ class NeuronRecords(Result):
         """
         if not self.plan.moments:
             return {}
-        state, n = self.kept.states[layer], self.n_excerpts * self.plan.n_tokens
+        state, n = self._end(layer), self.n_excerpts * self.plan.n_tokens
         values = moments(state["sums"], state["shift"].double(), n)
         return dict(zip(_MOMENTS, values.tolist(), strict=True))
 
@@ -366,7 +408,7 @@ class NeuronRecords(Result):
                 "token statistics were not collected; use collect(...,"
                 " token_table=True)"
             )
-        sums = self.kept.states[layer]["token_sums"][:, neuron]
+        sums = self._end(layer)["token_sums"][:, neuron]
         counts = self.kept.token_counts
         seen = counts.nonzero()[:, 0].tolist()
         return {self.vocabulary[i]: float(sums[i] / counts[i]) for i in seen}
@@ -374,8 +416,8 @@ class NeuronRecords(Result):
     def to_pandas(self) -> pd.DataFrame:
         """One row per neuron: largest activation, and moments if collected."""
         tables = []
-        for layer, state in self.kept.states.items():
-            largest = unpack(state["top_keys"].max(1).values)[0].tolist()
+        for layer in self.kept.states:
+            largest = unpack(self._end(layer)["top_keys"].max(1).values)[0].tolist()
             columns = {"layer": layer, "neuron": range(len(largest)), "max": largest}
             tables.append(pd.DataFrame({**columns, **self._moments(layer)}))
         return pd.concat(tables, ignore_index=True)
@@ -426,3 +468,8 @@ class NeuronRecords(Result):
 
 
 _MOMENTS = ("mean", "variance", "skewness", "kurtosis", "density")
+_NEURON_AXIS = {
+    **dict.fromkeys(("top_keys", "weakest", "shift"), 0),
+    **dict.fromkeys(("top_activations", "maxima", "sums", "token_sums"), 1),
+    "pool_activations": 2,
+}

@@ -24,7 +24,12 @@ Source = Iterable[str | Sequence[int] | Tensor] | Tensor
 
 
 def excerpts(
-    model: Model, source: Source, n_tokens: int, batch_size: int
+    model: Model,
+    source: Source,
+    n_tokens: int,
+    batch_size: int,
+    *,
+    special_tokens: bool = True,
 ) -> Iterator[Int[Tensor, "row pos"]]:
     """Batches of token ids from texts or from batches of ids.
 
@@ -36,6 +41,8 @@ def excerpts(
         source: Texts, lists of token ids, or batches `[row, pos]`.
         n_tokens: Tokens per excerpt.
         batch_size: Rows per batch.
+        special_tokens: Whether documents have the tokenizer's special tokens and a
+            separator between them.
 
     Yields:
         Up to `batch_size` rows: excerpts, or rows of a given batch in full length.
@@ -57,7 +64,7 @@ def excerpts(
         if ids is not None and ids.ndim == 2:
             yield from _checked(model, ids, n_tokens).split(batch_size)
             continue
-        waiting += _document(model, item)
+        waiting += _document(model, item, special_tokens)
         while len(waiting) >= n_tokens * batch_size:
             yield torch.tensor(waiting[: n_tokens * batch_size]).view(
                 batch_size, n_tokens
@@ -67,7 +74,7 @@ def excerpts(
         yield torch.tensor(waiting[: rest * n_tokens]).view(rest, n_tokens)
 
 
-def _document(model: Model, item: Any) -> list[int]:
+def _document(model: Model, item: Any, special_tokens: bool) -> list[int]:
     """Ids of one document, with the model's separator in front."""
     if not isinstance(item, str):
         return [int(i) for i in item]
@@ -76,6 +83,8 @@ def _document(model: Model, item: Any) -> list[int]:
             f"{model.name} was loaded without a tokenizer: give token ids instead of"
             " texts"
         )
+    if not special_tokens:
+        return list(model.tokenizer(item, add_special_tokens=False)["input_ids"])
     ids, first = model.encode(item), document_start(model)
     return ids if first is None or ids[:1] == [first] else [first, *ids]
 

@@ -6,6 +6,7 @@
 __all__ = ['Rules', 'search', 'acdc', 'sweep']
 
 # %% ../../nbs/papers/30_acdc.ipynb #c013
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from ..circuits._walk import Walk, open_store
 from ..circuits.circuit import Circuit
 from ..circuits.graph import Edge, Order, parse_order
 from ..circuits.metrics import Metric, Positions
-from ..circuits.runs import Ablation, Contrast
+from ..circuits.runs import Ablation, Contrast, Cuts, circuit_metric
 from ..models.loading import Model
 from ..patching.checkpoints import quiet
 from ..patching.matmul import fast_matmul
@@ -136,6 +137,7 @@ def acdc(
     corrupted: Int[Tensor, "batch pos"],
     *,
     threshold: float,
+    relative: bool = False,
     metric: str | Metric | Callable = "kl",
     positions: Positions | None = None,
     labels: Any = None,
@@ -158,6 +160,8 @@ def acdc(
         clean: Token ids of the prompts.
         corrupted: Prompts to contrast them with, pair by pair of equal length.
         threshold: The least rise of the metric that keeps an edge.
+        relative: Whether the threshold is a share of the metric's rise when everything
+            is cut, so that one number suits several tasks and metrics.
         metric: A name (see `mechtut.circuits.metrics`), a `Metric` with its labels, or
             a function of logits; it is minimised.
         positions: Where the metric looks; by default "last", "all" for a function.
@@ -175,7 +179,8 @@ def acdc(
         progress: Whether to show a progress bar; by default unless `TQDM_DISABLE=1`.
 
     Returns:
-        The circuit, with every decision.
+        The circuit, with every decision. Warns if it is not connected, or no better
+        than the empty one.
 
     Raises:
         ValueError: For prompts, metrics, orders or thresholds that cannot be used.
@@ -188,7 +193,8 @@ def acdc(
         >>> circuit.nodes
         ['embed', 'a0.0', 'a1.0', 'out']
     """
-    rules = Rules(threshold, parse_order(order), abs_value, remove_redundant)
+    given = parse_order(order), abs_value, remove_redundant
+    Rules(threshold, *given)  # refused before the work begins
     with fast_matmul(model):
         contrast = Contrast(
             model,
@@ -201,7 +207,21 @@ def acdc(
             split_qkv=split_qkv,
             split_positions=split_positions,
         )
-        return search(contrast, rules, folder=folder, progress=progress)
+        rules = Rules(threshold * (_range(contrast) if relative else 1), *given)
+        circuit = search(contrast, rules, folder=folder, progress=progress)
+    for problem in circuit.problems:
+        warnings.warn(
+            f"the circuit says nothing: {problem}; lower the threshold ({threshold:g}),"
+            " or contrast the prompts with others",
+            stacklevel=2,
+        )
+    return circuit
+
+
+def _range(contrast: Contrast) -> float:
+    """How much the metric rises when everything is cut."""
+    empty = circuit_metric(contrast, Cuts.only(contrast.graph, []))
+    return empty - contrast.metric_full
 
 # %% ../../nbs/papers/30_acdc.ipynb #c045
 def sweep(
@@ -210,6 +230,7 @@ def sweep(
     corrupted: Int[Tensor, "batch pos"],
     thresholds: Iterable[float],
     *,
+    relative: bool = False,
     metric: str | Metric | Callable = "kl",
     positions: Positions | None = None,
     labels: Any = None,
@@ -229,6 +250,7 @@ def sweep(
         clean: Token ids of the prompts.
         corrupted: Prompts to contrast them with, pair by pair of equal length.
         thresholds: The thresholds.
+        relative: Whether they are shares of the metric's rise when everything is cut.
         metric: See `acdc`, as for all that follow.
         positions: Where the metric looks.
         labels: Labels of a metric that is given by its name.
@@ -268,8 +290,12 @@ def sweep(
             split_positions=split_positions,
         )
         found, known = [], dict[tuple[int, Edge], float]()
+        unit = _range(contrast) if relative else 1
         for threshold in tqdm(
-            list(thresholds), desc="thresholds", delay=1, disable=quiet(progress)
+            [unit * t for t in thresholds],
+            desc="thresholds",
+            delay=1,
+            disable=quiet(progress),
         ):
             rules = Rules(threshold, parse_order(order), abs_value, remove_redundant)
             here = Path(folder) / f"threshold-{threshold:g}" if folder else None

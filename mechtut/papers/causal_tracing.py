@@ -336,6 +336,7 @@ def trace(
         run = draw(skip=1)
     batch = ids.repeat(len(drawn.values), 1)
     sweep: dict[str, Any] = {"folder": folder, "progress": progress}
+    sweep["name"] = f"trace {settings.component}"
     both = (drawn, run, batch_size)
     measured = _scores(model, batch, positions, settings, *both, **sweep)
     _warn_of_nothing(*measured[2:])

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..models.checks import integers
 from ..models.hooks import Edit, check_layer, intervene
 from ..models.loading import Model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -379,7 +380,7 @@ def evaluate(
     settings: Sequence[Setting] = ("zero_shot", "shuffled"),
     n_shots: int = 10,
     seed: int = 42,
-    only_known: bool = True,
+    only_known: bool | Sequence[int] = True,
     mode: Literal["add", "set"] = "add",
     template: Template | None = None,
     batch_size: int | None = None,
@@ -394,7 +395,8 @@ def evaluate(
         settings: Prompts without demonstrations, with true, shuffled or random labels.
         n_shots: Demonstrations in prompts that have some.
         seed: Of the split and the demonstrations.
-        only_known: Keep the queries that true demonstrations get right.
+        only_known: Keep the queries that true demonstrations get right; or those with
+            these indices, which an earlier `known_queries` has found.
         mode: `"add"` or `"set"`.
         template: What stands around the words.
         batch_size: Prompts per pass.
@@ -407,8 +409,10 @@ def evaluate(
         NoFunction: If `only_known` leaves no query.
         ValueError: For an unknown setting.
     """
-    keep = None
-    if only_known:
+    keep: Sequence[int] | None = None
+    if not isinstance(only_known, bool):
+        keep = integers(only_known, "only_known")
+    elif only_known:
         keep = known_queries(model, task, "test", n_shots=n_shots, seed=seed)
     if keep is not None and not keep:
         raise NoFunction(

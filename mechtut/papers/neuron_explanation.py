@@ -274,7 +274,7 @@ def ablation_score(
 
         def write(x: Tensor) -> Tensor:
             out = x.clone()
-            out[..., record.neuron] = x.new_tensor(values)
+            out[..., record.neuron] = record.sign * x.new_tensor(values)
             return out
 
         return write
@@ -322,7 +322,8 @@ def revise(
         the better one in a draw.
     """
     wanted = explainer.counter_examples(explanation) if texts is None else texts
-    tried = activations_on(model, record.layer, record.neuron, wanted)
+    where = record.layer, record.neuron
+    tried = activations_on(model, *where, wanted, record.sign)
     if texts is not None:
         expected = simulate(explanation, tried, simulator)
         order = sorted(range(len(tried)), key=lambda i: -max(expected[i]))

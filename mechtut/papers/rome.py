@@ -6,6 +6,7 @@
 __all__ = ['RomeConfig', 'RomeEdit', 'edit_fact']
 
 # %% ../../nbs/papers/11_rome.ipynb #c007
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
+from ..models.checks import at_least_float32
 from ..models.hooks import hooked
 from ..models.loading import Model, pad_right
 from ..patching.matmul import fast_matmul
@@ -128,7 +130,8 @@ def _losses(
         flat = out.reshape(-1, out.shape[-1])
         where = rows * window.shape[1] + problem.subject_at
         clean.setdefault("value", flat[where[0]].detach().clone())
-        return flat.index_add(0, where, delta.expand(len(rows), -1)).reshape(out.shape)
+        added = delta.to(flat.dtype).expand(len(rows), -1)
+        return flat.index_add(0, where, added).reshape(out.shape)
 
     with hooked(mlp_projection(model, layer), add_delta):
         x = inputs.resid[layer][rows[:, None], window]
@@ -150,7 +153,9 @@ def _optimise(
     history: list[Tensor] | None = None,
 ) -> tuple[Float[Tensor, "d_model"], list[float]]:
     """The value that makes the model say the target, and the loss at every step."""
-    zeros = torch.zeros(model.d_model, dtype=model.dtype, device=model.device)
+    # in half precision Adam's small steps would be rounded away
+    dtype = at_least_float32(model.dtype)
+    zeros = torch.zeros(model.d_model, dtype=dtype, device=model.device)
     delta = zeros.requires_grad_()
     adam = torch.optim.Adam([delta], lr=config.learning_rate)
     clean: dict[str, Tensor] = {}
@@ -163,6 +168,8 @@ def _optimise(
         decay = config.weight_decay * delta.norm() / length**2
         loss = nll + config.kl_factor * kl + decay
         losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
         if losses[-1] < config.stop_loss or step == config.steps - 1:
             break
         (delta.grad,) = torch.autograd.grad(loss, [delta])
@@ -244,6 +251,11 @@ def edit_fact(
     u = _left_vector(model, filled, subject, layer, covariance, token)
     with fast_matmul(model):
         value, losses = _optimise(model, problem, layer, config)
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(
+            f"the loss is {losses[-1]} at step {len(losses)}: {model.dtype} overflows,"
+            " or the weights are damaged; load the model with dtype=torch.float32"
+        )
     if len(losses) > 1 and not min(losses[1:]) < losses[0]:
         raise ValueError(
             f"the loss did not fall ({losses[0]:.3f} at first, {losses[-1]:.3f} at"
@@ -277,7 +289,8 @@ def _left_vector(
     tokens, mask = pad_right([t for t, _ in found])
     starts = mask.sum(1).cumsum(0) - mask.sum(1)
     rows = starts + torch.tensor([p for _, p in found], device=tokens.device)
-    key = mlp_keys(model, tokens, mask, layer)[rows].mean(0).double().cpu()
+    key = mlp_keys(model, tokens, mask, layer)[rows].cpu()
+    key = key.to(at_least_float32(key.dtype)).mean(0).double()
     # a neuron that was never on in the corpus gets no part in the edit
     alive = covariance.diagonal() > 0
     u = torch.zeros_like(key)
@@ -287,7 +300,7 @@ def _left_vector(
             "the covariance cannot be inverted: collect it from more text (at least a"
             " few tokens per neuron)"
         )
-    return (u / u.norm()).to(model.device, model.dtype)
+    return (u / u.norm()).to(model.device, at_least_float32(model.dtype))
 
 
 def _key_and_value(
@@ -302,4 +315,5 @@ def _key_and_value(
 
     with hooked(module, keep):
         model.logits(tokens[None])
-    return seen[0], seen[1]
+    key, value = (x.to(at_least_float32(x.dtype)) for x in seen)
+    return key, value

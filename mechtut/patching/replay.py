@@ -6,6 +6,7 @@
 __all__ = ['Intervention', 'Metric', 'naive_replay', 'Replay', 'cone_token_layers']
 
 # %% ../../nbs/library/patching/replay.ipynb #c002
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -397,7 +398,10 @@ class Replay:
         self._mask, self._edits = attention_mask, base_edits
         edited = intervene(model, base_edits, must_fire=False)
         with fast_matmul(model), edited:
+            began = time.perf_counter()
             self.base = record_blocks(model, self.tokens, attention_mask, keys=True)
+            took = time.perf_counter() - began
+        self._pace = took / (self.tokens.numel() * model.n_layers)
 
     def reads(self, start: int) -> list[int]:
         """The readout positions from one position on.
@@ -422,6 +426,7 @@ class Replay:
         *,
         folder: str | Path | None = None,
         progress: bool | None = None,
+        name: str = "replay",
     ) -> Tensor:
         """The metric of each intervention.
 
@@ -432,7 +437,8 @@ class Replay:
                 axis is `n`; by default the logits themselves.
             folder: Where finished groups are kept. A later call with the same model,
                 tokens, interventions and metric name goes on where this one stopped.
-            progress: Whether to show a bar.
+            progress: Whether to show a bar; it begins with an estimate of the time.
+            name: What the bar is called.
 
         Returns:
             What the metric returns, stacked over interventions along axis 0.
@@ -450,7 +456,18 @@ class Replay:
         if folder:
             store = Store(Path(folder), _key(self, interventions, metric))
         with evaluating(self.model.hf), fast_matmul(self.model), torch.no_grad():
-            return _run(self, plans, metric, store, progress)
+            name = f"{name} (about {self._seconds(plans):.0f} s)"
+            return _run(self, plans, metric, store, (name, quiet(progress)))
+
+    def _seconds(self, plans: Sequence[_Plan | None]) -> float:
+        """About how long a sweep takes: its token–layers, at the pace of the base run."""
+        layers, rows = self.model.n_layers, self.base.n_rows
+        cones = [
+            (layers - max(p.first_layer, 0)) * (self.n_pos - p.start)
+            for p in plans
+            if p is not None
+        ]
+        return self._pace * rows * sum(cones)
 
 
 def _check_base(base_edits: Intervention, batch_size: int | None) -> None:
@@ -504,12 +521,13 @@ def _run(
     plans: list[_Plan | None],
     metric: Metric,
     store: Store | None,
-    progress: bool | None,
+    shown: tuple[str, bool],
 ) -> Tensor:
     unchanged = metric(replay.base_logits()[None])
     out = unchanged.repeat(len(plans), *[1] * (unchanged.ndim - 1))
-    n, hidden = len(plans), quiet(progress)
-    with tqdm(total=n, desc="replay", unit="run", delay=1, disable=hidden) as bar:
+    name, hidden = shown
+    how: dict[str, Any] = {"unit": "run", "delay": 1, "disable": hidden}
+    with tqdm(total=len(plans), desc=name, **how) as bar:
         bar.update(sum(plan is None for plan in plans))
         for number, group in enumerate(_groups(plans, replay.base)):
             todo = {i: p for i in group if (p := plans[i])}

@@ -53,8 +53,18 @@ def token_spans(
             spans = [(int(a), int(b)) for a, b in found["offset_mapping"]]
             added = len(ids) - len(spans)
             if added >= 0 and found["input_ids"] == ids[added:]:
-                return text, [(0, 0)] * added + spans
+                spans = [(0, 0)] * added + spans
+                return text, [
+                    _without_dummy(model, *x, text)
+                    for x in zip(ids, spans, strict=True)
+                ]
     return _spans_by_decoding(model, ids)
+
+
+def _without_dummy(model: Model, token: int, span: Span, text: str) -> Span:
+    """The space that some tokenizers put in front of a text stands for nothing in it."""
+    blank = not model.decode([token]).strip()
+    return (span[0], span[0]) if blank and text[slice(*span)].strip() else span
 
 
 def _spans_by_decoding(model: Model, ids: list[int]) -> tuple[str, list[Span]]:
@@ -63,10 +73,9 @@ def _spans_by_decoding(model: Model, ids: list[int]) -> tuple[str, list[Span]]:
     whole = 0  # characters that the tokens so far have complete
     for i in range(len(ids)):
         so_far = model.decode(ids[: i + 1])
-        start = whole
-        whole = _n_equal(so_far, text)
-        unfinished = so_far[whole:] != ""  # shown as a replacement character
-        spans.append((start, max(whole + unfinished, start)))
+        start, whole = whole, max(whole, _n_equal(so_far, text))
+        unfinished = so_far != text[:whole]  # shown as a replacement character
+        spans.append((start, whole + unfinished))
     return text, spans
 
 

@@ -2,6 +2,9 @@
 faithfulness, refusals.
 """
 
+import random
+import warnings
+
 import pytest
 import torch
 from families import IN_CIRCUITS, tiny
@@ -16,7 +19,7 @@ from mechtut.circuits.attribution import (
     random_scores,
     select,
 )
-from mechtut.circuits.graph import Edge
+from mechtut.circuits.graph import Edge, feeds, reaches_output
 from mechtut.circuits.metrics import logit_diff
 from mechtut.circuits.runs import Contrast, Cuts, circuit_metric
 from mechtut.models.loading import load_model
@@ -140,6 +143,19 @@ def test_selection():
             select(scores, **wrong)
 
 
+def test_a_greedy_circuit_reaches_shared_keys_through_every_head():
+    """Of a group that shares keys and values, any head may be the first one in."""
+    contrast = contrast_of("llama")
+    graph, found = contrast.graph, {"out"}
+    scores = random_scores(graph, seed=3)
+    for parent, child in select(scores, n=len(scores), greedy=True):
+        if (parent, child) in scores:
+            owners = feeds(graph, child.removesuffix("_in")) or [child]
+            assert found.intersection(owners), (parent, child)
+            found.add(parent)
+    assert found >= set(graph.senders)
+
+
 def test_faithfulness():
     contrast = contrast_of()
     curve = faithfulness(contrast, contrast_scores(contrast, "eap-ig-inputs"))
@@ -165,3 +181,39 @@ def test_scores_are_a_result(tmp_path):
         random_scores(contrast_of().graph, 1).ranked()
         != random_scores(contrast_of().graph, 2).ranked()
     )
+
+
+def test_a_circuit_that_leads_nowhere_says_so():
+    contrast = contrast_of()
+    graph = contrast.graph
+    names = graph.sums
+    strong = {("embed", "a0.0.q_in"), ("a0.1", "m0.in"), ("m1", "out")}
+    values = torch.tensor([float(n in strong) for n in names], dtype=torch.float64)
+    direct = tuple((e.parent, e.child) for e in graph.direct)
+    scores = EdgeScores(names=names, scores=values, direct=direct, method="mine")
+    with pytest.warns(UserWarning, match="no path leads through the 4 selected edges"):
+        found = select(scores, n=3)
+    empty = circuit_metric(contrast, Cuts.only(graph, []))
+    assert circuit_metric(contrast, Cuts.only(graph, found)) == pytest.approx(empty)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        select(scores, n=len(scores))
+        select(scores, n=0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("split", [True, False])
+def test_reaching_the_output_is_what_the_metric_sees(kind, split):
+    """Where no path leads to the output the metric is the empty circuit's."""
+    contrast = contrast_of(kind, split_qkv=split)
+    graph, random_edges = contrast.graph, random.Random(0)
+    empty = circuit_metric(contrast, Cuts.only(graph, []))
+    answers = []
+    for n in (2, 10, 20, 40, 60, 80, 100, 150) * 3:
+        edges = random_edges.sample(graph.edges, min(n, len(graph.edges)))
+        reaches = reaches_output(graph, edges)
+        metric = circuit_metric(contrast, Cuts.only(graph, edges))
+        assert reaches or abs(metric - empty) < 1e-9
+        assert not reaches or abs(metric - empty) > 1e-9
+        answers.append(reaches)
+    assert len(set(answers)) == 2

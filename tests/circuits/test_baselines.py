@@ -265,9 +265,8 @@ def test_circuits_of_nodes(kind):
     assert node_circuit(graph, ["a2.3", "embed"]) == node_circuit(
         graph, ["out", "a2.3"]
     )
-    group = (
-        3 if kind == "gpt2" else 1
-    )  # in the Llama two heads share a key/value head, and keeping it keeps both
+    # in the Llama two heads share a key/value head, and keeping it keeps both
+    group = "3" if kind == "gpt2" else "kv1"
     assert node_circuit(graph, ["a2.3"]) == node_circuit(
         graph, ["a2.3.q", f"a2.{group}.k", f"a2.{group}.v"]
     )

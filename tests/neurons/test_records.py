@@ -516,3 +516,46 @@ def test_unknown_neurons(model):
         "kurtosis",
         "density",
     } <= set(table)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_both_ends_of_a_neuron(kind, tmp_path):
+    """The negative end is what a plain collection of -x finds; gated MLPs have one."""
+    model, tokens = load_model(tiny(kind)), rows()
+    options = {"layers": [1], "n_tokens": 8, "n_top": 3, "n_random": 3}
+    options |= {"token_table": True, "progress": False}
+    found = collect(model, tokens, **options, folder=tmp_path)
+    assert found.plan.both_ends == (kind != "gpt2")
+    if kind == "gpt2":
+        with pytest.raises(ValueError, match="both_ends=True"):
+            _ = found.negative
+        return
+    plain = collect(model, tokens, **options, both_ends=False)
+    x = brute_force(model, tokens, 1)  # [row, pos, neuron]
+    assert len(found) == len(found.negative) == len(plain) == x.shape[-1]
+    loaded = NeuronRecords.load(tmp_path)
+    for neuron in (0, 7, x.shape[-1] - 1):
+        assert repr(found[1, neuron]) == repr(plain[1, neuron])
+        assert found[1, neuron].top == plain[1, neuron].top
+        record, again = found.negative[1, neuron], loaded.negative[1, neuron]
+        assert record.top == again.top and record.name == f"1.{neuron}-"
+        turned = -x[..., neuron].double()
+        strongest = turned.amax(1).sort(descending=True).values[:3]
+        mine = torch.tensor([max(r.activations) for r in record.top]).double()
+        assert torch.allclose(mine, strongest, atol=1e-6)
+        wanted = by_definition(turned.flatten())
+        moments_ = record.mean, record.variance, record.skewness, record.kurtosis
+        assert np.allclose([*moments_, record.density], wanted, rtol=1e-3, atol=1e-5)
+        one, other = (r.token_means(1, neuron) for r in (found, found.negative))
+        assert np.allclose(list(one.values()), [-v for v in other.values()], atol=1e-6)
+    assert set(found.negative.to_pandas()) == set(found.to_pandas())
+
+
+def test_excerpts_without_special_tokens():
+    model = load_model("mini", device="cpu")
+    texts, options = ["Riley Martin works."] * 8, {"n_tokens": 4, "layers": [1]}
+    options |= {"n_top": 2, "n_random": 2, "progress": False}
+    for special in (True, False):
+        found = collect(model, texts, **options, special_tokens=special)
+        ids = {i for row in found.kept.excerpts.values() for i in row.tolist()}
+        assert (0 in ids) == special and found.plan.special_tokens == special

@@ -220,7 +220,7 @@ def test_grouped_query_attention_shares_key_and_value_nodes():
     contrast = Contrast(model_of("llama"), *prompts())
     graph = contrast.graph
     assert (graph.count("q"), graph.count("k"), graph.count("v")) == (4, 2, 2)
-    assert feeds(graph, "a0.1.k") == ["a0.2", "a0.3"] and feeds(graph, "a0.1.q") == [
+    assert feeds(graph, "a0.kv1.k") == ["a0.2", "a0.3"] and feeds(graph, "a0.1.q") == [
         "a0.1"
     ]
     both = search(contrast, Rules(0.0), progress=False)
@@ -229,9 +229,19 @@ def test_grouped_query_attention_shares_key_and_value_nodes():
         for e in both.edges
         if e.child.startswith("a2.") and e.child.endswith("k_in")
     } <= {
-        "a2.0.k_in",
-        "a2.1.k_in",
+        "a2.kv0.k_in",
+        "a2.kv1.k_in",
     }
+    assert not any(".kv" in node for node in both.nodes)  # heads only
+    drawn = drawing.arrows(both.found, graph)
+    shared = {child for _, child, part, _ in drawn if part in ("k", "v")}
+    alive = {parent for parent, _ in both.found}
+    assert shared and shared <= alive and shared & {"a0.1", "a0.3", "a1.1", "a1.3"}
+    for page in (both.to_html(), both.to_dot()):
+        assert "kv" not in page
+    networkx = pytest.importorskip("networkx")
+    whole = both.to_networkx()
+    assert all(networkx.has_path(whole, node, "out") for node in whole)
 
 
 def test_attention_only_models_have_no_mlp_nodes():
@@ -430,7 +440,8 @@ def test_ways_out(circuit):
     ] and data["nodes"] == circuit.nodes
     networkx = pytest.importorskip("networkx")
     graph = circuit.to_networkx()
-    assert networkx.is_directed_acyclic_graph(graph) and graph.number_of_edges() == len(
+    drawn = [e for *_, e in graph.edges(data="effect") if e is not None]
+    assert networkx.is_directed_acyclic_graph(graph) and len(drawn) == len(
         circuit.edges
     )
     assert circuit.to_dot().count("->") == len(drawing.arrows(circuit.edges))
@@ -579,7 +590,11 @@ def test_heads_whose_only_edges_are_tested_in_one_pass(kind, length):
             pruner.finish(receiver)
     for part in ("v", "k", "q", "v_in", "k_in", "q_in"):
         nodes, stream = (
-            [f"a0.{h}.{part}" for h in reversed(range(graph.count(part)))],
+            [
+                n
+                for n in visits(graph)
+                if n.startswith("a0.") and n.endswith(f".{part}")
+            ],
             part.endswith("_in"),
         )
         edges = [Edge(graph.parents(n)[0] if stream else f"{n}_in", n) for n in nodes]
@@ -715,3 +730,21 @@ def test_metric_objects_check_their_labels():
         Metric("logit_diff")
     with pytest.raises(ValueError, match="without labels"):
         Metric("kl", (torch.zeros(1),))
+
+
+def test_worthless_circuits_and_relative_thresholds():
+    model, pair = model_of("gpt2"), prompts()
+    contrast = Contrast(model, *pair)
+    empty = circuit_metric(contrast, Cuts.only(contrast.graph, []))
+    with pytest.warns(UserWarning, match="says nothing: (no path|its metric)") as told:
+        worthless = acdc(model, *pair, threshold=100.0, progress=False)
+    assert len(told) == len(worthless.problems) == 2
+    for found in (worthless.settings["metric_empty"], worthless.metric_final):
+        assert found == pytest.approx(empty, abs=1e-12)
+    share = acdc(model, *pair, threshold=0.1, relative=True, progress=False)
+    plain = acdc(model, *pair, threshold=0.1 * empty, progress=False)
+    assert share.found == plain.found
+    assert share.threshold == pytest.approx(0.1 * empty)
+    assert not share.problems
+    (again,) = sweep(model, *pair, [0.1], relative=True, progress=False)
+    assert again.found == share.found

@@ -625,3 +625,14 @@ def test_a_completion_ends_at_any_of_several_end_tokens(monkeypatch):
     free = complete(MODEL, ([5, 6, 7], 0), 6)
     monkeypatch.setattr(MODEL.hf.generation_config, "eos_token_id", [96, free[2]])
     assert complete(MODEL, ([5, 6, 7], 0), 6) == free[: free.index(free[2]) + 1]
+
+
+def test_known_queries_are_found_once():
+    task, vector = load_task("antonym"), torch.zeros(MINI.d_model)
+    known = known_queries(MINI, task, "test")
+    assert 0 < len(known) < len(task.split().test) or known
+    whole = evaluate(MINI, vector, task, [3])
+    assert evaluate(MINI, vector, task, [3], only_known=known).equals(whole)
+    assert (evaluate(MINI, vector, task, [3], only_known=known[:2]).n == 2).all()
+    with pytest.raises(TypeError, match="only_known"):
+        evaluate(MINI, vector, task, [3], only_known=[0.5])
