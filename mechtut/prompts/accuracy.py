@@ -153,7 +153,8 @@ def with_interval(table: pd.DataFrame, column: str = "top1") -> pd.DataFrame:
         The table with two more columns, `low` and `high`.
 
     Example:
-        >>> with_interval(pd.DataFrame({"n": [40], "top1": [1.0]})).low.round(2).tolist()
+        >>> table = pd.DataFrame({"n": [40], "top1": [1.0]})
+        >>> with_interval(table).low.round(2).tolist()
         [0.91]
     """
     z, n, p = 1.96, table.n, table[column]
