@@ -29,6 +29,9 @@ WRITTEN_BY_HAND = {"__init__.py", "__main__.py", "_packages.py"}
 MUST_BE_PACKED = ["py.typed"]
 MUST_BE_PACKED += [f"data/mini/{f}.json" for f in ("config", "tokenizer")]
 MUST_BE_PACKED += ["data/mini/model.safetensors"]
+MUST_BE_PACKED += [
+    f"data/{f}.json" for f in ("facts", "tasks", "sentence_pairs", "texts")
+]
 spent: list[tuple[float, str]] = []  # seconds of each command of the present step
 
 

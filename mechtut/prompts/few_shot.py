@@ -92,8 +92,9 @@ def load_task(source: str | Path) -> Task:
     """Load a task.
 
     Args:
-        source: A task of the embedded world by name, the authors' `"todd/<name>"`, or a
-            JSON file of `{"input", "output"}`.
+        source: A task of the embedded world by name, one for real models
+            (`"everyday/antonym"`), the authors' `"todd/<name>"`, or a JSON file of
+            `{"input", "output"}`.
 
     Returns:
         The task. Tasks on lists of the embedded world ("first copy", "last capital")
@@ -107,20 +108,24 @@ def load_task(source: str | Path) -> Task:
         >>> load_task("antonym").name
         'antonym'
     """
-    from mechtut.mini.world import World  # the world is not needed to read a file
+    # neither is needed to read a file, and the other module stands on this one
+    from mechtut.mini.world import World
+    from mechtut.prompts.everyday import everyday_tasks
 
     text, path = str(source), Path(source)
     if text.startswith("todd/"):
         path = _fetch(text.removeprefix("todd/"))
     elif not path.suffix:
-        world = World()
+        world, everyday = World(), everyday_tasks()
+        if text in everyday:
+            return everyday[text]
         if text in world.list_tasks:
             return Task(text, world.list_pairs(text))
         if text not in world.tasks:
             known = ", ".join([*world.tasks, *world.list_tasks])
             raise FileNotFoundError(
-                f"no task {text!r}; the embedded world has {known}; or give a .json"
-                " file"
+                f"no task {text!r}; the embedded world has {known}; for real models"
+                f" there are {', '.join(everyday)}; or give a .json file"
             )
         return Task(text, world.tasks[text].pairs)
     return Task(path.stem, _read_pairs(path))
