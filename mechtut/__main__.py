@@ -1,5 +1,5 @@
 """The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `fetch`,
-`train-mini`, `examine-mini`, `new-paper`.
+`smollm2`, `train-mini`, `examine-mini`, `new-paper`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         dest="command",
         required=True,
-        metavar="trace | fetch | train-mini | examine-mini | new-paper",
+        metavar="trace | fetch | smollm2 | train-mini | examine-mini | new-paper",
     )
     trace = commands.add_parser(
         "trace",
@@ -78,6 +78,21 @@ def parser() -> argparse.ArgumentParser:
         description="Download and convert a model once; afterwards it works offline.",
     )
     fetch.add_argument("name", help="name of the model, such as smollm2")
+    results = commands.add_parser(
+        "smollm2",
+        help="compute a paper's results on SmolLM2 again, at full size",
+        description=(
+            "Compute what a paper's page shows of SmolLM2 (two to thirty minutes on one"
+            " core). Stopped, the same command goes on."
+        ),
+    )
+    results.add_argument("part", help="tracing, editing, vectors, circuits or neurons")
+    results.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="where unfinished work is kept, and results in its folder `results`",
+    )
     train = commands.add_parser(
         "train-mini", help="train the embedded model again", add_help=False
     )
@@ -301,6 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mechtut.models.weights import fetch
 
             print(fetch(args.name))
+        elif args.command == "smollm2":
+            from mechtut.experiments.smollm2 import compute
+
+            compute(args.part, args.folder, args.folder / "results")
+            print(f"Results: {(args.folder / 'results' / args.part).resolve()}")
         elif args.command == "examine-mini":
             from mechtut.experiments.report_card import examine_mini
 

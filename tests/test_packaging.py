@@ -156,6 +156,8 @@ def test_trace_command_goes_on(tmp_path, capsys, monkeypatch):
             "no/such/folder",
         ),
         (["trace", "--samples", "0"], "0"),
+        (["trace", "--window", "0"], "window"),
+        (["smollm2", "everything", "--folder", "."], "no part 'everything'"),
         (
             ["trace", "--out", "/no/such/folder/trace.png", "--samples", "1"],
             "/no/such/folder",
