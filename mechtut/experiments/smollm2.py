@@ -577,7 +577,7 @@ def neurons(model: Model, layers: Sequence[int], folder: Path) -> NeuronRecords:
     return collect(model, everyday_texts(), layers=layers, folder=folder, **options)
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c024
-THRESHOLDS = (0.05, 0.02, 0.01, 0.005)
+THRESHOLDS = (0.2, 0.1, 0.05, 0.025)
 EDIT_LAYERS = (2, 5, 8, 11, 15, 20)
 NEURON_LAYERS = (0, 1, 5, 10, 15, 20, 25, 29)
 PARTS = ("tracing", "editing", "vectors", "circuits", "neurons")

