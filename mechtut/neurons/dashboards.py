@@ -242,7 +242,7 @@ def index_html(
 
 def write_pages(
     folder: str | Path,
-    records: NeuronRecords,
+    records: NeuronRecords | Mapping[tuple[int, int], NeuronRecord],
     scored: Mapping[tuple[int, int], ScoredExplanation],
     title: str = "Neurons",
 ) -> Path:
@@ -260,8 +260,11 @@ def write_pages(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for (layer, neuron), s in scored.items():
-        other = records.negative[layer, neuron] if records.plan.both_ends else None
-        page = NeuronPage(records[layer, neuron], s, other_end=other)
+        record = records[layer, neuron]
+        other = None
+        if isinstance(records, NeuronRecords) and records.plan.both_ends:
+            other = records.negative[layer, neuron]
+        page = NeuronPage(record, s, other_end=other)
         page.save(folder / f"{layer}-{neuron}.html")
     table = [
         {"layer": a, "neuron": b, "explanation": s.explanation, "score": s.score}

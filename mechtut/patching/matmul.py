@@ -56,7 +56,8 @@ def onednn_is_faster(
 
     Measured once per process and class of shapes: the number of rows up to a factor of
     two, the weight's shape and order in memory, the number of threads. Where the two
-    are close it is oneDNN with AVX-512, and PyTorch's own without.
+    are close, and for small products, it is oneDNN with AVX-512, and PyTorch's own
+    without.
 
     Args:
         x: What is multiplied.
@@ -71,7 +72,11 @@ def onednn_is_faster(
         >>> onednn_is_faster(x, weight, None) in (True, False)
         True
     """
+    if type(x) is not Tensor:  # it has products of its own
+        return False
     rows = (x.numel() // x.shape[-1]).bit_length()
+    if rows + weight.numel().bit_length() < 24:  # too little to measure, or to matter
+        return _AVX512
     order = weight.is_contiguous()
     key = (rows, *weight.shape, order, bias is None, torch.get_num_threads())
     if key not in _onednn:

@@ -3,6 +3,7 @@
 With the kinds of tokenizer that there are, trained here on a few sentences.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from mechtut.editing.evaluation import zsre_correct
 from mechtut.editing.requests import context_templates, locate
 from mechtut.models.loading import (
     document_start,
@@ -27,7 +29,7 @@ from mechtut.models.loading import (
     readable_token,
 )
 from mechtut.neurons.statistics import excerpts
-from mechtut.prompts.facts import continues_with, target_ids
+from mechtut.prompts.facts import continues_with, load_zsre, target_ids
 from mechtut.prompts.few_shot import ICLPrompt, answer_ids, encode, layout
 from mechtut.prompts.subject_noise import find_subject, token_spans
 
@@ -266,3 +268,32 @@ def test_bytes_are_shown():
     assert "".join(shown) == r"\xf0\x9f\x97\xbc" and readable_token(GPT2, 9)
     ids = [i for i in LLAMA2.encode("🗼") if i > 4][-4:]
     assert "".join(readable_token(LLAMA2, i) for i in ids) == r"\xf0\x9f\x97\xbc"
+
+
+@EVERY
+def test_unrelated_answers_are_asked_token_by_token(model, tmp_path):
+    """zsRE: the ids of every prompt and its target are those of the whole text."""
+    line = {"loc": "who works in Rome", "loc_ans": "the pilot Ben"}
+    line |= {
+        "src": "Ana is a",
+        "subject": "Ana",
+        "rephrase": "Ana, a",
+        "answers": ["x"],
+    }
+    line["rephrase"] = "Ana, a"
+    (tmp_path / "zsre.json").write_text(json.dumps([line]))
+    near = load_zsre(tmp_path / "zsre.json", model)[0]["neighborhood_prompts"]
+    whole = model.encode("who works in Rome? the pilot Ben")
+    first = len(model.encode("who works in Rome?"))
+    assert len(near) == len(whole) - first
+    for i, asked in enumerate(near, start=first):
+        assert asked["ids"] == whole[:i] and asked["target_id"] == whole[i]
+    spelled = near[0]["prompt"] + "".join(n["target"] for n in near)
+    assert spelled == "who works in Rome? the pilot Ben"
+    wanted = [
+        int(model.logits(n["ids"])[0, -1].argmax()) == n["target_id"] for n in near
+    ]
+    case = {"requested_rewrite": {"prompt": "{} is a", "subject": "Ana"}}
+    case["requested_rewrite"]["target_new"] = {"str": "pilot"}
+    case |= {"paraphrase_prompts": [], "neighborhood_prompts": near}
+    assert zsre_correct(model, case)["neighborhood_prompts_correct"] == wanted

@@ -234,13 +234,20 @@ def test_the_faster_product_is_chosen_once(monkeypatch):
         for other, wanted in ((0.5, True), (2.0, False), (1.1, avx), (0.95, avx)):
             monkeypatch.setattr(kernels, "_onednn", {})
             speed["other"] = other
-            x, weight = torch.ones(5, 8), torch.ones(4, 8)
+            x, weight = torch.ones(5, 4096), torch.ones(1024, 4096)
             assert kernels.onednn_is_faster(x, weight, None) == wanted
             measured = len(calls)
-            kernels.onednn_is_faster(torch.ones(7, 8), weight, None)  # the same class
+            kernels.onednn_is_faster(
+                torch.ones(7, 4096), weight, None
+            )  # the same class
             assert len(calls) == measured
-            kernels.onednn_is_faster(torch.ones(8, 8), weight, None)
+            kernels.onednn_is_faster(torch.ones(8, 4096), weight, None)
             assert len(calls) > measured
+            few = torch.ones(5, 8), torch.ones(4, 8)
+            measured = len(calls)
+            assert (
+                kernels.onednn_is_faster(*few, None) == avx and len(calls) == measured
+            )
 
 
 def test_weights_that_change_inside_the_block():
