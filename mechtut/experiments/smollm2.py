@@ -386,8 +386,8 @@ def ioi_batch(
         seed: Of the prompts.
 
     Returns:
-        Two dictionaries with token ids `clean` and `corrupted`, and the ids of the
-        `right` and the `wrong` name.
+        Two dictionaries with token ids `clean` and `corrupted` (where a third person
+        gives), and the ids of the `right` and the `wrong` name.
     """
     by_length: dict[int, list[dict[str, Any]]] = {}
     for pair in ioi_prompts(20 * (n + n_held_out), seed):
@@ -399,6 +399,8 @@ def ioi_batch(
         if len(clean) == len(corrupted) and all(len(ids) == 1 for ids in names):
             row: dict[str, Any] = {"clean": clean, "corrupted": corrupted}
             row |= {"right": names[0][0], "wrong": names[1][0]}
+            giver = max(i for i, token in enumerate(clean) if token == row["wrong"])
+            row["corrupted"] = [*clean[:giver], corrupted[giver], *clean[giver + 1 :]]
             by_length.setdefault(len(clean), []).append(row)
     rows = max(by_length.values(), key=len)
     if len(rows) < n + n_held_out:
@@ -577,8 +579,8 @@ def neurons(model: Model, layers: Sequence[int], folder: Path) -> NeuronRecords:
     return collect(model, everyday_texts(), layers=layers, folder=folder, **options)
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c024
-THRESHOLDS = (0.2, 0.1, 0.05, 0.025)
-EDIT_LAYERS = (2, 5, 8, 11, 15, 20)
+THRESHOLDS = (0.05, 0.02, 0.01, 0.005)
+EDIT_LAYERS = (2, 5, 8, 12, 17)
 NEURON_LAYERS = (0, 1, 5, 10, 15, 20, 25, 29)
 PARTS = ("tracing", "editing", "vectors", "circuits", "neurons")
 
@@ -608,7 +610,7 @@ def compute(part: str, folder: Path, into: Path) -> None:
             one = trace(model, *EXAMPLE, component=component, window=6)
             one.save(place / f"example-{component}")
     elif part == "editing":
-        facts = [f for f in well_known(model, 100) if f.neighbours][:24]
+        facts = [f for f in well_known(model, 100) if f.neighbours][:20]
         table = editing(model, facts, EDIT_LAYERS, work)
         scores = table.groupby("layer")["post paraphrase success"].mean()
         best = [int(scores.idxmax())]
@@ -616,7 +618,8 @@ def compute(part: str, folder: Path, into: Path) -> None:
         tables["edits"] = pd.concat([table, tuned], ignore_index=True)
     elif part == "vectors":
         for task in TASKS:
-            vector, tables[task] = vectors(model, task, work / task)
+            every_other = range(0, model.n_layers, 2)
+            vector, tables[task] = vectors(model, task, work / task, layers=every_other)
             nothing = vector.mean_activations[:0]  # the largest part, not shown
             replace(vector, mean_activations=nothing).save(place / task)
     elif part == "circuits":

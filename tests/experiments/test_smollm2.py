@@ -88,7 +88,7 @@ def test_one_edit(model, tmp_path):
 @pytest.mark.parametrize("name", ["capitalize"])
 def test_a_vector_at_two_layers(model, name):
     found, table = stored(f"vectors/{name}", FunctionVector), stored(f"vectors/{name}")
-    task, layers = load_task(f"everyday/{name}"), [10, 15]
+    task, layers = load_task(f"everyday/{name}"), [10, 16]
     options = {"n_shots": 5, "only_known": False, "settings": ["zero_shot"]}
     fresh = evaluate(model, found.vector, task, layers, **options)
     mine = table[(table.run == "function vector") & (table.setting == "zero_shot")]
