@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..circuits.attribution import attribution_scores, select
 from ..circuits.circuit import Circuit
 from ..circuits.graph import number_of
 from ..circuits.metrics import logit_diff
@@ -54,9 +55,9 @@ from ..prompts.mean_activations import layer_average
 from ..prompts.subject_noise import Noise, find_subject
 
 # %% auto #0
-__all__ = ['STORED', 'COMPONENTS', 'EXAMPLE', 'TASKS', 'GRADES', 'THRESHOLDS', 'EDIT_LAYERS', 'NEURON_LAYERS', 'PARTS', 'stored',
-           'well_known', 'tracing', 'noise_elsewhere', 'elsewhere', 'editing', 'vectors', 'ioi_batch', 'circuits',
-           'heads_of', 'neuron_scores', 'neurons', 'compute']
+__all__ = ['STORED', 'COMPONENTS', 'EXAMPLE', 'TASKS', 'GRADES', 'THRESHOLDS', 'SIZES', 'EDIT_LAYERS', 'NEURON_LAYERS', 'PARTS',
+           'stored', 'well_known', 'tracing', 'noise_elsewhere', 'elsewhere', 'editing', 'vectors', 'ioi_batch',
+           'circuits', 'attributed', 'heads_of', 'neuron_scores', 'neurons', 'compute']
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c004
 STORED = Path(str(files("mechtut"))) / "data" / "smollm2"
@@ -253,7 +254,10 @@ def editing(
     """
     folder.mkdir(parents=True, exist_ok=True)
     templates, cases = context_templates(model), everyday_cases(facts)
-    texts = everyday_texts()
+    texts, before = everyday_texts(), dict[str, torch.Tensor]()
+    for fact in facts:
+        if fact.relation not in before:
+            before[fact.relation] = _last_log_probs(model, elsewhere([fact]))
     out = []
     for layer in layers:
         covariance = key_covariance(model, texts, layer, folder=folder)
@@ -261,7 +265,14 @@ def editing(
             place = folder / f"{method}-{layer:02d}.csv"
             if not place.exists():
                 rows = [
-                    _edited(model, f, c, layer, method, covariance, templates)
+                    _edited(
+                        model,
+                        (f, c, before[f.relation]),
+                        layer,
+                        method,
+                        covariance,
+                        templates,
+                    )
                     for f, c in zip(facts, cases, strict=True)
                 ]
                 half = place.with_suffix(".part")
@@ -275,14 +286,14 @@ def editing(
 
 def _edited(
     model: Model,
-    fact: EverydayFact,
-    case: dict[str, Any],
+    asked: tuple[EverydayFact, dict[str, Any], torch.Tensor],
     layer: int,
     method: str,
     covariance: torch.Tensor,
     templates: Sequence[str],
 ) -> dict[str, Any]:
-    """One row of `editing`."""
+    """One row of `editing`, for a fact, its record, and what is said elsewhere."""
+    fact, case, before = asked
     request = (fact.template, fact.subject, fact.new_answer)
     row = {"layer": layer, "method": method, "subject": fact.subject}
     row |= {"answer": fact.answer, "new answer": fact.new_answer}
@@ -295,10 +306,9 @@ def _edited(
             edit = edit_fact(model, *request, layer=layer, **how)
     except ValueError as error:
         return row | {"refused": str(error)[:60]}
-    far = elsewhere([fact])
-    before, measured = _last_log_probs(model, far), evaluate_edit(model, edit, case)
+    measured = evaluate_edit(model, edit, case)
     with edit:
-        after = _last_log_probs(model, far)
+        after = _last_log_probs(model, elsewhere([fact]))
     for when in ("pre", "post"):
         for name in ("rewrite", "paraphrase", "neighborhood"):
             for score in ("success", "diff"):
@@ -436,21 +446,57 @@ def circuits(
     """
     shown, held = ioi_batch(model, n, 2 * n, seed)
     found = sweep(model, shown["clean"], shown["corrupted"], thresholds, folder=folder)
-    measured: dict[float, list[dict[str, float]]] = {c.threshold: [] for c in found}
+    table = _faithfulness(model, [c.found for c in found], held, n)
+    table.insert(0, "threshold", [c.threshold for c in found])
+    table.insert(2, "tested", [len(c.tested) for c in found])
+    table.insert(3, "KL", [c.metric_final for c in found])
+    return found, table
+
+
+def attributed(
+    model: Model, sizes: Sequence[int], *, n: int = 16, seed: int = 0
+) -> pd.DataFrame:
+    """Circuits of the edges that gradients score highest (EAP-IG), by size.
+
+    Args:
+        model: The model.
+        sizes: How many edges.
+        n: Pairs of prompts for the scores, those of `circuits`.
+        seed: Of the prompts.
+
+    Returns:
+        A row per size, as `circuits` measures its own.
+    """
+    shown, held = ioi_batch(model, n, 2 * n, seed)
+    pair = shown["clean"], shown["corrupted"]
+    scores = attribution_scores(model, *pair, method="eap-ig-inputs")
+    found = [select(scores, n=size, greedy=True) for size in sizes]
+    own = Contrast(model, *pair, "kl")
+    kl = [circuit_metric(own, Cuts.only(own.graph, edges)) for edges in found]
+    table = _faithfulness(model, found, held, n)
+    table.insert(1, "KL", kl)
+    return table
+
+
+def _faithfulness(
+    model: Model, found: Sequence[Sequence[Any]], held: dict[str, torch.Tensor], n: int
+) -> pd.DataFrame:
+    """Held-out numbers of some circuits, prompts in two halves to save memory."""
+    measured: list[list[dict[str, float]]] = [[] for _ in found]
     for half in (slice(n), slice(n, None)):
         pair = held["clean"][half], held["corrupted"][half]
         names = logit_diff(held["right"][half, None], held["wrong"][half, None])
         by_kl, by_names = Contrast(model, *pair, "kl"), Contrast(model, *pair, names)
         nothing = Cuts.only(by_kl.graph, [])
         low = circuit_metric(by_names, nothing)
-        for circuit in found:
-            cuts = Cuts.only(by_kl.graph, circuit.found)
+        for edges, rows in zip(found, measured, strict=True):
+            cuts = Cuts.only(by_kl.graph, edges)
             rest = Cuts(by_kl.graph)
             rest.sums, rest.direct = rest.sums & ~cuts.sums, ~cuts.direct
             share = (circuit_metric(by_names, cuts) - low) / (
                 by_names.metric_full - low
             )
-            measured[circuit.threshold].append(
+            rows.append(
                 {
                     "KL held out": circuit_metric(by_kl, cuts),
                     "KL empty": circuit_metric(by_kl, nothing),
@@ -458,17 +504,10 @@ def circuits(
                     "logit difference": share,
                 }
             )
-    rows = [
-        {
-            "threshold": c.threshold,
-            "edges": len(c.found),
-            "tested": len(c.tested),
-            "KL": c.metric_final,
-            **pd.DataFrame(measured[c.threshold]).mean().to_dict(),
-        }
-        for c in found
-    ]
-    return found, pd.DataFrame(rows)
+    means = [pd.DataFrame(rows).mean().to_dict() for rows in measured]
+    return pd.DataFrame(
+        {"edges": len(edges), **mean} for edges, mean in zip(found, means, strict=True)
+    )
 
 
 def heads_of(
@@ -580,7 +619,8 @@ def neurons(model: Model, layers: Sequence[int], folder: Path) -> NeuronRecords:
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c024
 THRESHOLDS = (0.05, 0.02, 0.01, 0.005)
-EDIT_LAYERS = (2, 5, 8, 12, 17)
+SIZES = (100, 250, 1000, 2500, 5000)
+EDIT_LAYERS = (2, 5, 12)
 NEURON_LAYERS = (0, 1, 5, 10, 15, 20, 25, 29)
 PARTS = ("tracing", "editing", "vectors", "circuits", "neurons")
 
@@ -627,6 +667,7 @@ def compute(part: str, folder: Path, into: Path) -> None:
         for circuit in found:
             circuit.save(place / f"threshold-{circuit.threshold:g}")
         tables["heads"] = heads_of(model, found[-1])
+        tables["attributed"] = attributed(model, SIZES)
     else:
         records = neurons(model, NEURON_LAYERS, work)
         tables["scores"] = neuron_scores(model, records)

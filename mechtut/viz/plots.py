@@ -128,7 +128,8 @@ def causal_traces(traces: Sequence[Any]) -> Figure:
         The figure (figure 1 of the paper).
     """
     n_rows, n_layers = traces[0].scores.shape
-    size = (len(traces) * (0.16 * n_layers + 2.6), 0.24 * n_rows + 1.1)
+    # of deep models the columns are narrower, so that the panels fit a page
+    size = (len(traces) * (0.16 * min(n_layers, 16) + 2.6), 0.24 * n_rows + 1.1)
     figure, axes = plt.subplots(
         1, len(traces), figsize=size, layout="constrained", squeeze=False
     )
