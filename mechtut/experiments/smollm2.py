@@ -168,7 +168,11 @@ def tracing(
 
 
 def noise_elsewhere(
-    model: Model, facts: Sequence[EverydayFact], n_samples: int = 3, seed: int = 0
+    model: Model,
+    facts: Sequence[EverydayFact],
+    n_samples: int = 3,
+    seed: int = 0,
+    std: float | None = None,
 ) -> pd.DataFrame:
     """The answer's probability with noise on the subject, and on other tokens.
 
@@ -177,12 +181,14 @@ def noise_elsewhere(
         facts: Facts that it knows.
         n_samples: Noise samples per fact.
         seed: Of the choice of the other tokens (as many, without the last).
+        std: The unit of the noise; by default that of these facts' subjects.
 
     Returns:
         A row per fact: `clean`, `subject`, `elsewhere`.
     """
     draw, rows = random.Random(seed), []
-    noise = Noise(3.0, std=embedding_std(model, [f.subject for f in facts]))
+    std = std or embedding_std(model, [f.subject for f in facts])
+    noise = Noise(3.0, std=std)
     for fact in facts:
         ids, span = (
             model.to_tokens(fact.prompt),
@@ -528,9 +534,8 @@ def heads_of(
     """
     _, held = ioi_batch(model, n // 2, n, seed)
     tokens = held["clean"]
-    places = [
-        _names_at(row, right) for row, right in zip(tokens, held["right"], strict=True)
-    ]
+    given = (held[k] for k in ("clean", "right", "wrong"))
+    places = [_names_at(*row) for row in zip(*given, strict=True)]
     patterns = capture(model, tokens, "pattern")["pattern"]
     names = logit_diff(held["right"][:, None], held["wrong"][:, None])
     contrast = Contrast(model, tokens, held["corrupted"], names)
@@ -556,13 +561,12 @@ def heads_of(
     return pd.DataFrame(rows)
 
 
-def _names_at(ids: torch.Tensor, right: torch.Tensor) -> tuple[int, int, int]:
+def _names_at(
+    ids: torch.Tensor, right: torch.Tensor, wrong: torch.Tensor
+) -> tuple[int, int, int]:
     """Positions of the indirect object and of the subject's two mentions."""
-    io = int((ids == right).nonzero()[0, 0])
-    counts = [(int(i), n) for i, n in zip(*ids.unique(return_counts=True), strict=True)]
-    twice = [i for i, n in counts if n == 2]
-    spans = [(ids == i).nonzero()[:, 0].tolist() for i in twice]
-    s1, s2 = max((s for s in spans if io - 4 <= s[0] <= io + 4), key=lambda s: s[1])
+    (io,) = (ids == right).nonzero()[:, 0].tolist()
+    s1, s2 = (ids == wrong).nonzero()[:, 0].tolist()
     return io, s1, s2
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c021

@@ -71,15 +71,16 @@ def test_the_example_and_the_control(model, facts):
     row = trace(model, *results.EXAMPLE, **options)
     assert torch.allclose(row.scores[0], whole.scores[2], atol=1e-3)
     table = stored("tracing/noise_elsewhere")
-    fresh = noise_elsewhere(model, facts[:3])
+    std = embedding_std(model, [f.subject for f in facts])
+    fresh = noise_elsewhere(model, facts[:3], std=std)
     for column in ("clean", "noise on subject"):
         assert fresh[column].tolist() == pytest.approx(table[column][:3], abs=2e-3)
 
 
-def test_one_edit(model, tmp_path):
+def test_one_edit(model, facts, tmp_path):
     table = stored("editing/edits")
     row = table[(table.layer == 5) & (table.method == "ROME")].iloc[0]
-    fact = next(f for f in well_known(model, 100) if f.subject == row.subject)
+    fact = next(f for f in facts if f.subject == row.subject)
     fresh = editing(model, [fact], [5], tmp_path, progress=False).iloc[0]
     for column in ("post rewrite diff", "post paraphrase diff", "kl"):
         assert fresh[column] == pytest.approx(row[column], abs=0.02), column
@@ -242,7 +243,7 @@ def test_head_effects_equal_plain_hooks(model):
 
 def test_edges_equal_plain_hooks(model):
     """One edge cut at a time: from a head to an MLP, to one head's query, to the
-    output, and from an MLP to shared keys.
+    output, and to the values that a group of heads shares.
     """
     plain, (shown, _) = Hooked(model.hf), ioi_batch(model, 3, 3)
     clean, corrupted = shown["clean"], shown["corrupted"]
@@ -267,7 +268,7 @@ def test_edges_equal_plain_hooks(model):
         ("a17.4", "m20.in"),
         ("a20.0", "a23.1.q_in"),
         ("a23.1", "out"),
-        ("m0", "a17.kv1.k_in"),
+        ("a17.4", "a20.kv0.v_in"),
     ):
         delta = writes(parent)
         if child == "out":
@@ -277,12 +278,12 @@ def test_edges_equal_plain_hooks(model):
             change = {"before": [(module, lambda x, d=delta: x - d)]}
         else:
             layer = plain.layers[int(child[1:].split(".")[0])]
-            name = "q_proj" if child.endswith("q_in") else "k_proj"
+            name = "q_proj" if child.endswith("q_in") else "v_proj"
             stream = plain.keep(clean, layer.input_layernorm)
             project = getattr(layer.self_attn, name)
             with torch.no_grad():
                 changed = project(layer.input_layernorm(stream - delta))
-            some = slice(64, 128)  # head 1, group 1
+            some = slice(64, 128) if child.endswith("q_in") else slice(0, 64)
 
             def put(x, changed=changed, some=some):
                 x = x.clone()
