@@ -528,9 +528,9 @@ def heads_of(
         seed: Of the prompts of the search.
 
     Returns:
-        A row per head: mean attention from the last token to the names (`IO`, `S1`, `S2`),
-        from S2 to S1 and to the token behind S1, and by how much the logit difference
-        falls when its output is replaced by that on the corrupted prompts.
+        A row per head: mean attention from the last token to the names (`IO`, `S1`,
+        `S2`), from S2 to S1 and to the token behind S1, and by how much the logit
+        difference falls when its output is replaced by that on the corrupted prompts.
     """
     _, held = ioi_batch(model, n // 2, n, seed)
     tokens = held["clean"]
