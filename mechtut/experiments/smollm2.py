@@ -53,11 +53,12 @@ from mechtut.prompts.everyday import (
 from ..prompts.few_shot import load_task, sample_prompts
 from ..prompts.mean_activations import layer_average
 from ..prompts.subject_noise import Noise, find_subject
+from ..viz.plots import COMPONENTS
 
 # %% auto #0
-__all__ = ['STORED', 'COMPONENTS', 'EXAMPLE', 'TASKS', 'GRADES', 'THRESHOLDS', 'SIZES', 'EDIT_LAYERS', 'NEURON_LAYERS', 'PARTS',
-           'stored', 'well_known', 'tracing', 'noise_elsewhere', 'elsewhere', 'editing', 'vectors', 'ioi_batch',
-           'circuits', 'attributed', 'heads_of', 'neuron_scores', 'neurons', 'compute']
+__all__ = ['STORED', 'EXAMPLE', 'TASKS', 'GRADES', 'THRESHOLDS', 'SIZES', 'EDIT_LAYERS', 'NEURON_LAYERS', 'PARTS', 'stored',
+           'well_known', 'tracing', 'noise_elsewhere', 'elsewhere', 'editing', 'vectors', 'ioi_batch', 'circuits',
+           'attributed', 'heads_of', 'neuron_scores', 'neurons', 'compute']
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c004
 STORED = Path(str(files("mechtut"))) / "data" / "smollm2"
@@ -119,7 +120,6 @@ def well_known(model: Model, n: int = 60) -> list[EverydayFact]:
     return found[:n]
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c009
-COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 EXAMPLE = ("The Eiffel Tower is in the city of", "Eiffel Tower")
 
 

@@ -83,20 +83,31 @@ _EXPERTS = replace(_LLAMA, mlp_proj=None)
 _COHERE = replace(_LLAMA, norm_mlp="input_layernorm", parallel=True)
 _OLMO2 = replace(_POST_NORM, norm_attn=None, norm_mlp=None)
 _GEMMA2 = replace(_POST_NORM, norm_mlp="pre_feedforward_layernorm")
+_GPT2 = Family(
+    blocks="transformer.h",
+    embed="transformer.wte",
+    norm="transformer.ln_f",
+    attn="attn",
+    attn_proj="attn.c_proj",
+    mlp_proj="mlp.c_proj",
+    attn_out="attn",
+    norm_attn="ln_1",
+    norm_mlp="ln_2",
+    positions="transformer.wpe",
+)
+_FALCON = Family(
+    blocks="transformer.h",
+    embed="transformer.word_embeddings",
+    norm="transformer.ln_f",
+    attn="self_attention",
+    attn_proj="self_attention.dense",
+    mlp_proj="mlp.dense_4h_to_h",
+    attn_out="self_attention",
+    attention_interface=False,
+)
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        blocks="transformer.h",
-        embed="transformer.wte",
-        norm="transformer.ln_f",
-        attn="attn",
-        attn_proj="attn.c_proj",
-        mlp_proj="mlp.c_proj",
-        attn_out="attn",
-        norm_attn="ln_1",
-        norm_mlp="ln_2",
-        positions="transformer.wpe",
-    ),
+    "gpt2": _GPT2,
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
         embed="gpt_neox.embed_in",
@@ -153,40 +164,18 @@ FAMILIES: dict[str, Family] = {
         norm_mlp="ln_1",
         parallel=True,
     ),
-    "gpt_neo": Family(
-        blocks="transformer.h",
-        embed="transformer.wte",
-        norm="transformer.ln_f",
+    "gpt_neo": replace(
+        _GPT2,
         attn="attn.attention",
         attn_proj="attn.attention.out_proj",
-        mlp_proj="mlp.c_proj",
-        attn_out="attn",
-        attention_interface=False,
-        norm_attn="ln_1",
-        norm_mlp="ln_2",
-        positions="transformer.wpe",
-    ),
-    "falcon": Family(
-        blocks="transformer.h",
-        embed="transformer.word_embeddings",
-        norm="transformer.ln_f",
-        attn="self_attention",
-        attn_proj="self_attention.dense",
-        mlp_proj="mlp.dense_4h_to_h",
-        attn_out="self_attention",
         attention_interface=False,
     ),
+    "falcon": _FALCON,
     # these two hand the stream to their modules, which add it themselves
-    "bloom": Family(
-        blocks="transformer.h",
-        embed="transformer.word_embeddings",
-        norm="transformer.ln_f",
-        attn="self_attention",
-        attn_proj="self_attention.dense",
-        mlp_proj="mlp.dense_4h_to_h",
+    "bloom": replace(
+        _FALCON,
         attn_out="self_attention.dense",
         mlp_out="mlp.dense_4h_to_h",
-        attention_interface=False,
         embed_norm="transformer.word_embeddings_layernorm",
     ),
     "mpt": Family(
