@@ -9,6 +9,7 @@ fetched or executed.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from api_pages import api_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
+ADDRESS = "https://mechtut.github.io/mechtut/"
 TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 DIRECTIVE = re.compile(r"^#\s*\|\s*[\w-]+.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
@@ -80,12 +82,12 @@ def navigation(config: dict) -> dict:
     return {"format": "jb-book", "root": "landing", "parts": parts}
 
 
-def shown(cell: dict) -> dict | None:
+def shown(cell: dict, page: Path) -> dict | None:
     """A notebook cell as the site shows it: no directives, hidden ones folded; None for
     cells that are not shown.
     """
     if cell["cell_type"] != "code":
-        return cell
+        return {**cell, "source": local_links("".join(cell["source"]), page)}
     source = "".join(cell["source"])
     if NEVER_SHOWN.search(source) or not source.strip():
         return None
@@ -93,7 +95,7 @@ def shown(cell: dict) -> dict | None:
         *cell["metadata"].get("tags", []),
         *(tag for tag, mark in FOLDED.items() if mark.search(source)),
     ]
-    outputs = [relinked(o) for o in cell["outputs"] if o.get("name") != "stderr"]
+    outputs = [relinked(o, page) for o in cell["outputs"] if o.get("name") != "stderr"]
     return {
         **cell,
         "source": DIRECTIVE.sub("", source).strip(),
@@ -102,18 +104,30 @@ def shown(cell: dict) -> dict | None:
     }
 
 
-def relinked(output: dict) -> dict:
-    """An output in whose HTML links to notebooks lead to their pages (Sphinx does that
-    for text, not for outputs).
+def local_links(text: str, page: Path) -> str:
+    """Links to other pages of the site become relative, so that Sphinx checks them.
+
+    In the notebooks they are absolute, because Colab knows no other files.
     """
+
+    def relative(link: re.Match) -> str:
+        path = Path(link[1])
+        kind = ".ipynb" if (ROOT / path).with_suffix(".ipynb").is_file() else ".md"
+        target = os.path.relpath(path.with_suffix(kind), page.parent)
+        return f"]({Path(target).as_posix()}{link[2] or ''})"
+
+    return re.sub(
+        rf"\]\({re.escape(ADDRESS)}([^)#\s]+\.html)(#[^)\s]+)?\)", relative, text
+    )
+
+
+def relinked(output: dict, page: Path) -> dict:
+    """An output in whose HTML links to pages of the site are relative."""
     if "text/html" not in output.get("data", {}):
         return output
-    page = re.sub(
-        r'(href="(?!\w+:)[^"]+)\.ipynb(["#])',
-        r"\1.html\2",
-        "".join(output["data"]["text/html"]),
-    )
-    return {**output, "data": {**output["data"], "text/html": page}}
+    up = os.path.relpath(".", page.parent)
+    html = "".join(output["data"]["text/html"]).replace(f'"{ADDRESS}', f'"{up}/')
+    return {**output, "data": {**output["data"], "text/html": html}}
 
 
 def citation(page: str, bibliography: str) -> str:
@@ -137,7 +151,7 @@ def write_notebook(path: Path, bibliography: str) -> None:
     """Copy one notebook into the book."""
     notebook = json.loads((ROOT / path).read_text(encoding="utf-8"))
     notebook["cells"] = [
-        kept for c in notebook["cells"] if (kept := shown(c)) is not None
+        kept for c in notebook["cells"] if (kept := shown(c, path)) is not None
     ]
     if text := citation(f"{path.parent.name}/{path.stem}", bibliography):
         notebook["cells"].append(

@@ -15,23 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/figures"
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
 HIDDEN = re.compile(r"^#\s*\|\s*(hide|default_exp)\b", re.MULTILINE)
-LINK = re.compile(r"(\]\()(?!https?:|#|mailto:|/)(\.\./)?([^)\s]+\.ipynb)")
 
 
 def text_of(value: str | list[str]) -> str:
     """Notebook files keep a text as one string or as a list of lines."""
     return value if isinstance(value, str) else "".join(value)
-
-
-def markdown(cell: dict) -> str:
-    """A text cell; its links to notebooks, relative to nbs/, become relative to the top
-    folder.
-    """
-    source = LINK.sub(
-        lambda m: f"{m[1]}{m[3]}" if m[2] else f"{m[1]}nbs/{m[3]}",
-        text_of(cell["source"]),
-    )
-    return source.replace("](../", "](").strip()
 
 
 def code(cell: dict, figures: dict[str, bytes]) -> str:
@@ -64,7 +52,7 @@ def convert(notebook: dict) -> tuple[str, dict[str, bytes]]:
     ]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            parts.append(markdown(cell))
+            parts.append(text_of(cell["source"]).strip())
         elif cell["cell_type"] == "code":
             parts.append(code(cell, figures))
     return "\n\n".join(p for p in parts if p) + "\n", figures
