@@ -26,17 +26,20 @@ def code(cell: dict, figures: dict[str, bytes]) -> str:
     """A code cell and what it printed; pictures are added to `figures` and linked."""
     source = text_of(cell["source"])
     tags = cell.get("metadata", {}).get("tags", [])
+    alt = re.search(r"^#\| fig-alt: (.+(?:\n#\|   .+)*)", source, re.MULTILINE)
+    told = " ".join(re.sub(r"\n#\|\s+", " ", alt[1]).split()) if alt else "figure"
+    silent = {"remove-input", "hide-input"} & set(tags) or "#| echo: false" in source
     if HIDDEN.search(source) or {"remove-cell", "hide-cell"} & set(tags):
         return ""
     parts = []
-    if not {"remove-input", "hide-input"} & set(tags):
+    if not silent:
         parts.append(f"```python\n{DIRECTIVE.sub('', source).strip()}\n```")
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
             name = f"{FIGURES}/readme-{len(figures) + 1}.png"
             figures[name] = base64.b64decode(text_of(data["image/png"]))
-            parts.append(f"![{cell.get('metadata', {}).get('alt', 'figure')}]({name})")
+            parts.append(f"![{told}]({name})")
         elif "text/markdown" in data:
             parts.append(text_of(data["text/markdown"]).strip())
         elif text := text_of(data.get("text/plain", output.get("text", ""))).rstrip():
