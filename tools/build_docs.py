@@ -33,6 +33,7 @@ DRAWINGS = ROOT / "docs/_static/drawings"
 BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
 ADDRESS = "https://mechtut.github.io/mechtut/"
 TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
+TITLES = {"nbs/index": {"title": "Start here"}}  # in the navigation
 WIDE = 500  # pixels; a wider picture scrolls on a phone
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?|^#\s*@title.*\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
@@ -40,7 +41,8 @@ NEVER_SHOWN = re.compile(
 )
 FOLDED = {
     "hide-cell": re.compile(r"^#\s*\|\s*hide\b", re.MULTILINE),
-    "hide-input": re.compile(r"^#\s*\|\s*(echo:\s*false|code-fold)", re.MULTILINE),
+    "hide-input": re.compile(r"^#\s*\|\s*code-fold", re.MULTILINE),
+    "remove-input": re.compile(r"^#\s*\|\s*echo:\s*false", re.MULTILINE),
 }
 
 
@@ -86,13 +88,15 @@ def contents(found: list[dict]) -> dict:
     parts = []
     for section in found:
         pages = [p for part in section["parts"] for p in part["pages"]]
-        chapters = [{"file": page} for page in pages]
+        chapters = [{"file": page, **TITLES.get(page, {})} for page in pages]
         parts.append({"caption": section["title"], "chapters": chapters})
     return {"format": "jb-book", "root": "index", "parts": parts}
 
 
 def title(page: str) -> str:
     """Title of a page of the book, without the package's name in front."""
+    if page in TITLES:
+        return TITLES[page]["title"]
     file = BOOK / page
     if (notebook := file.with_name(f"{file.name}.ipynb")).is_file():
         first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]
