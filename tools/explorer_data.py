@@ -1,5 +1,7 @@
-"""Write what the pages below docs/explore show into docs/_static/explore/, from SmolLM2
-and from the results that the package stores: `python tools/explorer_data.py [PART ...]`.
+"""Write what the pages below docs/explore show: `python tools/explorer_data.py [PART]`.
+
+From SmolLM2, the embedded model and the results that the package stores, into
+docs/_static/explore/.
 
 Ten minutes of one core. `tests/test_explore.py` computes an entry of each file again.
 """
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mechtut import Edit, Model, Replay, capture, load_model
+from mechtut import Edit, Model, Replay, World, capture, load_model
 from mechtut.circuits.circuit import Circuit
 from mechtut.circuits.drawing import arrows
 from mechtut.experiments.smollm2 import (
@@ -34,6 +36,37 @@ INTO = ROOT / "docs/_static/explore"
 FACTS = (0, 7, 10, 11, 15, 31, 36, 49)  # of the sixty that the page averages over
 TRACING = {"n_samples": 3, "seed": 1, "window": 6}  # as on the page
 N_EXAMPLES, N_TOP = 3, 3
+N_SEARCH, N_HELD_OUT = 16, 32  # pairs of prompts behind the stored circuits
+EXAMPLES = (  # name, source, target, level, position
+    (
+        "A job",
+        "Everyone knows that Martin Riley works as a",
+        "Everyone knows that Taylor James works as a",
+        4,
+        4,
+    ),
+    (
+        "A pronoun",
+        "Ruth is a good friend, and",
+        "Victor is a good friend, and",
+        4,
+        0,
+    ),
+    (
+        "Who gets it",
+        "While Sofia and Frank sat in the market, Frank brought a map to",
+        "While Sofia and Frank sat in the market, Helen brought a map to",
+        5,
+        13,
+    ),
+    (
+        "A maker",
+        "Everyone knows that the Tovara Mini is made by",
+        "Everyone knows that the Pixota Mini is made by",
+        6,
+        9,
+    ),
+)
 
 
 class Words:
@@ -66,7 +99,7 @@ def rounded(values: torch.Tensor) -> list[float]:
 
 
 def noise_of(model: Model, facts: list[EverydayFact]) -> Noise:
-    """The noise of the page: three standard deviations of these subjects' embeddings."""
+    """The page's noise: three standard deviations of these subjects' embeddings."""
     return Noise(3.0, std=embedding_std(model, [f.subject for f in facts]))
 
 
@@ -96,9 +129,7 @@ def trace_cells(
     for pos in range(len(ids)):
         for layer in range(model.n_layers):
             around = window_layers(layer, width, model.n_layers)
-            cells.append(
-                [Edit(component, i, states[i, pos], pos=pos) for i in around]
-            )
+            cells.append([Edit(component, i, states[i, pos], pos=pos) for i in around])
     replay = Replay(model, ids.repeat(n_samples, 1), base_edits=[drawn.edit()])
     found = replay.run(cells, said, progress=False)
     return torch.cat([found, said(replay.base_logits()[None])]), answer
@@ -146,14 +177,16 @@ def circuits(model: Model) -> dict[str, Any]:
     """The stored circuits of indirect objects, and where each head looks."""
     found = [stored(f"circuits/threshold-{t:g}", Circuit) for t in THRESHOLDS]
     measured = stored("circuits/sweep").to_dict("records")
-    _, held = ioi_batch(model, 16, 32)
+    _, held = ioi_batch(model, N_SEARCH, N_HELD_OUT)
     ids = held["clean"][0]
     pattern = capture(model, ids[None], "pattern")["pattern"][:, 0]
     lower = torch.ones(len(ids), len(ids)).tril().bool()
     return {
         "layers": model.n_layers,
         "heads": model.n_heads,
-        "kv_heads": model.n_kv_heads,
+        "n_edges": found[0].n_edges_full,
+        "n_search": N_SEARCH,
+        "n_held_out": N_HELD_OUT,
         "prompt": model.to_str_tokens(ids),
         "corrupted": model.to_str_tokens(held["corrupted"][0]),
         "right": model.decode([int(held["right"][0])]),
@@ -175,7 +208,10 @@ def circuits(model: Model) -> dict[str, Any]:
         },
         # thousandths, the lower triangle row by row
         "patterns": {
-            f"{layer}.{head}": (1000 * pattern[layer, head][lower]).round().int().tolist()
+            f"{layer}.{head}": (1000 * pattern[layer, head][lower])
+            .round()
+            .int()
+            .tolist()
             for layer in range(model.n_layers)
             for head in range(model.n_heads)
         },
@@ -192,7 +228,10 @@ def example_rows(
     largest = max(top[0].activations)
     return largest, [
         [numbers[tuple(r.tokens)]]
-        + [max(0, round(1000 * a / largest)) if largest > 0 else 0 for a in r.activations]
+        + [
+            max(0, round(1000 * a / largest)) if largest > 0 else 0
+            for a in r.activations
+        ]
         for r in top
     ]
 
@@ -235,18 +274,54 @@ def neuron_entries(model: Model, folder: Path | None) -> dict[str, Any]:
     }
 
 
+def carried(model: Model, example: dict[str, Any]) -> torch.Tensor:
+    """Probabilities of the next token of an example's second prompt, with the state of
+    the first one carried over.
+    """
+    site, layer = ("resid_post", example["level"] - 1)
+    source, target = (model.to_tokens(example[k]) for k in ("source", "target"))
+    state = capture(model, source[None], site)[site, layer][0, example["from"]]
+    edit = Edit(site, layer, state, pos=example["to"])
+    return capture(model, target[None], [], edits=[edit]).logits[0, -1].softmax(-1)
+
+
+def examples(model: Model) -> dict[str, Any]:
+    """Pairs of prompts for the embedded model, its words, and what Python says."""
+    world, out = World(), []
+
+    def likeliest(p: torch.Tensor) -> list[list[Any]]:
+        top = p.topk(N_TOP)
+        pairs = zip(top.indices.tolist(), rounded(top.values), strict=True)
+        return [[model.decode([token]), value] for token, value in pairs]
+
+    for name, source, target, level, at in EXAMPLES:
+        one = {"name": name, "source": source, "target": target}
+        one |= {"level": level, "from": at, "to": at}
+        for key in ("source", "target"):
+            p = model.logits(model.to_tokens(one[key]))[0, -1].softmax(-1)
+            one[f"{key}_says"] = likeliest(p)
+        out.append({**one, "carried_says": likeliest(carried(model, one))})
+    words = {w.strip() for w in world.words if len(model.encode(w.strip())) == 1}
+    known = {
+        "words": sorted(w for w in words if w.isalpha()),
+        "endings": sorted(world.suffixes),
+    }
+    return {**known, "examples": out}
+
+
 def main() -> None:
     parts = {
         "traces": traces,
         "circuits": circuits,
         "neurons": lambda m: neuron_entries(m, None),
+        "examples": examples,
     }
     parser = argparse.ArgumentParser(description="Data of the pages to explore.")
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     asked = parser.parse_args().parts or list(parts)
-    model = load_model("smollm2", device="cpu")
     INTO.mkdir(parents=True, exist_ok=True)
     for name in asked:
+        model = load_model("mini" if name == "examples" else "smollm2", device="cpu")
         data = {**about(model), **parts[name](model)}
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         (INTO / f"{name}.json").write_text(text + "\n", encoding="utf-8")
