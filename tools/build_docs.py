@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+import browser_pages
 from api_pages import api_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,9 @@ def navigation(config: dict) -> dict:
                 {"file": Path(f).with_suffix("").as_posix()} for f in item["contents"]
             ]
             parts.append({"caption": item["section"], "chapters": files})
+            if item["section"] == "Papers":
+                pages = [{"file": f"explore/{name}"} for name in browser_pages.TABLES]
+                parts.append({"caption": "Explore", "chapters": pages})
     api = sorted(
         p.relative_to(BOOK).with_suffix("").as_posix()
         for p in (BOOK / "api").glob("*.md")
@@ -168,6 +172,7 @@ def write_book() -> None:
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     shutil.rmtree(BOOK, ignore_errors=True)
     shutil.copytree(ROOT / "docs", BOOK)
+    browser_pages.fill(BOOK)
     bibliography = (ROOT / "docs/references.bib").read_text(encoding="utf-8")
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
@@ -219,6 +224,7 @@ def build() -> None:
     mathjax(
         SITE / "_static/mathjax"
     )  # not earlier: jupyter-book would load every script below _static on every page
+    browser_pages.add(SITE)
 
 
 def without_thebe(page: str) -> str:
