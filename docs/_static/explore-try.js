@@ -11,6 +11,8 @@
 //                                level 0 is the embedding, level i + 1 the output of layer i,
 //                                lens[last level] the model's own logits; `patches` is a list
 //                                of {level, pos, value}, which replace residual streams
+//   strangers(text)              words that the model has never seen, with near ones
+//   progress                     {loaded, total, steps}: bytes, and how often the bar moved
 import { attention, bars, choice, el, field, grid, number, radios, spoken, word } from "./explore.js";
 
 const box = document.querySelector('[data-explore="try"]');
@@ -37,6 +39,7 @@ async function bytes(file, got) {
 
 const json = (data) => JSON.parse(new TextDecoder().decode(data));
 let loading = null;
+const moved = { loaded: 0, total: 0, steps: 0 };
 
 /** Fetch and start everything, once; `progress(loaded, total)` is told how far it is. */
 function load(progress = () => {}) {
@@ -46,8 +49,12 @@ function load(progress = () => {}) {
 
 async function start(progress) {
   const sizes = await manifest, total = Object.values(sizes).reduce((a, b) => a + b);
-  let loaded = 0;
-  const got = (n) => progress((loaded += n), total);
+  Object.assign(moved, { loaded: 0, total, steps: 0 });
+  const got = (n) => {
+    moved.loaded += n;
+    moved.steps += 1;
+    progress(moved.loaded, total);
+  };
   const get = (file) => bytes(file, got);
   const script = "ort.wasm.bundle.min.mjs";
   const [wasm, model, words, examples] = await Promise.all(
@@ -250,7 +257,7 @@ function page() {
     fill();
     return el("section", {}, el("h3", {}, "Logit lens"), el("p", { class: "note" },
       "The likeliest next token if one reads it off the stream after each layer, through the final norm and the unembedding. ",
-      "Enter or a double click on a cell chooses it for the patch below."), which, hold, told);
+      "Enter or a double click on a cell chooses it for the patch above."), which, hold, told);
   }
 
   function looks() {
@@ -295,7 +302,7 @@ function page() {
     outcome.replaceChildren(
       el("p", { class: "big" }, was === is ? `Prompt B still says “${is}”.` : `Prompt B now says “${is}” instead of “${was}”.`),
       el("div", { class: "two" }, el("div", {}, el("h4", {}, "Before"), side(before)), el("div", {}, el("h4", {}, "With the state of A"), side(after, "answer"))),
-      el("p", { class: "note control" }, `Control: B's own state put back where it was changes no probability by more than ${most < 1e-7 ? "0.0000001" : most.toExponential(0)}.`));
+      el("p", { class: "note control" }, `Control: B's own state put back where it was changes ${most ? `no probability by more than ${most.toPrecision(1)}` : "nothing at all"}.`));
     live.textContent = outcome.querySelector(".big").textContent;
   }
 
@@ -330,6 +337,6 @@ async function begin() {
   box.dataset.ready = "button";
 }
 
-window.mechtutTry = { load, run, encode: (text) => tokenizer.encode(text), decode: (ids) => tokenizer.decode(ids), strangers };
+window.mechtutTry = { load, run, encode: (text) => tokenizer.encode(text), decode: (ids) => tokenizer.decode(ids), strangers, progress: moved };
 begin().catch(() => box.prepend(el("p", { class: "problem" },
   "This copy of the site was built without the model, or it is opened without a server; the table below stands in for it.")));

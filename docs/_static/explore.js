@@ -86,16 +86,16 @@ export function grid({ label, rows, columns, cell, pick, at = [0, 0], enter = nu
   let chosen = at;
   const node = el("div", { class: `grid ${kind}`, role: "grid", "aria-label": label,
     style: `--columns:${columns.length}` });
-  const head = columns.map((text) => el("span", { role: "columnheader", class: "column" }, el("b", {}, text)));
+  const head = columns.map((text) => el("span", { role: "columnheader", class: "over" }, el("b", {}, text)));
   node.append(el("div", { role: "row" }, el("span", { role: "columnheader", class: "corner" },
     el("span", { class: "spoken" }, label)), ...head));
   rows.forEach((name, r) => {
-    const line = el("div", { role: "row" }, el("span", { role: "rowheader", class: "row" }, name));
+    const line = el("div", { role: "row" }, el("span", { role: "rowheader", class: "before" }, name));
     columns.forEach((_, c) => {
       const what = cell(r, c);
       const box = el("span", { role: "gridcell", "aria-label": what?.says ?? null, class: what ? "cell" : "none",
         style: what ? `--v:${Math.max(0, Math.min(1, what.value)).toFixed(3)}` : null,
-        "data-at": what ? `${r} ${c}` : null }, what?.text ?? "");
+        tabindex: what ? -1 : null, "data-at": what ? `${r} ${c}` : null }, what?.text ?? "");
       if (what && what.value > 0.55) box.classList.add("full");
       cells[r][c] = what ? box : null;
       line.append(box);
@@ -172,9 +172,16 @@ function traces(box, data) {
     }
   }
 
+  /** The state on the subject that brings most back. */
+  function strongest() {
+    const { p } = fact.parts[part], [from, to] = fact.subject.map((i) => i * data.layers);
+    const best = p.indexOf(Math.max(...p.slice(from, to)), from);
+    return [Math.floor(best / data.layers), best % data.layers];
+  }
+
   function draw() {
     const found = fact.parts[part], most = Math.max(fact.clean, ...found.p);
-    const start = at && at[0] < fact.tokens.length ? at : [fact.subject[1] - 1, 5];
+    const start = at ?? strongest();
     map.replaceChildren(
       el("p", { class: "prompt" }, ...fact.tokens.map((t, i) =>
         i >= fact.subject[0] && i < fact.subject[1] ? el("mark", {}, t) : t), " ", el("b", {}, word(fact.answer))),
@@ -198,18 +205,19 @@ function traces(box, data) {
 const READS = { q: "queries", k: "keys", v: "values", "": "sum" };
 
 function circuits(box, data) {
-  const { layers, heads } = data, [dx, dy, left, top] = [40, 19, 52, 44];
+  const { layers, heads } = data, [dx, dy, left, top] = [40, 19, 52, 66];
   const x = (node) => (node[0] === "a" ? left + dx * Number(node.split(".")[1]) : node[0] === "m" ? left + dx * heads
     : left + (dx * heads) / 2);
-  const y = (node) => (node === "out" ? top - 22 : node === "embed" ? top + dy * layers + 6
+  const y = (node) => (node === "out" ? top - 32 : node === "embed" ? top + dy * layers + 6
     : top + dy * (layers - 1 - Number(/\d+/.exec(node)[0])) - (node[0] === "m" ? 5 : 0));
   const size = [left + dx * heads + 30, top + dy * layers + 24];
-  let step = 0, chosen = "a23.1";
+  const telling = Object.entries(data.effects).sort((a, b) => b[1].effect - a[1].effect)[0][0];
+  let step = 2, chosen = `a${telling}`;
   const picture = svg("svg", { viewBox: `0 0 ${size[0]} ${size[1]}`, class: "circuit", role: "grid", "aria-label":
     `Heads of ${layers} layers, the last layer on top` });
   const said = el("div", { class: "said" }), panel = el("div", { class: "panel" }), live = spoken();
   const circuit = () => data.circuits[step];
-  const weights = (name) => data.patterns[name];
+  const full = (node) => ({ a: `head ${node.slice(1)}`, m: `MLP ${node.slice(1)}`, e: "embedding", o: "output" })[node[0]];
 
   function lines() {
     const most = Math.max(...circuit().arrows.map((a) => a[3]));
@@ -224,7 +232,7 @@ function circuits(box, data) {
   function draw() {
     const inside = new Set(circuit().arrows.flatMap((a) => a.slice(0, 2)));
     const focused = picture.contains(document.activeElement);
-    const names = [...Array(heads).keys()].map((h) => svg("text", { x: left + dx * h, y: 12, class: "name" }, `h${h}`));
+    const names = [...Array(heads).keys()].map((h) => svg("text", { x: left + dx * h, y: 12, class: "name" }, h ? String(h) : "head 0"));
     names.push(svg("text", { x: left + dx * heads, y: 12, class: "name" }, "MLP"));
     const ends = ["out", "embed"].map((node) => svg("g", { class: "end" },
       svg("rect", { x: x(node) - 40, y: y(node) - 8, width: 80, height: 16, rx: 8 }),
@@ -251,21 +259,25 @@ function circuits(box, data) {
       bars([{ text: "KL on the prompts of the search", value: c.KL }, { text: "KL on prompts it has not seen", value: c["KL held out"] },
         { text: "KL of the empty circuit, unseen prompts", value: c["KL empty"] },
         { text: "logit difference kept, unseen prompts", value: c["logit difference"], kind: "answer" }], "How good the circuit is"),
-      ...c.problems.map((text) => el("p", { class: "problem" }, `Worthless: ${text}.`)));
+      ...(c.problems.length ? [el("p", { class: "problem" }, `This circuit is worthless: ${c.problems.join("; ")}.`)] : []));
     inspect("start");
   }
 
   function inspect(how) {
     const name = chosen.slice(1), about = data.effects[name], known = circuit().arrows;
-    const list = (all, side) => (all.length ? el("ul", { class: "edges" }, ...all.map((a) => el("li", {},
-      `${a[side]}${a[2] ? ` (${READS[a[2]]})` : ""} `, el("span", {}, number(a[3]))))) : el("p", { class: "note" }, "nothing at this threshold"));
+    const list = (all, side) => {
+      if (!all.length) return el("p", { class: "note" }, "nothing at this threshold");
+      const items = all.sort((a, b) => b[3] - a[3]).slice(0, 8).map((a) => el("li", {},
+        `${full(a[side])}${a[2] ? ` (${READS[a[2]]})` : ""} `, el("span", {}, number(a[3]))));
+      return el("ul", { class: "edges" }, ...items, all.length > 8 ? el("li", {}, `and ${all.length - 8} weaker ones`) : null);
+    };
     const into = known.filter((a) => a[1] === chosen), out = known.filter((a) => a[0] === chosen);
     const inside = into.length + out.length > 0;
     const told = el("p", { class: "note told", "aria-live": "off" });
-    const pattern = weights(name), at = (q, k) => pattern[(q * (q + 1)) / 2 + k] / 1000;
+    const pattern = data.patterns[name], at = (q, k) => pattern[(q * (q + 1)) / 2 + k] / 1000;
     panel.replaceChildren(
       el("h3", {}, `Head ${name}`, inside ? el("span", { class: "tag" }, "in the circuit") : null),
-      about ? el("p", { class: "note" }, `Cutting its output lowers the logit difference by ${number(about.effect)} (mean of ${data.n_held_out} prompts that the search has not seen). ` +
+      about ? el("p", { class: "note" }, `Cutting its output ${about.effect < 0 ? "raises" : "lowers"} the logit difference by ${number(Math.abs(about.effect))} (mean of ${data.n_held_out} prompts that the search has not seen). ` +
         `From the last token it looks at the right name ${number(about.IO)}, at the other name ${number(about.S1)} and ${number(about.S2)}.`)
         : el("p", { class: "note" }, "In none of the four circuits: its effect alone was not measured."),
       el("div", { class: "two" }, el("div", {}, el("h4", {}, "Reads from"), list(into, 0)), el("div", {}, el("h4", {}, "Writes to"), list(out, 1))),
@@ -292,7 +304,7 @@ function circuits(box, data) {
     if (l >= 0 && l < layers && h >= 0 && h < heads) choose(`a${l}.${h}`);
   });
   const label = () => `threshold ${circuit().threshold}, ${circuit().edges} edges`;
-  const slider = el("input", { type: "range", min: 0, max: data.circuits.length - 1, step: 1, value: 0, list: "explore-thresholds",
+  const slider = el("input", { type: "range", min: 0, max: data.circuits.length - 1, step: 1, value: step,
     "aria-valuetext": label(), oninput: () => { step = Number(slider.value); slider.setAttribute("aria-valuetext", label()); draw(); } });
   const ticks = el("div", { class: "ticks", "aria-hidden": "true" }, ...data.circuits.map((c) => el("span", {}, String(c.threshold))));
   const key = el("p", { class: "legend" }, ...Object.entries(READS).map(([part, text]) => el("span", {}, el("i", { class: `line ${part || "sum"}` }), text)));
@@ -332,7 +344,7 @@ function neurons(box, data) {
     const [at, i, sign] = n.at;
     const examples = n.examples.map(([excerpt, ...activations]) => el("p", { class: "excerpt" },
       ...data.excerpts[excerpt].map((id, k) => {
-        const v = activations[k] / 1000, token = data.words[id].replace(/\n/g, "⏎ ");
+        const v = activations[k] / 1000, token = data.words[id].replace(/\n/g, "⏎ ").slice(k === 0 && data.words[id][0] === " " ? 1 : 0);
         return v < 0.05 ? token : el("span", { style: `--v:${v}`, class: v > 0.55 ? "full" : null, title: `${(v * n.max).toPrecision(3)}` }, token);
       })));
     return el("li", {}, el("article", {},
@@ -347,7 +359,9 @@ function neurons(box, data) {
     const found = data.neurons.filter((n) => (layer.value === "" || n.at[0] === Number(layer.value)) &&
       (end.value === "" || n.at[2] === Number(end.value)) && (!wanted || n.rule.toLowerCase().includes(wanted) ||
         n.examples.some(([e]) => text[e].includes(wanted)))).sort((a, b) => SORTS[sort.value][1](a) - SORTS[sort.value][1](b));
-    count.textContent = `${found.length} of ${data.neurons.length} neuron ends`;
+    const scores = found.map((n) => n.scores[0]).filter((x) => x !== null).sort((a, b) => a - b);
+    count.textContent = `${found.length} of ${data.neurons.length} neuron ends` +
+      (scores.length ? `, median score of the rule ${number(scores[scores.length >> 1])}` : "");
     list.replaceChildren(...found.slice(0, shown).map(card));
     more.hidden = found.length <= shown;
   }
