@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -25,6 +26,8 @@ from mechtut.prompts.subject_noise import Noise, corrupt
 
 sys.path.insert(0, str(ROOT / "tools"))
 import vendor
+
+needs_npm = pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
 
 FOLDER = ROOT / "docs/_static/explore"
 PAGES = ("traces", "circuits", "neurons")
@@ -121,6 +124,7 @@ def test_circuits_are_the_stored_ones(smollm2):
         shown = [a[3] for a in one["arrows"]]
         assert shown == pytest.approx([a[3] for a in expected], rel=1e-2)
         assert one["problems"] == circuit.problems
+    assert (found["n_search"], found["n_held_out"]) == (16, 32), "the page says so"
     prompt = "".join(found["prompt"])
     assert f'"{prompt}"' in (ROOT / "docs/explore/circuits.md").read_text()
     ids = smollm2.to_tokens(prompt)
@@ -151,6 +155,8 @@ def test_scores_and_rules_are_the_stored_ones():
     table = stored("neurons/scores")
     table = table[table.sentence.notna()].reset_index(drop=True)
     shown = data("neurons")["neurons"]
+    assert len(data("neurons")["layers"]) == 8, "the page says so, and the next line"
+    assert all(n["at"][1] % 24 == 0 for n in shown)
     assert [n["rule"] for n in shown] == table.sentence.tolist()
     scores = [float("nan") if n["scores"][0] is None else n["scores"][0] for n in shown]
     assert scores == pytest.approx(table.rules.tolist(), abs=1e-3, nan_ok=True)
@@ -172,6 +178,19 @@ def test_examples_say_what_python_says(mini):
             for (word, p), (token, q) in zip(one[f"{key}_says"], said, strict=True):
                 assert p == pytest.approx(float(q), abs=1e-3)
                 assert word == token or p < 1e-3  # of equals, any
+
+
+def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
+    def pack(name, version, into):
+        archive = into / f"{name}-{version}.tgz"
+        archive.write_bytes(b"something else")
+        return archive
+
+    monkeypatch.setenv("MECHTUT_CACHE", str(tmp_path))
+    monkeypatch.setattr(vendor, "pack", pack)
+    with pytest.raises(ValueError, match="not the pinned file"):
+        vendor.fetch("axe-core")
+    assert not list((tmp_path / "vendor").iterdir())
 
 
 # ------------------------------------------------------------------ saved results
@@ -297,6 +316,7 @@ def offences(page) -> list[str]:
     ]
 
 
+@needs_npm
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_accessible_in_both_schemes(visit, name, scheme):
@@ -316,6 +336,8 @@ def test_colours_follow_the_scheme(visit):
 @pytest.fixture(scope="module")
 def tried(browser, address):
     """The page with the model loaded by its button, and all that it fetched."""
+    if not shutil.which("npm"):
+        pytest.skip("the site has no model: npm is not installed")
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page, asked = context.new_page(), []
     page.on("request", lambda r: asked.append(r.url))

@@ -42,20 +42,20 @@ def _traces() -> Table:
     data, rows = _data("traces"), []
     for fact in data["facts"]:
         p = fact["parts"]["resid_post"]["p"]
-        last = fact["subject"][1] - 1
-        own = p[last * data["layers"] : (last + 1) * data["layers"]]
-        best = own.index(max(own))
+        first, end = (data["layers"] * i for i in fact["subject"])
+        best = max(range(first, end), key=p.__getitem__)
+        token = fact["tokens"][best // data["layers"]].strip()
         rows.append(
             [
                 fact["prompt"],
                 fact["answer"].strip(),
                 f"{fact['clean']:.3f}",
                 f"{fact['corrupted']:.3f}",
-                f"{own[best]:.3f} (layer {best})",
+                f"{p[best]:.3f} ({token}, layer {best % data['layers']})",
             ]
         )
     head = ["Prompt", "Answer", "p, no noise", "p, noise on the subject"]
-    return [*head, "p, best state at the subject's last token restored"], rows
+    return [*head, "p, best state on the subject restored"], rows
 
 
 def _circuits() -> Table:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,28 +73,29 @@ def fetch(name: str) -> Path:
     Raises:
         FileNotFoundError: If npm is needed and not installed.
         ConnectionError: If npm cannot fetch it.
-        ValueError: If the archive is not the one that was pinned; it is removed.
+        ValueError: If the archive is not the one that was pinned.
     """
     package = PACKAGES[name]
     place = cache_folder() / "vendor" / f"{name}-{package.version}"
-    if (place / "package/package.json").exists():
-        return place / "package"
+    if (place / "package.json").exists():
+        return place
     place.parent.mkdir(parents=True, exist_ok=True)
-    archive = pack(name, package.version, place.parent)
-    if (found := integrity(archive)) != package.integrity:
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        archive = pack(name, package.version, Path(folder))
+        if (found := integrity(archive)) != package.integrity:
+            raise ValueError(
+                f"{name} {package.version} is not the pinned file: its hash is {found},"
+                f" not {package.integrity}"
+            )
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
         archive.unlink()
-        raise ValueError(
-            f"{name} {package.version} is not the pinned file: its hash is {found},"
-            f" not {package.integrity}"
-        )
-    half = place.with_name(f"{place.name}.part")
-    shutil.rmtree(half, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(half, filter="data")
-    shutil.rmtree(place, ignore_errors=True)
-    half.replace(place)
-    archive.unlink()
-    return place / "package"
+        try:
+            Path(folder).joinpath("package").rename(place)
+        except OSError:  # another process was quicker
+            if not (place / "package.json").exists():
+                raise
+    return place
 
 
 if __name__ == "__main__":

@@ -174,6 +174,9 @@ function likeliest(p, k) {
   return [...p.keys()].sort((a, b) => p[b] - p[a]).slice(0, k).map((id) => [id, p[id]]);
 }
 
+/** The id of the likeliest token. */
+const best = (p) => p.reduce((top, x, id) => (x > p[top] ? id : top), 0);
+
 const state = ({ n, residual }, level, pos) => residual.slice((level * n + pos) * WIDTH, (level * n + pos + 1) * WIDTH);
 
 // ---------------------------------------------------------------- the page
@@ -206,6 +209,7 @@ function page() {
 
   async function all() {
     const mine = ++turn, found = {};
+    results.classList.add("stale"); // until the new numbers are there
     for (const key of ["source", "target"]) {
       const ids = tokenizer.encode(texts[key].value.trimEnd());
       tokens[key] = ids.map((id) => tokenizer.decode([id]));
@@ -219,6 +223,7 @@ function page() {
     how.to = Math.min(how.to, runs.target.n - 1);
     draw();
     await patch(mine);
+    results.classList.remove("stale");
     box.dataset.turn = String(mine);
   }
 
@@ -244,8 +249,8 @@ function page() {
     const fill = () => {
       const names = tokens[lensOf], ran = runs[lensOf];
       const cells = Array.from({ length: LEVELS }, (_, row) => names.map((_, pos) => {
-        const [[id, p]] = likeliest(probabilities(ran, LEVELS - 1 - row, pos), 1);
-        return [word(tokenizer.decode([id])), p];
+        const p = probabilities(ran, LEVELS - 1 - row, pos), id = best(p);
+        return [word(tokenizer.decode([id])), p[id]];
       }));
       const says = (row, pos) => `${levelName(LEVELS - 1 - row)}, at “${word(names[pos])}”: “${cells[row][pos][0]}” ${number(cells[row][pos][1])}`;
       hold.replaceChildren(grid({ label: "Logit lens", kind: "lens", at: [0, names.length - 1], columns: names.map(word),
@@ -298,7 +303,7 @@ function page() {
     const most = same.reduce((m, p, i) => Math.max(m, Math.abs(p - before[i])), 0);
     const shown = [...new Set([...likeliest(before, 4), ...likeliest(after, 4)].map(([id]) => id))];
     const side = (p, kind) => bars(shown.map((id) => ({ text: word(tokenizer.decode([id])), value: p[id], kind })), "Next tokens of prompt B");
-    const [[was], [is]] = [likeliest(before, 1)[0], likeliest(after, 1)[0]].map(([id]) => [word(tokenizer.decode([id]))]);
+    const [was, is] = [before, after].map((p) => word(tokenizer.decode([best(p)])));
     outcome.replaceChildren(
       el("p", { class: "big" }, was === is ? `Prompt B still says “${is}”.` : `Prompt B now says “${is}” instead of “${was}”.`),
       el("div", { class: "two" }, el("div", {}, el("h4", {}, "Before"), side(before)), el("div", {}, el("h4", {}, "With the state of A"), side(after, "answer"))),

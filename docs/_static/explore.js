@@ -133,7 +133,8 @@ export function grid({ label, rows, columns, cell, pick, at = [0, 0], enter = nu
 
 /** Attention of one head as a grid; `weight(query, key)` is a number from 0 to 1. */
 export function attention(label, tokens, weight, says) {
-  return grid({ label, kind: "attention", rows: tokens.map(word), columns: tokens.map(word), at: [tokens.length - 1, 0],
+  const last = tokens.length - 1, most = tokens.reduce((best, _, k) => (weight(last, k) > weight(last, best) ? k : best), 0);
+  return grid({ label, kind: "attention", rows: tokens.map(word), columns: tokens.map(word), at: [last, most],
     cell: (q, k) => (k > q ? null : { value: weight(q, k), says:
       `from ${word(tokens[q])} to ${word(tokens[k])}: ${number(weight(q, k))}` }),
     pick: (q, k, how) => says(`“${word(tokens[q])}” looks at “${word(tokens[k])}”: ${number(weight(q, k))}`, how) });
@@ -334,7 +335,7 @@ function neurons(box, data) {
     list.children[first]?.querySelector("h3").focus();
   } }, "Show ten more");
   const redraw = () => { shown = 10; draw(); };
-  const search = el("input", { type: "search", placeholder: "such as: number, city, “ the”", oninput: redraw });
+  const search = el("input", { type: "search", placeholder: "such as: city", oninput: redraw });
   const layer = choice([["", "all"], ...data.layers.map((l) => [l, String(l)])], redraw);
   const end = choice([["", "both"], ["1", "positive"], ["-1", "negative"]], redraw);
   const sort = choice(Object.entries(SORTS).map(([key, [name]]) => [key, name]), redraw);
