@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from browser import ROOT
+from browser import ROOT, watched
 
 from mechtut import Edit, World, capture, load_model, trace
 from mechtut.circuits.circuit import Circuit
@@ -339,7 +339,8 @@ def tried(browser, address):
     if not shutil.which("npm"):
         pytest.skip("the site has no model: npm is not installed")
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page, asked = context.new_page(), []
+    complaints, asked = [], []
+    page = watched(context, address, complaints)
     page.on("request", lambda r: asked.append(r.url))
     page.goto(f"{address}explore/try.html")
     page.wait_for_selector("[data-ready='button']")
@@ -348,6 +349,7 @@ def tried(browser, address):
     page.wait_for_selector("[data-turn]", timeout=120_000)
     yield page, before, asked
     context.close()
+    assert not complaints
 
 
 def test_the_model_is_loaded_on_demand_and_from_here(tried, address, site):
