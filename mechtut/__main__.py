@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import mechtut
+
 if TYPE_CHECKING:  # torch and matplotlib are imported when a command runs, so that --help answers at once
     from mechtut.papers.causal_tracing import CausalTrace
     from mechtut.models.loading import Model
@@ -16,12 +18,27 @@ COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 WIDTH = 100  # columns of a printed table
 
 
+def versions() -> str:
+    """What a report of a fault should say: the package, Python, what it stands on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    said = [f"mechtut {mechtut.__version__}", f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers", "transformer-lens"):
+        try:
+            said.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            said.append(f"no {name}")
+    return ", ".join([*said, platform.platform()])
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
     top = argparse.ArgumentParser(
         prog="mechtut",
         description="Mechanistic interpretability, one paper per notebook.",
     )
+    top.add_argument("--version", action="version", version=versions())
     commands = top.add_subparsers(
         dest="command",
         required=True,

@@ -4,6 +4,7 @@ Lengths are judgement and not rules: `tools/lengths.py` reports them.
 """
 
 import ast
+import configparser
 import json
 import re
 from functools import cache
@@ -156,9 +157,24 @@ def test_code_fits_the_page(path):
 @each_notebook
 def test_first_code_cell_makes_the_notebook_run_on_colab(path):
     first = code(path)[0]["source"]
-    assert first.startswith("#| hide\n# Colab:") and "%pip install" in first, (
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(ROOT / "settings.ini")
+    version = settings["DEFAULT"]["version"]
+    assert first.startswith("#| hide\n# Colab:") and "!pip install" in first, (
         f"{path}: copy the cell of another notebook"
     )
+    assert f'release = "{version}"' in first, f"{path}: installs another release"
+
+
+@each_notebook
+def test_links_lead_somewhere_from_any_place(path):
+    """On Colab, in an editor or on GitHub: links between pages are absolute there, and
+    the site's builder makes them relative and checks them.
+    """
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown":
+            found = re.findall(r"\]\((?!\w+:|#)[^)\s]+\.(?:ipynb|md)\b", cell["source"])
+            assert not found, f"{path} {cell['id']}: write the page's address: {found}"
 
 
 @each_notebook
@@ -197,6 +213,7 @@ def test_every_module_is_exported_by_one_notebook():
         name = re.sub(r"^\d+_", "", Path(path).stem)
         assert name == room.lstrip("_"), f"{path} writes {module}"
         folder = "nbs/papers" if package == "papers" else f"nbs/library/{package}"
+        folder = folder.rstrip("/")
         assert Path(path).parent.as_posix() == folder, f"{path} writes {module}"
 
 

@@ -23,7 +23,7 @@ def listed() -> list[str]:
 
 NOTEBOOK_PAGES = [Path(p).with_suffix(".html").as_posix() for p in listed()]
 OTHER_PAGES = [
-    "landing.html",
+    "index.html",
     "api/index.html",
     "api/papers.causal_tracing.html",
     "references.html",
@@ -40,8 +40,8 @@ def test_every_notebook_has_a_page_with_its_figures(site):
         assert text.count("<img alt=") >= pictures, f"{page} lacks figures"
 
 
-def test_landing_page_says_what_this_is_within_one_screen(visit):
-    page = visit("landing.html")
+def test_index_page_says_what_this_is_within_one_screen(visit):
+    page = visit("index.html")
     assert page.locator(".sd-card").count() == 4
     last = page.locator(".sd-card").last.bounding_box()
     assert last["y"] < 900, "the cards begin below the first screen"
@@ -72,7 +72,7 @@ def test_search_finds_indirect_effect(visit):
 
 
 def test_dark_mode_switches(visit):
-    page = visit("landing.html")
+    page = visit("index.html")
     seen = []
     for _ in range(3):
         page.locator("button.theme-switch-button").first.click()

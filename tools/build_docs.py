@@ -8,7 +8,10 @@ fetched or executed.
 """
 
 import argparse
+import base64
+import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,72 +27,119 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 import browser_pages
 from api_pages import api_pages
+from page_html import finished, plain_table
 
 ROOT = Path(__file__).resolve().parents[1]
+DRAWINGS = ROOT / "docs/_static/drawings"
 BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
+ADDRESS = "https://mechtut.github.io/mechtut/"
 TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
-DIRECTIVE = re.compile(r"^#\s*\|\s*[\w-]+.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
+TITLES = {"nbs/index": {"title": "Start here"}}  # in the navigation
+WIDE = 500  # pixels; a wider picture scrolls on a phone
+DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?|^#\s*@title.*\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
     r"^#\s*\|\s*(default_exp\b|include:\s*false)|^# Colab:", re.MULTILINE
 )
 FOLDED = {
     "hide-cell": re.compile(r"^#\s*\|\s*hide\b", re.MULTILINE),
-    "hide-input": re.compile(r"^#\s*\|\s*echo:\s*false", re.MULTILINE),
+    "hide-input": re.compile(r"^#\s*\|\s*code-fold", re.MULTILINE),
+    "remove-input": re.compile(r"^#\s*\|\s*echo:\s*false", re.MULTILINE),
 }
 
 
-def navigation(config: dict) -> dict:
-    """The sidebar of `_quarto.yml` as a Jupyter Book table of contents, with the
-    landing page and the API reference.
+def sections(config: dict) -> list[dict]:
+    """The sidebars of `_quarto.yml`, each with its title and parts; a part is a title
+    ("" for the pages in front of the first) and the names of its pages.
     """
+    found = []
+    for bar in config["website"]["sidebar"]:
+        parts: list[dict] = [{"title": "", "pages": []}]
+        for item in bar["contents"]:
+            if isinstance(item, dict):
+                parts.append({"title": item["section"], "pages": item["contents"]})
+            elif item == "api/*":
+                parts += api_parts()
+            else:
+                parts[0]["pages"].append(item)
+        for part in parts:
+            part["pages"] = [Path(p).with_suffix("").as_posix() for p in part["pages"]]
+        parts = [p for p in parts if p["pages"]]
+        found.append({"title": bar["title"], "parts": parts})
+    return found
+
+
+def api_parts() -> list[dict]:
+    """The pages of the reference, by package."""
+    parts = [{"title": "", "pages": ["api/index.md"]}]
+    for file in sorted((BOOK / "api").glob("*.md")):
+        package, dot, _ = file.stem.partition(".")
+        if file.stem == "index":
+            continue
+        if not dot:
+            parts[0]["pages"].append(f"api/{file.name}")
+            continue
+        if parts[-1]["title"] != package:
+            parts.append({"title": package, "pages": []})
+        parts[-1]["pages"].append(f"api/{file.stem}.md")
+    return parts
+
+
+def contents(found: list[dict]) -> dict:
+    """The table of contents of the Jupyter Book, which makes the order of the pages."""
     parts = []
-    for item in config["website"]["sidebar"]["contents"]:
-        if isinstance(item, str):
-            parts.append(
-                {
-                    "caption": "Start",
-                    "chapters": [{"file": Path(item).with_suffix("").as_posix()}],
-                }
-            )
-        else:
-            files = [
-                {"file": Path(f).with_suffix("").as_posix()} for f in item["contents"]
-            ]
-            parts.append({"caption": item["section"], "chapters": files})
-            if item["section"] == "Papers":
-                pages = [{"file": f"explore/{name}"} for name in browser_pages.TABLES]
-                parts.append({"caption": "Explore", "chapters": pages})
-    api = sorted(
-        p.relative_to(BOOK).with_suffix("").as_posix()
-        for p in (BOOK / "api").glob("*.md")
-    )
-    parts.append(
-        {
-            "caption": "Reference",
-            "chapters": [
-                {
-                    "file": "api/index",
-                    "sections": [{"file": f} for f in api if f != "api/index"],
-                },
-                {"file": "references"},
-            ],
-        }
-    )
-    parts.append(
-        {
-            "caption": "Project",
-            "chapters": [{"file": name.removesuffix(".md")} for name in TEXTS],
-        }
-    )
-    return {"format": "jb-book", "root": "landing", "parts": parts}
+    for section in found:
+        pages = [p for part in section["parts"] for p in part["pages"]]
+        chapters = [{"file": page, **TITLES.get(page, {})} for page in pages]
+        parts.append({"caption": section["title"], "chapters": chapters})
+    return {"format": "jb-book", "root": "index", "parts": parts}
 
 
-def shown(cell: dict) -> dict | None:
+def title(page: str) -> str:
+    """Title of a page of the book, without the package's name in front."""
+    if page in TITLES:
+        return TITLES[page]["title"]
+    file = BOOK / page
+    if (notebook := file.with_name(f"{file.name}.ipynb")).is_file():
+        first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]
+        text = "".join(first["source"])
+    else:
+        text = file.with_name(f"{file.name}.md").read_text(encoding="utf-8")
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    assert found, f"{page} has no title"
+    return found[1].strip("`").removeprefix("mechtut.")
+
+
+def summary(page: str) -> str:
+    """The line under the title of a notebook, as plain text."""
+    first = json.loads((BOOK / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+    found = re.search(r"^> (.+?)(?:\n\n|\Z)", "".join(first["source"]), re.M | re.S)
+    return " ".join(found[1].replace("\n> ", " ").split()) if found else ""
+
+
+def library_page(found: list[dict]) -> str:
+    """The overview of the library: every package, every module, a line each."""
+    lines = ["# Library", ""]
+    lines += ["> What the papers are made of, and what you can make your own of.", ""]
+    lines += ["Each page is a notebook and a module of the same name. The lowest come"]
+    lines += ["first; a package imports only what stands above it.", ""]
+    (section,) = (s for s in found if s["title"] == "Library")
+    for part in section["parts"]:
+        if part["title"]:
+            what = importlib.import_module(f"mechtut.{part['title']}").__doc__ or ""
+            lines += [f"## {part['title']}", "", what.strip().splitlines()[0], ""]
+        for page in part["pages"]:
+            if page != "library":
+                lines.append(f"- [{title(page)}]({page}.ipynb): {summary(page)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def shown(cell: dict, page: Path) -> dict | None:
     """A notebook cell as the site shows it: no directives, hidden ones folded; None for
     cells that are not shown.
     """
     if cell["cell_type"] != "code":
-        return cell
+        return {**cell, "source": local_links("".join(cell["source"]), page)}
     source = "".join(cell["source"])
     if NEVER_SHOWN.search(source) or not source.strip():
         return None
@@ -97,27 +147,56 @@ def shown(cell: dict) -> dict | None:
         *cell["metadata"].get("tags", []),
         *(tag for tag, mark in FOLDED.items() if mark.search(source)),
     ]
-    outputs = [relinked(o) for o in cell["outputs"] if o.get("name") != "stderr"]
+    about: dict = {"image": {"alt": alternative(source)}}
+    if form := re.search(r"^#\s*@title ([^{\n]+)", source, re.MULTILINE):
+        about["code_prompt_show"] = about["code_prompt_hide"] = form[1].strip()
+    outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    outputs = [site_output(o, page, about["image"]) for o in outputs]
     return {
         **cell,
         "source": DIRECTIVE.sub("", source).strip(),
         "outputs": outputs,
-        "metadata": {"tags": tags},
+        "metadata": {"tags": tags, "mystnb": about},
     }
 
 
-def relinked(output: dict) -> dict:
-    """An output in whose HTML links to notebooks lead to their pages (Sphinx does that
-    for text, not for outputs).
+def alternative(source: str) -> str:
+    """What the figure of a cell shows, in words: its `#| fig-alt:` lines."""
+    found = re.search(r"^#\| fig-alt: (.+(?:\n#\|   .+)*)", source, re.MULTILINE)
+    return " ".join(re.sub(r"\n#\|\s+", " ", found[1]).split()) if found else "figure"
+
+
+def local_links(text: str, page: Path) -> str:
+    """Links to other pages of the site become relative, so that Sphinx checks them.
+
+    In the notebooks they are absolute, because Colab knows no other files. The badge of
+    Colab is a picture from another host, and each page has a button for it.
     """
-    if "text/html" not in output.get("data", {}):
+
+    def relative(link: re.Match) -> str:
+        path, fragment = Path(link[1]), link[2] or ""
+        if path.suffix == ".html":
+            notebook = (ROOT / path).with_suffix(".ipynb")
+            path = path.with_suffix(".ipynb" if notebook.is_file() else ".md")
+        return f"]({Path(os.path.relpath(path, page.parent)).as_posix()}{fragment})"
+
+    text = re.sub(r"\[!\[[^\]]*\]\([^)]*colab-badge[^)]*\)\]\([^)]*\)\n*", "", text)
+    return re.sub(rf"\]\({re.escape(ADDRESS)}([^)#\s]+)(#[^)\s]+)?\)", relative, text)
+
+
+def site_output(output: dict, page: Path, image: dict) -> dict:
+    """An output with relative links and plain tables; wide pictures are marked."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        png = base64.b64decode("".join(data["image/png"]))
+        width = int.from_bytes(png[16:20], "big")
+        if width > WIDE:
+            image["classes"] = "wide"
+    if "text/html" not in data:
         return output
-    page = re.sub(
-        r'(href="(?!\w+:)[^"]+)\.ipynb(["#])',
-        r"\1.html\2",
-        "".join(output["data"]["text/html"]),
-    )
-    return {**output, "data": {**output["data"], "text/html": page}}
+    up = os.path.relpath(".", page.parent)
+    text = "".join(data["text/html"]).replace(f'"{ADDRESS}', f'"{up}/')
+    return {**output, "data": {**data, "text/html": plain_table(text)}}
 
 
 def citation(page: str, bibliography: str) -> str:
@@ -141,7 +220,7 @@ def write_notebook(path: Path, bibliography: str) -> None:
     """Copy one notebook into the book."""
     notebook = json.loads((ROOT / path).read_text(encoding="utf-8"))
     notebook["cells"] = [
-        kept for c in notebook["cells"] if (kept := shown(c)) is not None
+        kept for c in notebook["cells"] if (kept := shown(c, path)) is not None
     ]
     if text := citation(f"{path.parent.name}/{path.stem}", bibliography):
         notebook["cells"].append(
@@ -180,9 +259,14 @@ def write_book() -> None:
     for name in TEXTS:
         shutil.copy(ROOT / name, BOOK)
     api_pages(BOOK / "api", config["website"]["repo-url"])
+    found = sections(config)
+    (BOOK / "library.md").write_text(library_page(found), encoding="utf-8")
     (BOOK / "_toc.yml").write_text(
-        yaml.safe_dump(navigation(config), sort_keys=False), encoding="utf-8"
+        yaml.safe_dump(contents(found), sort_keys=False), encoding="utf-8"
     )
+    for section in found:
+        for part in section["parts"]:
+            part["pages"] = [(page, title(page)) for page in part["pages"]]
     book = yaml.safe_load((ROOT / "docs/_config.yml").read_text(encoding="utf-8"))
     book["title"] = config["website"]["title"]
     book["repository"] = {
@@ -190,6 +274,7 @@ def write_book() -> None:
         "branch": "main",
         "path_to_book": "",
     }
+    book["sphinx"]["config"]["html_context"]["sections"] = found
     (BOOK / "_config.yml").write_text(
         yaml.safe_dump(book, sort_keys=False), encoding="utf-8"
     )
@@ -218,26 +303,13 @@ def build() -> None:
         BOOK / "_build/html", SITE, ignore=shutil.ignore_patterns(".buildinfo")
     )
     for page in SITE.rglob("*.html"):
-        page.write_text(
-            without_thebe(page.read_text(encoding="utf-8")), encoding="utf-8"
-        )
+        text = page.read_text(encoding="utf-8")
+        where = page.relative_to(SITE).as_posix()
+        page.write_text(finished(text, ADDRESS + where, DRAWINGS), encoding="utf-8")
     mathjax(
         SITE / "_static/mathjax"
     )  # not earlier: jupyter-book would load every script below _static on every page
     browser_pages.add(SITE)
-
-
-def without_thebe(page: str) -> str:
-    """A page without the scripts for live code: we offer none, and jupyter-book writes
-    them twice, so that they fail.
-    """
-    page = re.sub(
-        r"\s*<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL
-    )
-    page = re.sub(r"\s*<script[^>]*sphinx-thebe\.js[^>]*></script>", "", page)
-    return re.sub(
-        r'\s*<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL
-    )
 
 
 class Page(HTMLParser):

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/figures"
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
 HIDDEN = re.compile(r"^#\s*\|\s*(hide|default_exp)\b", re.MULTILINE)
-LINK = re.compile(r"(\]\()(?!https?:|#|mailto:|/)(\.\./)?([^)\s]+\.ipynb)")
 
 
 def text_of(value: str | list[str]) -> str:
@@ -23,32 +22,24 @@ def text_of(value: str | list[str]) -> str:
     return value if isinstance(value, str) else "".join(value)
 
 
-def markdown(cell: dict) -> str:
-    """A text cell; its links to notebooks, relative to nbs/, become relative to the top
-    folder.
-    """
-    source = LINK.sub(
-        lambda m: f"{m[1]}{m[3]}" if m[2] else f"{m[1]}nbs/{m[3]}",
-        text_of(cell["source"]),
-    )
-    return source.replace("](../", "](").strip()
-
-
 def code(cell: dict, figures: dict[str, bytes]) -> str:
     """A code cell and what it printed; pictures are added to `figures` and linked."""
     source = text_of(cell["source"])
     tags = cell.get("metadata", {}).get("tags", [])
+    alt = re.search(r"^#\| fig-alt: (.+(?:\n#\|   .+)*)", source, re.MULTILINE)
+    told = " ".join(re.sub(r"\n#\|\s+", " ", alt[1]).split()) if alt else "figure"
+    silent = {"remove-input", "hide-input"} & set(tags) or "#| echo: false" in source
     if HIDDEN.search(source) or {"remove-cell", "hide-cell"} & set(tags):
         return ""
     parts = []
-    if not {"remove-input", "hide-input"} & set(tags):
+    if not silent:
         parts.append(f"```python\n{DIRECTIVE.sub('', source).strip()}\n```")
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
             name = f"{FIGURES}/readme-{len(figures) + 1}.png"
             figures[name] = base64.b64decode(text_of(data["image/png"]))
-            parts.append(f"![{cell.get('metadata', {}).get('alt', 'figure')}]({name})")
+            parts.append(f"![{told}]({name})")
         elif "text/markdown" in data:
             parts.append(text_of(data["text/markdown"]).strip())
         elif text := text_of(data.get("text/plain", output.get("text", ""))).rstrip():
@@ -64,7 +55,7 @@ def convert(notebook: dict) -> tuple[str, dict[str, bytes]]:
     ]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            parts.append(markdown(cell))
+            parts.append(text_of(cell["source"]).strip())
         elif cell["cell_type"] == "code":
             parts.append(code(cell, figures))
     return "\n\n".join(p for p in parts if p) + "\n", figures

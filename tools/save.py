@@ -58,7 +58,7 @@ def site_order() -> list[Path]:
     return listed + sorted(
         p
         for p in set((ROOT / "nbs").rglob("*.ipynb")) - set(listed)
-        if "checkpoint" not in p.name
+        if ".ipynb_checkpoints" not in p.parts
     )
 
 

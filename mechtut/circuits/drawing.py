@@ -177,12 +177,12 @@ def plot(
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c016
 _STYLE = """
-.mt-circuit{--ink:#222;--paper:#fff;--line:#999;color:var(--ink);\
+.mt-circuit{--paper:var(--pst-color-background,var(--jp-layout-color0,\
+var(--vscode-editor-background,var(--colab-primary-surface-color,Canvas))));\
 font:12px system-ui,sans-serif;max-width:100%;overflow:auto}
-@media (prefers-color-scheme:dark)\
-{.mt-circuit{--ink:#eee;--paper:#1e1e1e;--line:#777}}
-.mt-circuit rect{fill:var(--paper);stroke:var(--line)} \
-.mt-circuit text{fill:var(--ink);text-anchor:middle}
+.mt-circuit rect{fill:var(--paper);stroke:#888} \
+.mt-circuit text{fill:currentColor;text-anchor:middle}
+.mt-circuit i{display:inline-block;width:.8em;height:.8em}
 .mt-circuit path{fill:none;opacity:.65} \
 .mt-circuit path:hover{opacity:1;stroke-width:6}
 .mt-circuit g.e:hover path{opacity:1} \
@@ -223,13 +223,14 @@ def to_html(
     )
     caption = f"<div>{html.escape(title)}</div>" if title else ""
     key = " ".join(
-        f'<span style="color:{c}">&#9632; {_WORDS[p]}</span>'
+        f'<span><i style="background:{c}"></i> {_WORDS[p]}</span>'
         for p, c in _COLOURS.items()
     )
     return (
         f'<div class="mt-circuit"><style>{_STYLE}{light}</style>{caption}'
         f'<div>{key}</div><svg width="{width:.0f}" height="{height:.0f}"'
-        f' viewBox="0 0 {width:.0f} {height:.0f}" role="img">'
+        f' viewBox="0 0 {width:.0f} {height:.0f}" role="img"'
+        f' aria-label="{html.escape(title) or "circuit"}: {len(found)} edges">'
         f"{''.join(lines)}{''.join(boxes)}</svg></div>"
     )
 

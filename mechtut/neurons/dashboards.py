@@ -40,7 +40,7 @@ def tokens_html(tokens: Sequence[str], values: Sequence[float], highest: float) 
     for token, value in zip(tokens, values, strict=True):
         strength = min(1.0, abs(value) / highest) if highest > 0 else 0.0
         colour = (
-            f"rgba(220,70,50,{0.85 * strength:.2f})"
+            f"rgba(220,70,50,{0.6 * strength:.2f})"
             if value > 0
             else f"rgba(60,120,220,{0.6 * strength:.2f})"
         )
@@ -52,26 +52,23 @@ def tokens_html(tokens: Sequence[str], values: Sequence[float], highest: float) 
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c007
 _STYLE = """
-.neuron{--line:#8884;--soft:#777;font:15px/1.6 system-ui,sans-serif;color:#1a1a1a;
-background:#fff;padding:1em;max-width:60em}
+.neuron{--line:#8884;font:15px/1.6 system-ui,sans-serif;padding:1em;max-width:60em}
 .neuron h1{font-size:1.3em;margin:0 0 .3em}
-.neuron h2{font-size:1em;margin:1.2em 0 .3em;color:var(--soft)}
+.neuron h2{font-size:1em;margin:1.2em 0 .3em;opacity:.85}
 .neuron .said{font-size:1.1em}
-.neuron .soft{color:var(--soft);font-size:.85em}
+.neuron .soft{opacity:.85;font-size:.85em}
 .neuron a{color:inherit}
 .neuron .excerpt{border-top:1px solid var(--line);padding:.35em 0}
 .neuron .excerpt{overflow-wrap:anywhere}
 .neuron .excerpt span{border-radius:3px;white-space:pre-wrap}
 .neuron .row{display:flex;gap:.7em}
-.neuron .row>b{flex:0 0 5.5em;font-weight:normal;color:var(--soft);font-size:.85em}
+.neuron .row>b{flex:0 0 5.5em;font-weight:normal;opacity:.85;font-size:.85em}
 .neuron table{border-collapse:collapse;width:100%}
 .neuron td,.neuron th{padding:.2em .6em;text-align:left}
 .neuron td,.neuron th{border-top:1px solid var(--line)}
 .neuron input{font:inherit;padding:.3em .5em;width:min(30em,90%);color:inherit}
 .neuron input{background:transparent;border:1px solid var(--line);border-radius:4px}
 .neuron input{margin:.5em 0}
-@media (prefers-color-scheme:dark){
-.neuron{color:#e6e6e6;background:#161616;--soft:#9a9a9a}}
 """
 
 
@@ -82,7 +79,7 @@ def _shell(title: str, body: str) -> str:
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>body{{margin:0}}</style></head><body>{body}</body></html>"
+        f"<style>body{{margin:0;background:Canvas;color:CanvasText}}</style></head><body>{body}</body></html>"
     )
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c010

@@ -127,15 +127,17 @@ def causal_traces(traces: Sequence[Any]) -> Figure:
     Returns:
         The figure (figure 1 of the paper).
     """
-    n_rows, n_layers = traces[0].scores.shape
-    # of deep models the columns are narrower, so that the panels fit a page
-    size = (len(traces) * (0.16 * min(n_layers, 16) + 2.6), 0.24 * n_rows + 1.1)
+    # narrow enough that the words can be read where a page is 660 pixels wide
+    size = (2.9 * len(traces) + 0.4, 0.24 * len(traces[0].scores) + 1.1)
     figure, axes = plt.subplots(
-        1, len(traces), figsize=size, layout="constrained", squeeze=False
+        1, len(traces), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
     high = max(float(t.scores.max()) for t in traces)
     for ax, t in zip(axes[0], traces, strict=True):
         causal_trace(t, ax, high)
+        ax.set_title(COMPONENTS[t.component][0], fontsize=10)
+        single = t.component == "resid_post"
+        ax.set_xlabel("layer" if single else f"centre of {t.window} layers")
     return figure
 
 # %% ../../nbs/library/viz/plots.ipynb #c013

@@ -1,0 +1,254 @@
+"""Draw the ideas of the papers as SVG files: `python tools/drawings.py`.
+
+They take the colour of the text around them (`currentColor`); where one stands alone,
+as an image in a notebook, the style `alone` follows the reader's colour scheme. Colours
+only mark shapes, never text, so that they can be read on white and on black.
+"""
+
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs/_static/drawings"
+KNOWN, GIVEN, NEW, LOST = "#8464c9", "#2a9d8f", "#e08a2e", "#8a8f98"
+ALONE = """<style class="alone">svg { color: #222; }
+@media (prefers-color-scheme: dark) { svg { color: #e6e6e6; } }</style>"""
+
+
+class Drawing:
+    """Shapes on a canvas of 720 units, the width of a page's column."""
+
+    def __init__(self, name: str, height: int) -> None:
+        self.name, self.height, self.parts = name, height, []
+
+    def text(self, x, y, words, *, size=14, anchor="middle", weight="normal", **more):
+        style = "".join(f' {k}="{v}"' for k, v in more.items())
+        self.parts.append(
+            f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}"'
+            f' font-weight="{weight}" fill="currentColor"{style}>{escape(words)}</text>'
+        )
+
+    def dot(self, x, y, colour, r=8, **more):
+        style = "".join(f' {k.replace("_", "-")}="{v}"' for k, v in more.items())
+        self.parts.append(f'<circle cx="{x}" cy="{y}" r="{r}" fill="{colour}"{style}/>')
+
+    def box(self, x, y, w, h, colour="none", *, line="currentColor", opacity=1.0, r=4):
+        self.parts.append(
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="{r}" fill="{colour}"'
+            f' fill-opacity="{opacity}" stroke="{line}" stroke-opacity="0.5"/>'
+        )
+
+    def line(self, x1, y1, x2, y2, *, colour="currentColor", width=1.5, bend=0.0, **k):
+        """A line, bent upwards by `bend`; with `arrow=True` it has a head."""
+        head = f' marker-end="url(#{self.name}-head)"' if k.pop("arrow", False) else ""
+        style = "".join(f' {n.replace("_", "-")}="{v}"' for n, v in k.items())
+        mx, my = (x1 + x2) / 2, (y1 + y2) / 2 - bend
+        self.parts.append(
+            f'<path d="M{x1} {y1} Q{mx} {my} {x2} {y2}" fill="none" stroke="{colour}"'
+            f' stroke-width="{width}"{head}{style}/>'
+        )
+
+    def cells(self, x, y, values, colour, *, across=True, size=14):
+        """A vector: its cells, darker for larger values."""
+        for i, v in enumerate(values):
+            dx, dy = (i * size, 0) if across else (0, i * size)
+            self.box(x + dx, y + dy, size, size, colour, opacity=v, r=1)
+
+    def save(self) -> None:
+        head = (
+            f'<svg viewBox="0 0 720 {self.height}" xmlns="http://www.w3.org/2000/svg"'
+            ' font-family="system-ui, sans-serif">'
+        )
+        marker = (
+            f'<defs><marker id="{self.name}-head" viewBox="0 0 10 10" refX="9" refY="5"'
+            ' markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
+            '<path d="M0 0 L10 5 L0 10 z" fill="currentColor"/></marker></defs>'
+        )
+        text = "\n".join([head, ALONE, marker, *self.parts, "</svg>"]) + "\n"
+        (FOLDER / f"{self.name}.svg").write_text(text, encoding="utf-8")
+
+
+def causal_tracing() -> None:
+    """Clean, corrupted, patched: one state is carried over."""
+    d = Drawing("causal_tracing", 270)
+    words, first = ["The", "Eiffel", "Tower", "is", "in"], 1
+    runs = {"clean run": 40, "corrupted run": 280, "patched run": 520}
+    bars = {"clean run": 60, "corrupted run": 6, "patched run": 44}
+    for run, x in runs.items():
+        d.text(x + 80, 20, run, weight="600")
+        for i, word in enumerate(words):
+            d.text(x + 40 * i, 250, word, size=12)
+            for layer in range(4):
+                y = 200 - 36 * layer
+                broken = run != "clean run" and i >= first
+                healed = run == "patched run" and (
+                    (i == 2 and layer >= 1) or (i == 4 and layer >= 2)
+                )
+                colour = LOST if broken and not healed else KNOWN
+                fade = 0.45 if colour == LOST else 0.9
+                d.dot(x + 40 * i, y, colour, fill_opacity=fade)
+                if layer:
+                    d.line(x + 40 * i, y + 27, x + 40 * i, y + 9, opacity=0.4)
+        if run != "clean run":
+            d.text(x + 60, 230, "+ noise", size=12)
+        d.line(x + 160, 84, x + 160, 66, opacity=0.4)
+        d.text(x + 74, 58, "Paris", size=13, anchor="end")
+        d.box(x + 80, 47, 80, 13, r=2)
+        d.box(x + 80, 47, bars[run], 13, KNOWN, opacity=0.9, r=2, line="none")
+    x, y = 40 + 80, 200 - 36
+    d.dot(x, y, KNOWN, 12, stroke="currentColor", stroke_width=2)
+    d.dot(520 + 80, y, KNOWN, 12, stroke="currentColor", stroke_width=2)
+    d.line(x + 13, y - 3, 520 + 66, y - 3, bend=56, width=2, arrow=True)
+    d.save()
+
+
+def rome() -> None:
+    """A key picks a value out of a matrix; a rank-one change gives it another one."""
+    d = Drawing("rome", 230)
+    key, value = [0.9, 0.15, 0.6, 0.1, 0.75, 0.3], [0.7, 0.2, 0.85, 0.4, 0.55]
+    table = [[((3 * i + 5 * j) % 7) / 12 + 0.08 for j in range(5)] for i in range(6)]
+    d.text(92, 24, "key", weight="600")
+    d.text(92, 214, "“… Eiffel Tower”", size=12)
+    d.cells(82, 50, key, GIVEN, across=False, size=22)
+    for x, title in ((190, "memory W"), (470, "W + u vᵀ")):
+        d.text(x + 55, 24, title, weight="600")
+        for i, row in enumerate(table):
+            d.cells(x, 50 + 22 * i, row, KNOWN, size=22)
+    for i, k in enumerate(key):
+        d.cells(470, 50 + 22 * i, [k * v for v in value], NEW, size=22)
+    d.line(112, 116, 182, 116, arrow=True)
+    d.cells(190, 188, [0.5, 0.7, 0.3, 0.8, 0.2], KNOWN, size=22)
+    d.line(310, 116, 462, 116, width=2, arrow=True)
+    d.text(386, 104, "one fact edited", size=12)
+    d.text(386, 136, "every other key: as before", size=11)
+    d.cells(470, 188, value, NEW, size=22)
+    d.text(590, 204, "value: Rome", size=12, anchor="start")
+    d.text(310, 204, "value: Paris", size=12, anchor="start")
+    d.save()
+
+
+def function_vectors() -> None:
+    """A vector out of few-shot prompts, added to a prompt without examples."""
+    d = Drawing("function_vectors", 240)
+    prompts = ["hot → cold, big → small, up →", "new → old, in → out, dark →"]
+    prompts.append("good → bad, high → low, left →")
+    for i, prompt in enumerate(prompts):
+        y = 40 + 62 * i
+        d.box(16, y, 220, 34)
+        d.text(126, y + 22, prompt, size=12)
+        for head in range(3):
+            strong = head == 1
+            d.dot(258 + 20 * head, y + 17, NEW if strong else LOST, 7,
+                  fill_opacity=0.95 if strong else 0.4)  # fmt: skip
+        d.line(318, y + 17, 364, 119 + 3 * (i - 1), opacity=0.7, arrow=i == 1)
+    d.text(126, 22, "prompts with examples", weight="600")
+    d.text(278, 22, "heads", weight="600")
+    d.text(
+        16,
+        228,
+        "the examples are different, the task is the same",
+        size=11,
+        anchor="start",
+    )
+    d.cells(368, 112, [0.8, 0.3, 0.95, 0.5, 0.7, 0.2], NEW, size=14)
+    d.text(410, 100, "function vector", weight="600", size=13)
+    d.text(410, 146, "mean output of", size=11)
+    d.text(410, 160, "a few heads", size=11)
+    d.line(458, 119, 536, 119, width=2, arrow=True)
+    d.text(492, 110, "add", size=12)
+    d.text(610, 22, "a prompt without examples", weight="600")
+    for layer in range(4):
+        here = layer == 1
+        y = 170 - 34 * layer
+        d.dot(552, y - 17, NEW if here else LOST, 9, fill_opacity=0.9 if here else 0.5)
+        if layer:
+            d.line(552, y + 7, 552, y - 6, opacity=0.5)
+    d.box(520, 180, 64, 30)
+    d.text(552, 200, "dry →", size=13)
+    d.line(562, 51, 610, 51, arrow=True)
+    d.text(620, 56, "wet", anchor="start", weight="600")
+    d.save()
+
+
+def acdc() -> None:
+    """From the output back, every edge is cut that the task does not need."""
+    d = Drawing("acdc", 240)
+    rows = {0: [90, 170], 1: [50, 130, 210], 2: [50, 130, 210], 3: [130]}
+    kept = {(1, 0, 3, 0), (2, 2, 3, 0), (1, 1, 2, 2), (0, 1, 1, 1), (0, 0, 1, 0)}
+    ends = [(r, i) for r, xs in rows.items() for i in range(len(xs))]
+
+    def place(r, i, x):
+        return x + rows[r][i], 206 - 56 * r
+
+    for x, title in ((20, "every edge"), (440, "the circuit")):
+        d.text(x + 130, 22, title, weight="600")
+        used = {(r, i) for a, b, c, e in kept for r, i in ((a, b), (c, e))}
+        for r1, i1 in ends:
+            for r2, i2 in ends:
+                if r1 >= r2 or r2 - r1 > 2:
+                    continue
+                (x1, y1), (x2, y2) = place(r1, i1, x), place(r2, i2, x)
+                stays = (r1, i1, r2, i2) in kept
+                if x == 20:
+                    d.line(x1, y1, x2, y2, width=1, opacity=0.35)
+                elif stays:
+                    d.line(x1, y1, x2, y2, width=3, colour=KNOWN)
+        for r, i in ends:
+            px, py = place(r, i, x)
+            on = x == 20 or (r, i) in used
+            d.dot(px, py, KNOWN if on else LOST, 10, fill_opacity=1 if on else 0.3,
+                  stroke="currentColor", stroke_width=1)  # fmt: skip
+        d.text(x + 130, 234, "prompt", size=12)
+        d.text(x + 148, 42, "answer", size=12, anchor="start")
+    d.line(300, 50, 300, 190, width=2, arrow=True)
+    for i, line in enumerate(
+        ["from the answer back:", "cut an edge;", "keep the cut if the"]
+    ):
+        d.text(318, 84 + 20 * i, line, size=12, anchor="start")
+    d.text(318, 144, "answer stays the same", size=12, anchor="start")
+    d.save()
+
+
+def neuron_explanation() -> None:
+    """Explain, simulate, score."""
+    d = Drawing("neuron_explanation", 230)
+    for x, title in ((20, "1 explain"), (260, "2 simulate"), (500, "3 score")):
+        d.text(x, 24, title, anchor="start", weight="600")
+    seen = [("a", 0.05), ("red", 0.9), ("car", 0.1), ("blue", 0.7), ("sky", 0.2)]
+    new = [("the", 0.0), ("green", 0.8), ("door", 0.3), ("of", 0.0), ("gold", 0.6)]
+
+    def text(x, y, words, colour):
+        for i, (word, strength) in enumerate(words):
+            d.box(x + 40 * i, y, 38, 24, colour, opacity=strength, line="none")
+            d.text(x + 40 * i + 19, y + 17, word, size=13)
+
+    text(16, 48, seen, KNOWN)
+    d.text(116, 92, "where the neuron is active", size=12)
+    d.line(116, 104, 116, 134, arrow=True)
+    d.box(30, 142, 172, 32)
+    d.text(116, 163, "“words for colours”", size=13)
+    d.text(116, 196, "a sentence, from these texts", size=12)
+    d.line(206, 158, 262, 84, bend=-8, arrow=True)
+    text(256, 48, new, NEW)
+    d.text(356, 92, "where the sentence says", size=12)
+    d.text(356, 108, "it should be active", size=12)
+    real = [("the", 0.0), ("green", 0.9), ("door", 0.1), ("of", 0.0), ("gold", 0.85)]
+    text(256, 142, real, KNOWN)
+    d.text(356, 186, "where it is, in new texts", size=12)
+    d.line(464, 62, 500, 98, arrow=True)
+    d.line(464, 154, 500, 122, arrow=True)
+    points = [(0.0, 0.02), (0.82, 0.9), (0.3, 0.12), (0.05, 0.0), (0.62, 0.85)]
+    d.line(530, 180, 530, 46)
+    d.line(530, 180, 690, 180)
+    d.line(534, 172, 680, 60, opacity=0.4, stroke_dasharray="4 4")
+    for sx, sy in points:
+        d.dot(540 + 140 * sx, 170 - 115 * sy, GIVEN, 6)
+    d.text(610, 200, "simulated", size=12)
+    d.text(516, 116, "real", size=12, transform="rotate(-90 516 116)")
+    d.text(610, 222, "score = correlation", size=13)
+    d.save()
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for draw in (causal_tracing, rome, function_vectors, acdc, neuron_explanation):
+        draw()
