@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+pytest_plugins = ["browser"]  # the fixtures for tests in a browser
 ONLINE = os.environ.get("MECHTUT_ONLINE") == "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -23,8 +24,16 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# the longest files: they begin first, so that the workers finish together
-LONG = ("test_site.py", "mini/test_training.py", "papers/", "circuits/", "neurons/")
+# the longest files: they begin first, so that the workers finish together; the pages to
+# explore somewhat later, when the worker of test_site.py has built the site
+LONG = (
+    "test_site.py",
+    "mini/test_training.py",
+    "test_explore.py",
+    "papers/",
+    "circuits/",
+    "neurons/",
+)
 
 
 def pytest_collection_modifyitems(items):

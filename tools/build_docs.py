@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+import browser_pages
 from api_pages import api_pages
 from page_html import finished, plain_table
 
@@ -250,6 +251,7 @@ def write_book() -> None:
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     shutil.rmtree(BOOK, ignore_errors=True)
     shutil.copytree(ROOT / "docs", BOOK)
+    browser_pages.fill(BOOK)
     bibliography = (ROOT / "docs/references.bib").read_text(encoding="utf-8")
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
@@ -307,6 +309,7 @@ def build() -> None:
     mathjax(
         SITE / "_static/mathjax"
     )  # not earlier: jupyter-book would load every script below _static on every page
+    browser_pages.add(SITE)
 
 
 class Page(HTMLParser):
