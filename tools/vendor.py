@@ -1,8 +1,8 @@
 """Packages of the npm registry that the site or its tests use, pinned by version and
 hash: `python tools/vendor.py NAME` prints the folder.
 
-npm fetches each once, from the registry that it is set up for, into `vendor/` in
-mechtut's cache folder. Nothing of theirs is committed.
+Each is fetched once, into `vendor/` in mechtut's cache folder. Nothing of theirs is
+committed.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 from mechtut.models.weights import cache_folder
 
@@ -48,17 +49,29 @@ def integrity(archive: Path) -> str:
 
 
 def pack(name: str, version: str, into: Path) -> Path:
-    """Let npm fetch a package's archive."""
+    """Fetch a package's archive: from the public registry, else by npm, which knows the
+    registry and the passwords of the reader.
+    """
+    archive = into / f"{name}-{version}.tgz"
+    url = f"https://registry.npmjs.org/{name}/-/{archive.name}"
+    try:
+        with urlopen(url, timeout=60) as answer, archive.open("wb") as out:
+            shutil.copyfileobj(answer, out)
+        return archive
+    except OSError as error:
+        said = error
     npm = shutil.which("npm")
     if npm is None:
-        raise FileNotFoundError(
-            f"npm is needed to fetch {name} {version}, and is not installed"
+        raise ConnectionError(
+            f"{url} could not be fetched ({said}), and there is no npm"
         )
     command = [npm, "pack", f"{name}@{version}", "--pack-destination", str(into)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ConnectionError(f"npm could not fetch {name} {version}:\n{done.stderr}")
-    return into / f"{name}-{version}.tgz"
+        raise ConnectionError(
+            f"neither {url} ({said}) nor npm could be reached:\n{done.stderr}"
+        )
+    return archive
 
 
 def fetch(name: str) -> Path:
@@ -71,8 +84,7 @@ def fetch(name: str) -> Path:
         The folder that has its package.json.
 
     Raises:
-        FileNotFoundError: If npm is needed and not installed.
-        ConnectionError: If npm cannot fetch it.
+        ConnectionError: If it cannot be fetched.
         ValueError: If the archive is not the one that was pinned.
     """
     package = PACKAGES[name]
@@ -103,5 +115,5 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=sorted(PACKAGES))
     try:
         print(fetch(parser.parse_args().name))
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError) as error:
         sys.exit(str(error))
