@@ -248,7 +248,9 @@ def neuron_explanation() -> None:
     d.save()
 
 
+ALL = (causal_tracing, rome, function_vectors, acdc, neuron_explanation)
+
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for draw in (causal_tracing, rome, function_vectors, acdc, neuron_explanation):
+    for draw in ALL:
         draw()

@@ -79,7 +79,8 @@ def _shell(title: str, body: str) -> str:
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>body{{margin:0;background:Canvas;color:CanvasText}}</style></head><body>{body}</body></html>"
+        "<style>body{margin:0;background:Canvas;color:CanvasText}</style></head>"
+        f"<body>{body}</body></html>"
     )
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c010

@@ -1,0 +1,261 @@
+"""What a reader meets on the site: navigation, words, figures, contrast. In headless
+Chromium; axe-core looks for what keeps people out.
+"""
+
+import html
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+NOTEBOOKS = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in p.parts
+)
+PAPERS = [p for p in NOTEBOOKS if "/papers/" in p]
+# words of code in colour, which one style sheet makes, and formulas
+PLAIN = """() => {
+  document.querySelectorAll("div.highlight pre").forEach(
+    e => e.textContent = e.textContent);
+  document.querySelectorAll("mjx-container").forEach(e => e.remove());
+}"""
+
+
+def source(path: str) -> list[dict]:
+    notebook = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    return [{**c, "source": "".join(c["source"])} for c in notebook["cells"]]
+
+
+def pages(site: Path) -> list[str]:
+    found = [p.relative_to(site).as_posix() for p in site.rglob("*.html")]
+    made = ("genindex.html", "search.html", "py-modindex.html")
+    return sorted(p for p in found if "_static" not in p and p not in made)
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    from vendor import fetch
+
+    return (fetch("axe-core") / "axe.min.js").read_text(encoding="utf-8")
+
+
+def serious(page, axe: str) -> list[str]:
+    """What axe-core finds serious or worse on an open page."""
+    page.evaluate(axe)
+    found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
+    return [
+        f"{v['id']}: {n['html'][:120]} ({n['failureSummary'][:160]})"
+        for v in found
+        if v["impact"] in ("serious", "critical")
+        for n in v["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_nothing_keeps_people_out(part, site, address, browser, axe):
+    """Every page; the longest read ones also dark, one with the colours of its code."""
+    todo = [(p, "light", p.endswith("11_rome.html")) for p in pages(site)]
+    long = re.compile(r"^(index|papers|nbs/(papers|guides|index)|explore)")
+    todo += [(p, "dark", "11_rome" in p) for p, *_ in todo if long.match(p)]
+    problems = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        for path, colours, coloured in todo[part::8]:
+            if colours != scheme:
+                continue
+            page.goto(address + path, wait_until="load")
+            if not coloured:
+                page.evaluate(PLAIN)
+            if found := serious(page, axe):
+                problems[path, scheme] = found
+        context.close()
+    assert not problems, json.dumps({str(k): v for k, v in problems.items()}, indent=1)
+
+
+def test_a_fault_is_found(browser, axe):
+    """The check itself: grey on white, and a picture without words."""
+    page = browser.new_page()
+    page.set_content(
+        "<html lang=en><title>x</title><main><p style='color:#ccc'>grey</p>"
+        "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='></main>"
+    )
+    found = serious(page, axe)
+    assert {f.split(":")[0] for f in found} == {"color-contrast", "image-alt"}
+    page.close()
+
+
+def test_at_most_twenty_links_lead_through_the_site(site):
+    for path in pages(site):
+        text = (site / path).read_text(encoding="utf-8")
+        nav = re.search(r'<nav class="bd-links section-nav".*?</nav>', text, re.DOTALL)
+        assert nav, path
+        links = re.findall(r"<a href", nav[0])
+        assert 6 <= len(links) <= 20, f"{path}: {len(links)} links"
+        if path != "index.html":
+            assert nav[0].count('aria-current="true"') == 1, path
+            assert nav[0].count('aria-current="page"') == 1, path
+
+
+def test_the_front_page_is_a_page(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert 'http-equiv="Refresh"' not in text and "<h1>mechtut" in text
+    card = re.search(r'property="og:image" content="[^"]*/mechtut/([^"]+)"', text)
+    assert card and (site / card[1]).is_file()
+    for path in pages(site):
+        text = (site / path).read_text(encoding="utf-8")
+        for name in ("og:title", "og:description", "og:url"):
+            told = re.search(rf'<meta property="{name}" content="([^"]*)"', text)
+            assert told and len(told[1]) > 2, f"{path} has no {name}"
+        assert text.count('<meta name="description"') == 1, path
+
+
+def test_every_figure_says_what_it_shows(site):
+    for path in pages(site):
+        text = (site / path).read_text(encoding="utf-8")
+        article = text[text.find("<article") : text.find("</article>")]
+        for image in re.findall(r"<img[^>]*>", article):
+            alt = re.search(r'alt="([^"]*)"', image)
+            assert alt and len(html.unescape(alt[1])) > 20, f"{path}: {image[:200]}"
+
+
+def test_drawings_are_those_that_the_script_draws(tmp_path):
+    import drawings
+
+    kept, drawings.FOLDER = drawings.FOLDER, tmp_path
+    try:
+        for draw in drawings.ALL:
+            draw()
+    finally:
+        drawings.FOLDER = kept
+    drawn = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert drawn == {p.name: p.read_text() for p in kept.glob("*.svg")}
+
+
+@pytest.mark.parametrize("path", PAPERS)
+def test_a_paper_has_its_drawing(path, site):
+    text = (site / path).with_suffix(".html").read_text(encoding="utf-8")
+    drawing = re.search(r'<svg class="drawing" role="img" aria-label="([^"]+)"', text)
+    assert drawing and len(drawing[1]) > 60
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "activation patching",
+        "path patching",
+        "causal mediation",
+        "sparse autoencoder",
+        "logit lens",
+    ],
+)
+def test_search_finds_the_words_of_the_field(visit, words):
+    page = visit(f"search.html?q={words.replace(' ', '+')}")
+    page.wait_for_selector("#search-results li")
+    assert "Glossary" in page.locator("#search-results").inner_text()
+
+
+def test_glossary(site):
+    text = "\n".join(
+        c["source"]
+        for c in source("nbs/guides/07_glossary.ipynb")
+        if c["cell_type"] == "markdown"
+    )
+    terms = re.findall(r"^### (.+)\n\n(.+)$", text, re.MULTILINE)
+    assert len(terms) >= 60 and f"> {len(terms)} terms" in text
+    assert len({t for t, _ in terms}) == len(terms)
+    for term, said in terms:
+        assert re.search(r"\*In mechtut:\* \[.+?\]\(https://mechtut", said), term
+        assert re.search(r"\*From:\* \[.+?\]\(https://", said), term
+
+
+@pytest.mark.parametrize("path", PAPERS)
+def test_exercises_have_one_form(path):
+    """Question with difficulty and minutes, starter that runs, hint, worked answer."""
+    cells = source(path)
+    begin = next(
+        i
+        for i, c in enumerate(cells)
+        if c["cell_type"] == "markdown" and "## Exercises" in c["source"]
+    )
+    rest = cells[begin:]
+    texts = "\n".join(c["source"] for c in rest if c["cell_type"] == "markdown")
+    titles = re.findall(
+        r"^### (\d+)\. .+\n\n?\*(easy|medium|hard) · \d+ minutes\*", texts, re.M
+    )
+    assert len(titles) >= 3, f"{path}: {len(titles)} exercises"
+    assert texts.count("<summary>Hint") >= len(titles)
+    printed = "".join(
+        "".join(o.get("text", "")) for c in rest for o in c.get("outputs", [])
+    )
+    for number, _ in titles:
+        assert f"Exercise {number}: nothing to check yet." in printed, number
+        assert f"Exercise {number}: right." in printed, f"{path} {number} has no answer"
+
+
+def test_tables_have_no_column_of_row_numbers(site):
+    from page_html import plain_table
+
+    row = "<tr><th>{}</th><td>{}</td></tr>"
+    rows = "".join(row.format(i, v) for i, v in enumerate(("yes", "2.5 ± 0.1")))
+    head = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody>"
+    told = plain_table(head + rows)
+    assert told.count("<th>") == 1 and told.count('<td class="text">yes') == 1
+    named = plain_table(head + row.format("layer 1", 3))
+    assert "<th>layer 1</th>" in named
+    for path in pages(site):
+        text = (site / path).read_text(encoding="utf-8")
+        for table in re.findall(r"<table[^>]*dataframe.*?</table>", text, re.DOTALL):
+            first = re.findall(r"<tr[^>]*>\s*<th[^>]*>(\d+)</th>", table)
+            assert first != [str(i) for i in range(len(first))] or not first, path
+
+
+def test_figures_are_not_white_boxes_on_a_dark_page(visit):
+    page = visit("nbs/papers/10_causal_tracing.html", scheme="dark")
+    image = page.locator(".cell_output img").first
+    style = image.evaluate("e => [getComputedStyle(e).filter, e.style.background]")
+    assert "invert" in style[0]
+    ink = page.locator("svg.drawing text").first.evaluate(
+        "e => getComputedStyle(e).fill"
+    )
+    assert min(int(v) for v in re.findall(r"\d+", ink)[:3]) > 150, "dark on dark"
+
+
+def test_wide_figures_keep_their_size_on_a_phone(phone):
+    page, complaints = phone("nbs/papers/10_causal_tracing.html")
+    image = page.locator("img.wide").first
+    assert image.evaluate("e => e.getBoundingClientRect().width") > 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not complaints
+
+
+def test_code_wraps_on_a_phone(phone):
+    page, _ = phone("nbs/papers/11_rome.html")
+    too_wide = page.eval_on_selector_all(
+        ".cell_input pre",
+        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length",
+    )
+    assert too_wide == 0
+
+
+def test_readme_pictures_have_words():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[([^\]]*)\]\((docs/figures/[^)]+)\)", text)
+    assert len(pictures) >= 3
+    for alt, file in pictures:
+        assert len(alt) > 40 and (ROOT / file).is_file()
+
+
+def test_a_report_says_what_it_stands_on():
+    command = [sys.executable, "-m", "mechtut", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(
+        r"mechtut \d.*Python \d.*torch \d.*transformers \d", said, re.DOTALL
+    )
