@@ -10,15 +10,15 @@ from browser import ROOT
 
 
 def listed() -> list[str]:
-    """Notebooks in the sidebar of _quarto.yml, in its order."""
-    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"][
-        "contents"
-    ]
-    return [
+    """Notebooks in the sidebars of _quarto.yml, in their order."""
+    bars = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]
+    items = [item for bar in bars for item in bar["contents"]]
+    pages = [
         f
-        for item in contents
+        for item in items
         for f in ([item] if isinstance(item, str) else item["contents"])
     ]
+    return [f for f in pages if f.endswith(".ipynb")]
 
 
 NOTEBOOK_PAGES = [Path(p).with_suffix(".html").as_posix() for p in listed()]

@@ -17,7 +17,7 @@ from mechtut._packages import import_graph, imports_in  # noqa: E402
 
 DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.MULTILINE)
 ALWAYS = ("tests/test_notebooks_style.py", "tests/test_packaging.py")
-SITE = ("docs/", "_quarto.yml", "tools/build_docs.py", "tools/api_pages.py")
+SITE = ("docs/", "_quarto.yml", "tools/")
 
 
 def changed_files(commit: str) -> set[str]:
