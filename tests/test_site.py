@@ -40,15 +40,15 @@ def test_every_notebook_has_a_page_with_its_figures(site):
         assert text.count("<img alt=") >= pictures, f"{page} lacks figures"
 
 
-def test_index_page_says_what_this_is_within_one_screen(visit):
+def test_front_page_says_what_this_is_within_one_screen(visit):
     page = visit("index.html")
-    assert page.locator(".sd-card").count() == 4
-    last = page.locator(".sd-card").last.bounding_box()
-    assert last["y"] < 900, "the cards begin below the first screen"
-    assert page.get_by_text("python3 tools/go.py trace").count()
-    assert page.locator("article img").first.evaluate(
-        "i => i.complete && i.naturalWidth > 0"
-    )
+    figure = page.locator("article img").first
+    assert figure.evaluate("i => i.complete && i.naturalWidth > 0")
+    box = figure.bounding_box()
+    assert box["y"] + box["height"] < 900, "the figure ends below the first screen"
+    paths = page.locator(".paths .sd-card")
+    assert paths.count() == 2 and paths.first.bounding_box()["y"] < 900
+    assert page.locator(".sd-card").count() == 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOK_PAGES + OTHER_PAGES)
@@ -123,4 +123,4 @@ def test_chart_leads_to_the_methods(visit):
     )
     assert len(links) == 8 and all(x.endswith(".html") for x in links)
     page.locator(".choose a").first.click()
-    page.wait_for_url("**/10_causal_tracing.html")
+    page.wait_for_url("**/models/hooks.html")

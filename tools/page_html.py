@@ -99,4 +99,5 @@ def with_drawings(page: str, folder: Path) -> str:
             "<svg ", f'<svg class="drawing" role="img" aria-label="{label}" ', 1
         )
 
-    return re.sub(r'<img[^>]*drawings/(\w+)\.svg"[^>]*>', inline, page)
+    names = "|".join(sorted(file.stem for file in folder.glob("*.svg")))
+    return re.sub(rf'<img[^>]*/({names})\.svg"[^>]*>', inline, page)
