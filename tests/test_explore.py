@@ -6,7 +6,6 @@ import base64
 import itertools
 import json
 import re
-import shutil
 import sys
 
 import pytest
@@ -26,8 +25,6 @@ from mechtut.prompts.subject_noise import Noise, corrupt
 
 sys.path.insert(0, str(ROOT / "tools"))
 import vendor
-
-needs_npm = pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
 
 FOLDER = ROOT / "docs/_static/explore"
 PAGES = ("traces", "circuits", "neurons")
@@ -316,14 +313,6 @@ def offences(page) -> list[str]:
     ]
 
 
-@needs_npm
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_accessible_in_both_schemes(visit, name, scheme):
-    page = opened(visit, name, scheme=scheme)
-    assert offences(page) == []
-
-
 def test_colours_follow_the_scheme(visit):
     colour = "getComputedStyle(document.querySelector('.cell')).backgroundColor"
     shown = {s: opened(visit, "traces", scheme=s) for s in ("light", "dark")}
@@ -336,8 +325,6 @@ def test_colours_follow_the_scheme(visit):
 @pytest.fixture(scope="module")
 def tried(browser, address):
     """The page with the model loaded by its button, and all that it fetched."""
-    if not shutil.which("npm"):
-        pytest.skip("the site has no model: npm is not installed")
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     complaints, asked = [], []
     page = watched(context, address, complaints)

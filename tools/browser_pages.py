@@ -159,7 +159,7 @@ def browser_files() -> Iterator[tuple[str, Path]]:
 def add(site: Path) -> None:
     """Put scripts, data and the model into the built site.
 
-    Without npm or its registry, the site is built without the model, and says so.
+    Without the npm registry, the site is built without the model, and says so.
     """
     for name in OWN:
         if (STATIC / name).is_dir():
@@ -170,7 +170,7 @@ def add(site: Path) -> None:
     place.mkdir(exist_ok=True)
     try:
         files = dict(browser_files())
-    except (FileNotFoundError, ConnectionError, ImportError) as error:
+    except (ConnectionError, ImportError) as error:
         print(f"the page explore/try.html lacks its model: {error}", file=sys.stderr)
         return
     for name, file in files.items():
