@@ -555,7 +555,7 @@ def test_pages(records, lively, tmp_path):
             re.fullmatch(r"\d+-\d+\.html", link) and (tmp_path / link).exists()
             for link in links.found
         )
-        assert "http" not in text and "prefers-color-scheme:dark" in text
+        assert "http" not in text and "background:Canvas" in text
     assert index.read_text().count("<tr>") == 1 + len(scored)
     assert len(json.loads((tmp_path / "scores.json").read_text())) == 4
     assert (
