@@ -179,7 +179,8 @@ def new_paper(name: str, folder: Path) -> Path:
     words = name.split("_")
     title, class_name = " ".join(words).capitalize(), "".join(w.title() for w in words)
     text = (here / "data" / "new_paper.json").read_text(encoding="utf-8")
-    for mark, value in {"name": name, "title": title, "Class": class_name}.items():
+    marks = {"name": name, "title": title, "Class": class_name, "file": target.name}
+    for mark, value in marks.items():
         text = text.replace("{{" + mark + "}}", value)
     target.write_text(text, encoding="utf-8")
     return target

@@ -164,6 +164,8 @@ def test_first_code_cell_makes_the_notebook_run_on_colab(path):
         f"{path}: copy the cell of another notebook"
     )
     assert f'release = "{version}"' in first, f"{path}: installs another release"
+    badge = f"https://colab.research.google.com/github/mechtut/mechtut/blob/v{version}/"
+    assert f"({badge}{path})" in cells(path)[0]["source"], f"{path}: no badge"
 
 
 @each_notebook

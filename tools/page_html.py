@@ -61,7 +61,8 @@ def without_thebe(page: str) -> str:
 
 def with_labels(page: str) -> str:
     """What a screen reader says is what stands there."""
-    return page.replace(' aria-label="Toggle hidden content"', "")
+    page = page.replace(' aria-label="Toggle hidden content"', "")
+    return page.replace('<div role="list" class="citation-list">', "<div>")
 
 
 def with_description(page: str, address: str) -> str:

@@ -480,7 +480,7 @@ def test_ways_out(circuit):
         and "<script" not in html
         and "http" not in html
     )
-    assert "prefers-color-scheme:dark" in html and all(
+    assert "currentColor" in html and all(
         f"{e.effect:.4g}" in html for e in circuit.edges if e.child == "out"
     )
     assert (
