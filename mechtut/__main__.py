@@ -18,6 +18,14 @@ COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 WIDTH = 100  # columns of a printed table
 
 
+class Versions(argparse.Action):
+    """`--version`: looked up when it is asked for, and not at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(versions())
+        parser.exit()
+
+
 def versions() -> str:
     """What a report of a fault should say: the package, Python, what it stands on."""
     import platform
@@ -38,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         prog="mechtut",
         description="Mechanistic interpretability, one paper per notebook.",
     )
-    top.add_argument("--version", action="version", version=versions())
+    top.add_argument(
+        "--version", action=Versions, nargs=0, help="say what is installed"
+    )
     commands = top.add_subparsers(
         dest="command",
         required=True,

@@ -48,6 +48,8 @@ def axe() -> str:
 
 def serious(page, axe: str, colours: bool = True) -> list[str]:
     """What axe-core finds serious or worse on an open page."""
+    # a colour on its way to the dark one is not what people read
+    page.add_style_tag(content="* { transition: none !important }")
     page.evaluate(axe)
     rules = {"color-contrast": {"enabled": colours}}
     found = page.evaluate(

@@ -3,8 +3,8 @@
 `_quarto.yml` is the one source of navigation. From it, the notebooks (with the outputs
 that are saved in them), the texts in `docs/` and the docstrings of the package this
 script writes the sources of a Jupyter Book into `_build/book/`, lets jupyter-book turn
-them into pages with warnings as errors, and checks every internal link. Nothing is
-fetched or executed.
+them into pages with warnings as errors, and checks every internal link. No notebook
+is executed; ONNX Runtime Web is fetched once (`tools/vendor.py`).
 """
 
 import argparse
@@ -27,7 +27,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 import browser_pages
 from api_pages import api_pages
-from page_html import finished, plain_table
+from page_html import alternative, finished, plain_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWINGS = ROOT / "docs/_static/drawings"
@@ -158,12 +158,6 @@ def shown(cell: dict, page: Path) -> dict | None:
         "outputs": outputs,
         "metadata": {"tags": tags, "mystnb": about},
     }
-
-
-def alternative(source: str) -> str:
-    """What the figure of a cell shows, in words: its `#| fig-alt:` lines."""
-    found = re.search(r"^#\| fig-alt: (.+(?:\n#\|   .+)*)", source, re.MULTILINE)
-    return " ".join(re.sub(r"\n#\|\s+", " ", found[1]).split()) if found else "figure"
 
 
 def local_links(text: str, page: Path) -> str:

@@ -15,7 +15,7 @@ def plain_table(text: str) -> str:
     >>> plain_table("<tr><th>0</th><td>yes</td></tr><tr><th>1</th><td>2.5</td></tr>")
     '<tr><td class="text">yes</td></tr><tr><td>2.5</td></tr>'
     """
-    if text.lstrip().startswith("<div") and "<table" not in text:
+    if "<tr" not in text:
         return text
     head, body, tail = text.rpartition("<tbody>")
     first = re.findall(r"<tr[^>]*>\s*<th[^>]*>(.*?)</th>", tail)
@@ -31,6 +31,12 @@ def plain_table(text: str) -> str:
     return (head + body + tail).replace('border="1" ', "")
 
 
+def alternative(source: str) -> str:
+    """What the figure of a cell shows, in words: its `#| fig-alt:` lines."""
+    found = re.search(r"^#\| fig-alt: (.+(?:\n#\|   .+)*)", source, re.MULTILINE)
+    return " ".join(re.sub(r"\n#\|\s+", " ", found[1]).split()) if found else "figure"
+
+
 def finished(page: str, address: str, drawings: Path) -> str:
     """A page as it is published.
 
@@ -40,9 +46,7 @@ def finished(page: str, address: str, drawings: Path) -> str:
         drawings: Folder of the drawings, which are put into the page itself, so that
             they take its colours.
     """
-    for change in (without_thebe, with_labels):
-        page = change(page)
-    page = with_description(page, address)
+    page = with_description(with_labels(without_thebe(page)), address)
     return with_drawings(page, drawings)
 
 

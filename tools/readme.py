@@ -11,6 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from page_html import alternative
+
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/figures"
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?", re.MULTILINE)
@@ -26,8 +29,6 @@ def code(cell: dict, figures: dict[str, bytes]) -> str:
     """A code cell and what it printed; pictures are added to `figures` and linked."""
     source = text_of(cell["source"])
     tags = cell.get("metadata", {}).get("tags", [])
-    alt = re.search(r"^#\| fig-alt: (.+(?:\n#\|   .+)*)", source, re.MULTILINE)
-    told = " ".join(re.sub(r"\n#\|\s+", " ", alt[1]).split()) if alt else "figure"
     silent = {"remove-input", "hide-input"} & set(tags) or "#| echo: false" in source
     if HIDDEN.search(source) or {"remove-cell", "hide-cell"} & set(tags):
         return ""
@@ -39,7 +40,7 @@ def code(cell: dict, figures: dict[str, bytes]) -> str:
         if "image/png" in data:
             name = f"{FIGURES}/readme-{len(figures) + 1}.png"
             figures[name] = base64.b64decode(text_of(data["image/png"]))
-            parts.append(f"![{told}]({name})")
+            parts.append(f"![{alternative(source)}]({name})")
         elif "text/markdown" in data:
             parts.append(text_of(data["text/markdown"]).strip())
         elif text := text_of(data.get("text/plain", output.get("text", ""))).rstrip():
