@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import checked
 
+
+@checked
 def check(
     exercise: str,
     answer: Any,

@@ -23,7 +23,7 @@ from .metrics import finite
 from .runs import Contrast, Cuts, circuit_metric
 from .search import Pruner
 from ..models.loading import weight_fingerprint
-from ..models.checks import rounding
+from ..models.precision import rounding
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.results import provenance
 

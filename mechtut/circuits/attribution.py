@@ -9,7 +9,6 @@ __all__ = ['SHARES', 'EdgeScores', 'contrast_scores', 'attribution_scores', 'ran
 # %% ../../nbs/library/circuits/attribution.ipynb #c002
 import heapq
 import random
-import warnings
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checked, warn
 from ._wiring import projector, run
 from mechtut.circuits.graph import (
     Edge,
@@ -278,6 +278,7 @@ def _scores(
     }
 
 
+@checked
 def contrast_scores(
     contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5
 ) -> EdgeScores:
@@ -307,6 +308,7 @@ def contrast_scores(
     return EdgeScores(**_scores(contrast, method, steps, _over_all))
 
 
+@checked
 def attribution_scores(
     model: Model,
     clean: Tensor,
@@ -364,6 +366,7 @@ def attribution_scores(
     return contrast_scores(contrast, method, steps)
 
 
+@checked
 def random_scores(graph: Graph, seed: int = 0) -> EdgeScores:
     """Edges in random order: the baseline that any method must beat.
 
@@ -384,6 +387,7 @@ def random_scores(graph: Graph, seed: int = 0) -> EdgeScores:
     return EdgeScores(names=graph.sums, scores=scores, direct=direct, method="random")
 
 # %% ../../nbs/library/circuits/attribution.ipynb #c027
+@checked
 def select(
     scores: EdgeScores,
     *,
@@ -416,11 +420,10 @@ def select(
     """
     found = _select(scores, n, threshold, greedy)
     if found and not reaches_output(_graph_of(scores), found):
-        warnings.warn(
+        warn(
             f"no path leads through the {len(found)} selected edges from the embedding"
             " to the output, so the circuit does what the empty one does; take more"
-            " edges, or greedy=True",
-            stacklevel=2,
+            " edges, or greedy=True"
         )
     return found
 
@@ -528,6 +531,7 @@ class Faithfulness(Result):
         )
 
 
+@checked
 def faithfulness(
     contrast: Contrast,
     scores: EdgeScores,
@@ -570,6 +574,7 @@ def faithfulness(
     return Faithfulness(shares=tuple(shares), values=tuple(values), name=scores.method)
 
 
+@checked
 def plot_faithfulness(curves: Sequence[Faithfulness], ax: Any = None) -> Any:
     """Faithfulness by circuit size, one line per method.
 
@@ -714,6 +719,7 @@ def _over_prompts(
     return torch.einsum("nbrd,sbrd->nsr", gradient, written)
 
 
+@checked
 def attribution_by_position(
     contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5
 ) -> PositionScores:
@@ -746,7 +752,8 @@ def attribution_by_position(
     return PositionScores(positions=rows, **made)
 
 # %% ../../nbs/library/circuits/attribution.ipynb #p010
-def cut_at(contrast: Contrast, edge: Sequence[str], position: int) -> float:
+@checked
+def cut_at(contrast: Contrast, edge: Sequence[Any], position: int) -> float:
     """The metric with one edge cut at one position only.
 
     Args:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import Count, NotNegative, Positive, checked
 from ._wiring import apply_mlp, attend, attention_bias, projector
 from .attribution import EdgeScores
 from .graph import Edge, Graph, feeds, layer_of, number_of
@@ -29,6 +30,7 @@ from ..patching.matmul import fast_matmul
 from ..patching.results import Result, provenance
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c004
+@checked
 def maskable(graph: Graph) -> tuple[str, ...]:
     """The nodes that get a mask.
 
@@ -119,6 +121,7 @@ class _MaskedRun:
         return torch.cat([clean[:, :, : clean.shape[2] - len(rows)], value], dim=2)
 
 
+@checked
 def masked_logits(
     contrast: Contrast, masks: Float[Tensor, "node prompt"]
 ) -> Float[Tensor, "batch column d_vocab"]:
@@ -150,6 +153,7 @@ def masked_logits(
     return contrast.read(x[:, contrast.window.reads])
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c014
+@checked
 def node_circuit(graph: Graph, nodes: Iterable[str]) -> list[Edge]:
     """All edges between some nodes, the embeddings and `out`.
 
@@ -258,6 +262,7 @@ class NodeScores(Result):
         return [self.names[i] for i in order.tolist()]
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c021
+@checked
 def edge_scores(graph: Graph, scores: NodeScores) -> EdgeScores:
     """Scores of edges that rank them as `node_circuit` adds them, best nodes first.
 
@@ -282,6 +287,7 @@ def edge_scores(graph: Graph, scores: NodeScores) -> EdgeScores:
     )
 
 # %% ../../nbs/library/circuits/baselines.ipynb #c023
+@checked
 def head_importance(
     contrast: Contrast, *, per_prompt: bool = True, normalise: bool = True
 ) -> NodeScores:
@@ -346,6 +352,7 @@ def head_importance(
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 
 
+@checked
 def hard_concrete(
     theta: Float[Tensor, "node"], u: Float[Tensor, "node"] | None = None
 ) -> Float[Tensor, "node"]:
@@ -367,6 +374,7 @@ def hard_concrete(
     return (smooth.sigmoid() * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
 
+@checked
 def share_open(theta: Float[Tensor, "node"]) -> Float[Tensor, ""]:
     """The expected share of masks that are not exactly 0: what the regulariser counts.
 
@@ -413,12 +421,13 @@ class Subnetwork(NodeScores):
 PIECE = 100  # steps between two stops
 
 
+@checked
 def subnetwork_probing(
     contrast: Contrast,
     *,
-    penalty: float = 1.0,
-    steps: int = 3000,
-    lr: float = 1e-3,
+    penalty: NotNegative = 1.0,
+    steps: Count = 3000,
+    lr: Positive = 1e-3,
     seed: int = 0,
     folder: str | Path | None = None,
     progress: bool | None = None,
@@ -440,11 +449,6 @@ def subnetwork_probing(
     Raises:
         ValueError: For numbers that make no sense, and where the loss is not finite.
     """
-    if steps < 1 or not penalty >= 0 or not lr > 0:
-        raise ValueError(
-            f"need steps ≥ 1, penalty ≥ 0 and lr > 0; got steps={steps},"
-            f" penalty={penalty}, lr={lr}"
-        )
     metric = contrast.metric
     store = None
     if folder:  # identified by the weights, the prompts, the metric and the settings

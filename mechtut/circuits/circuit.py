@@ -18,6 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checked
 from . import drawing
 from .graph import Graph, check_edges, reaches_output
 from .metrics import Metric, Positions
@@ -186,6 +187,7 @@ class Circuit(Result):
         return self.to_html()
 
 # %% ../../nbs/library/circuits/circuit.ipynb #c012
+@checked
 def evaluate_circuit(
     model: Model,
     circuit: Circuit | Iterable[Sequence[Any]],
@@ -275,6 +277,7 @@ class Counts(NamedTuple):
         return x, self.true_positive / self.positives
 
 
+@checked
 def counts(
     found: Iterable[Sequence[Any]], truth: Iterable[Sequence[Any]], graph: Graph
 ) -> Counts:
@@ -301,6 +304,7 @@ def counts(
     )
 
 
+@checked
 def node_counts(
     found: Iterable[Sequence[Any]],
     truth: Iterable[Sequence[Any]],
@@ -376,6 +380,7 @@ class Roc(Result):
         return ax
 
 
+@checked
 def pessimistic_auc(points: Sequence[tuple[float, float]]) -> float:
     """Σ (1 − x at the next point) · rise.
 
@@ -392,6 +397,7 @@ def pessimistic_auc(points: Sequence[tuple[float, float]]) -> float:
     return sum((1 - x1) * (y1 - y0) for (_, y0), (x1, y1) in pairwise(points))
 
 
+@checked
 def roc(
     circuits: Iterable[Circuit | Iterable[Sequence[Any]]],
     truth: Iterable[Sequence[Any]],

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch
 
+from ..arguments import checked
 from .graph import Graph, component, feeds, layer_of, number_of
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c004
@@ -22,6 +23,7 @@ _WORDS = {"q": "query", "k": "key", "v": "value", "": "sum"}
 _Arrow = tuple[str, str, str, float]
 
 
+@checked
 def arrows(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> list[_Arrow]:
     """Edges between heads, MLPs and embeddings.
 
@@ -57,6 +59,7 @@ def arrows(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> list[_
     return found
 
 
+@checked
 def in_order(nodes: Iterable[str]) -> list[str]:
     """Nodes from first to last.
 
@@ -88,6 +91,7 @@ def _level(node: str) -> float:
     return layer + (0.5 if node.startswith("m") else 0)
 
 
+@checked
 def places(nodes: Iterable[str]) -> dict[str, tuple[float, float]]:
     """Where each part is drawn.
 
@@ -114,6 +118,7 @@ def places(nodes: Iterable[str]) -> dict[str, tuple[float, float]]:
     return found
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c012
+@checked
 def plot(
     edges: Iterable[Sequence[Any]],
     ax: Any = None,
@@ -190,6 +195,7 @@ font:12px system-ui,sans-serif;max-width:100%;overflow:auto}
 """
 
 
+@checked
 def to_html(
     edges: Iterable[Sequence[Any]], title: str = "", graph: Graph | None = None
 ) -> str:
@@ -270,6 +276,7 @@ def _box(node: str, x: float, y: float, found: Sequence[_Arrow]) -> str:
     )
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c023
+@checked
 def to_dot(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> str:
     """Graphviz source, at the level of heads and MLPs.
 
@@ -296,6 +303,7 @@ def to_dot(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> str:
     return head + "\n".join(lines) + "\n}\n"
 
 
+@checked
 def to_networkx(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> Any:
     """A `networkx.DiGraph` of all nodes with `effect` on the edges.
 

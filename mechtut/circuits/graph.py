@@ -16,6 +16,8 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
+from ..arguments import checked
+
 # %% ../../nbs/library/circuits/graph.ipynb #c004
 class Edge(NamedTuple):
     """An arrow of the graph.
@@ -39,6 +41,7 @@ _NODE = re.compile(
 )
 
 
+@checked
 def layer_of(node: str) -> int | None:
     """The layer in a node's name.
 
@@ -65,6 +68,7 @@ def layer_of(node: str) -> int | None:
     return None if number is None else int(number)
 
 
+@checked
 def number_of(node: str) -> int:
     """The number of a head, or of a group of heads that share keys and values.
 
@@ -81,6 +85,7 @@ def number_of(node: str) -> int:
     return int(node.split(".")[1].removeprefix("kv"))
 
 
+@checked
 def component(node: str) -> str:
     """The part of the model that a node belongs to.
 
@@ -98,6 +103,7 @@ def component(node: str) -> str:
     return ".".join(node.split(".")[: 2 if node.startswith("a") else 1])
 
 # %% ../../nbs/library/circuits/graph.ipynb #c008
+@checked
 @dataclass(frozen=True)
 class Order:
     """In which order a search tests the parents of a reader.
@@ -161,6 +167,7 @@ _ORDERS = {
 }
 
 
+@checked
 def parse_order(order: str | Order) -> Order:
     """An `Order` from its name.
 
@@ -189,6 +196,7 @@ def parse_order(order: str | Order) -> Order:
     return Order(*_ORDERS[name], seed=int(seed or 0))
 
 # %% ../../nbs/library/circuits/graph.ipynb #c012
+@checked
 @dataclass(frozen=True)
 class Graph:
     """The nodes of a decoder-only transformer, and the edges that can be cut.
@@ -379,6 +387,7 @@ class Graph:
         return (*(Edge(*names) for names in self.sums), *self.direct)
 
 # %% ../../nbs/library/circuits/graph.ipynb #c014
+@checked
 def feeds(graph: Graph, node: str) -> list[str]:
     """The nodes behind a node's placeholder edges.
 
@@ -403,6 +412,7 @@ def feeds(graph: Graph, node: str) -> list[str]:
     return [f"{where}.{h}" for h in heads]
 
 
+@checked
 def visits(graph: Graph) -> Iterator[str]:
     """All nodes in search order, from the output back.
 
@@ -430,6 +440,7 @@ def visits(graph: Graph) -> Iterator[str]:
     yield from reversed(graph.embeddings)
 
 
+@checked
 def reaches_output(graph: Graph, edges: Iterable[Sequence[Any]]) -> bool:
     """Whether a path of these edges leads from an embedding to the output.
 
@@ -457,6 +468,7 @@ def reaches_output(graph: Graph, edges: Iterable[Sequence[Any]]) -> bool:
     return "out" in reached
 
 
+@checked
 def check_edges(graph: Graph, edges: Iterable[Sequence[Any]]) -> list[Edge]:
     """Edges as `Edge`s, each of which the graph has.
 

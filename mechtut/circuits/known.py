@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..arguments import checked
 from .graph import Edge
 from ..models.loading import Model, load_model
 
 # %% ../../nbs/library/circuits/known.ipynb #c004
+@checked
 @dataclass(frozen=True, eq=False)
 class Handmade:
     """A model with known weights, and the edges that do its work.
@@ -39,6 +41,7 @@ class Handmade:
     answers: Int[Tensor, "batch pos"]
 
 
+@checked
 def blank(
     n_layers: int, n_heads: int, d_model: int, n_tokens: int, n_pos: int, d_mlp: int = 1
 ) -> Any:
@@ -89,6 +92,7 @@ _SHARP = 40.0
 LOUD = 12.0
 
 
+@checked
 def field(d_model: int, start: int, size: int) -> Float[Tensor, "d_model size"]:
     """A part of the stream, as a matrix that reads it.
 
@@ -107,6 +111,7 @@ def field(d_model: int, start: int, size: int) -> Float[Tensor, "d_model size"]:
     return torch.eye(d_model)[:, start : start + size]
 
 
+@checked
 @torch.no_grad()
 def write_head(
     hf: Any,
@@ -136,6 +141,7 @@ def write_head(
     attn.c_proj.weight[first : first + put.shape[1]] = put.T
 
 # %% ../../nbs/library/circuits/known.ipynb #c010
+@checked
 @torch.no_grad()
 def induction(
     n_prompts: int = 20,
@@ -215,6 +221,7 @@ def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
     return tuple(Edge(*e) for e in dict.fromkeys([*edges, *direct]))
 
 # %% ../../nbs/library/circuits/known.ipynb #c015
+@checked
 @torch.no_grad()
 def reverse(
     n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 0
@@ -265,6 +272,7 @@ def reverse(
     return Handmade(model, clean, both[n_prompts:], mask, truth, answers)
 
 # %% ../../nbs/library/circuits/known.ipynb #c018
+@checked
 @torch.no_grad()
 def gate(kind: str = "or", n_prompts: int = 8) -> Handmade:
     """A gate of two bits: tokens 0 and 1 at positions 0 and 1.

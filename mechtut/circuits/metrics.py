@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..arguments import AnyFloat, checked
+
 # %% ../../nbs/library/circuits/metrics.ipynb #c004
 Positions = str | int | Sequence[int] | Tensor
 
 
+@checked
 def find_positions(
     positions: Positions, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[list[int], Bool[Tensor, "batch read"]]:
@@ -127,6 +130,7 @@ _NAMED: dict[str, tuple[Callable[..., Tensor], int]] = {
 _FLAT_AT_CLEAN = ("kl", "l2")
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c024
+@checked
 @dataclass(frozen=True, eq=False)
 class Metric:
     """A named metric with its labels.
@@ -169,7 +173,8 @@ class Metric:
             )
 
 
-def nll(labels: Int[Tensor, "batch pos"]) -> Metric:
+@checked
+def nll(labels: Int[Tensor, "batch *pos"]) -> Metric:
     """Negative log-likelihood of the right tokens.
 
     Args:
@@ -186,7 +191,8 @@ def nll(labels: Int[Tensor, "batch pos"]) -> Metric:
     return Metric("nll", (labels,), labels.ndim == 2)
 
 
-def match_nll(labels: Int[Tensor, "batch pos"]) -> Metric:
+@checked
+def match_nll(labels: Int[Tensor, "batch *pos"]) -> Metric:
     """How much larger the negative log-likelihood is than the model's own.
 
     Args:
@@ -198,6 +204,7 @@ def match_nll(labels: Int[Tensor, "batch pos"]) -> Metric:
     return Metric("match_nll", (labels,), labels.ndim == 2)
 
 
+@checked
 def logit_diff(
     right: Int[Tensor, "batch *k"], wrong: Int[Tensor, "batch *k"]
 ) -> Metric:
@@ -217,7 +224,8 @@ def logit_diff(
     return Metric("logit_diff", (right, wrong))
 
 
-def docstring(right: Int[Tensor, "batch"], wrong: Int[Tensor, "batch k"]) -> Metric:
+@checked
+def docstring(right: Int[Tensor, "batch *k"], wrong: Int[Tensor, "batch *k"]) -> Metric:
     """Minus the difference of the right token's logit and the largest wrong one.
 
     Args:
@@ -230,8 +238,9 @@ def docstring(right: Int[Tensor, "batch"], wrong: Int[Tensor, "batch k"]) -> Met
     return Metric("docstring", (right, wrong))
 
 
+@checked
 def greater_than(
-    right: Int[Tensor, "batch k"], wrong: Int[Tensor, "batch k"]
+    right: Int[Tensor, "batch *k"], wrong: Int[Tensor, "batch *k"]
 ) -> Metric:
     """Minus the difference of the probabilities of right and wrong tokens.
 
@@ -245,7 +254,8 @@ def greater_than(
     return Metric("greater_than", (right, wrong))
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c026
-def finite(value: float, name: str) -> float:
+@checked
+def finite(value: AnyFloat, name: str) -> float:
     """The value of a metric, unless it is NaN or infinite.
 
     Args:
@@ -269,6 +279,7 @@ def finite(value: float, name: str) -> float:
     return value
 
 
+@checked
 class BoundMetric:
     """A metric of logits `[batch, read, d_vocab]` at the positions that it reads.
 

@@ -18,12 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from .graph import Edge, check_edges
 from .runs import Contrast, Cuts, circuit_metric
 from ..patching.checkpoints import quiet
 from ..patching.results import Result, provenance
 
 # %% ../../nbs/library/circuits/refining.ipynb #c006
+@checked
 class PlacedCuts(Cuts):
     """Which edges are present at which of the window's positions.
 
@@ -142,6 +144,7 @@ class RefinedCircuit(Result):
         return ax
 
 # %% ../../nbs/library/circuits/refining.ipynb #c011
+@checked
 def refine(
     contrast: Contrast,
     edges: Iterable[Sequence[Any]],

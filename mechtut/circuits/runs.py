@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from mechtut.circuits._wiring import (
     Run,
     Wiring,
@@ -26,9 +27,9 @@ from mechtut.circuits._wiring import (
 )
 from .graph import Edge, Graph, check_edges
 from .metrics import BoundMetric, Metric, Positions
-from ..models.checks import rounding
 from ..models.hooks import refuse_open_edits
 from ..models.loading import Model
+from ..models.precision import rounding
 from ..patching.partial import record_blocks
 
 # %% ../../nbs/library/circuits/runs.ipynb #c004
@@ -98,6 +99,7 @@ def _only_biases(wiring: Wiring, like: Tensor) -> Run:
     return found
 
 
+@checked
 def heads_write(
     wiring: Wiring,
     layer: int,
@@ -124,6 +126,7 @@ def heads_write(
     return out if gain is None else out * gain[:, rows]
 
 # %% ../../nbs/library/circuits/runs.ipynb #c009
+@checked
 @dataclass(frozen=True)
 class Window:
     """Which positions can matter.
@@ -189,6 +192,7 @@ class Window:
         return slice(first, last) if last - first == len(self.reads) else self.reads
 
 
+@checked
 class Contrast:
     """A clean and a corrupted run of a model on pairs of prompts, with a metric.
 
@@ -362,6 +366,7 @@ class Contrast:
         return torch.cat([self.constant_logits.repeat(copies, 1, 1), logits], dim=1)
 
 # %% ../../nbs/library/circuits/runs.ipynb #c019
+@checked
 class Cuts:
     """Which edges of a graph are present; at first all of them are.
 
@@ -626,6 +631,7 @@ def _pick(x: Tensor, index: list[int]) -> Tensor:
     return x if len(index) == len(x) else x[index]
 
 
+@checked
 @torch.no_grad()
 def circuit_logits(
     contrast: Contrast, cuts: Cuts, everything: bool = False
@@ -644,6 +650,7 @@ def circuit_logits(
     return contrast.read(x[:, contrast.window.reads])
 
 
+@checked
 def circuit_metric(contrast: Contrast, cuts: Cuts, everything: bool = False) -> float:
     """The metric of a circuit, by one forward pass.
 

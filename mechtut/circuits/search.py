@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checked
 from ._steps import AttentionStep, Changes, MLPStep, Plan, State
 from ._wiring import projector
 from .graph import Edge, layer_of, number_of
@@ -210,6 +211,7 @@ _ROWS = 384
 _FRESH = 100
 
 
+@checked
 class Pruner:
     """The metric of a circuit without one more edge, or several.
 

@@ -16,16 +16,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from .weights import mlp_projection
-from ..models.checks import at_least_float32
 from ..models.families import as_stored
 from ..models.hooks import hooked
 from ..models.loading import Model, pad_right, weight_fingerprint
+from ..models.precision import at_least_float32
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.matmul import fast_matmul
 from ..patching.partial import Stop
 
 # %% ../../nbs/library/editing/covariance.ipynb #n001
+@checked
 def mlp_keys(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
@@ -57,6 +59,7 @@ def mlp_keys(
     raise RuntimeError(f"layer {layer}'s MLP projection was never reached")
 
 
+@checked
 def key_covariance(
     model: Model,
     texts: Iterable[str],
@@ -145,6 +148,7 @@ def _chunk_sum(
     return torch.cat([total if total is not None else last[:0], last])
 
 
+@checked
 def check_covariance(
     model: Model, covariance: Float[Tensor, "d_mlp d_mlp"], layer: int
 ) -> Float[Tensor, "d_mlp d_mlp"]:

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..arguments import checked
 from .weights import WeightEdit
 from ..models.loading import Model, pad_right
 from ..prompts.facts import target_ids
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c009
+@checked
 @torch.no_grad()
 def target_log_probs(
     model: Model, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64
@@ -54,6 +56,7 @@ def target_log_probs(
     return out
 
 
+@checked
 def target_nll(
     model: Model, prompts: Sequence[str], targets: Sequence[str]
 ) -> list[float]:
@@ -80,6 +83,7 @@ def target_nll(
     ]
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c015
+@checked
 def counterfact_probs(
     model: Model, case: Mapping[str, Any]
 ) -> dict[str, list[dict[str, float]]]:
@@ -112,6 +116,7 @@ def counterfact_probs(
     }
 
 
+@checked
 def counterfact_scores(
     probs: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> dict[str, float]:
@@ -142,6 +147,7 @@ def counterfact_scores(
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c018
+@checked
 def zsre_correct(model: Model, case: Mapping[str, Any]) -> dict[str, list[bool]]:
     """For every target token of a zsRE record: is it the model's first choice?
 
@@ -191,6 +197,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
+@checked
 def ngram_entropy(text: str, n: int) -> float:
     """Entropy of the n-grams of words in a text.
 
@@ -214,6 +221,7 @@ def ngram_entropy(text: str, n: int) -> float:
     return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
 
 
+@checked
 def generation_entropy(texts: Sequence[str]) -> float:
     """Mean weighted bi- and trigram entropy of texts (GE, appendix of the paper).
 
@@ -233,6 +241,7 @@ def generation_entropy(texts: Sequence[str]) -> float:
     )
 
 
+@checked
 def reference_score(generated: Sequence[str], references: Sequence[str]) -> float:
     """Likeness of generated texts to reference texts (RS).
 
@@ -262,6 +271,7 @@ def reference_score(generated: Sequence[str], references: Sequence[str]) -> floa
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
+@checked
 @torch.no_grad()
 def sample(
     model: Model,
@@ -291,6 +301,7 @@ def sample(
     return tokens
 
 
+@checked
 def generation_scores(
     model: Model, case: Mapping[str, Any], n_tokens: int = 60, seed: int = 0
 ) -> dict[str, float]:
@@ -321,6 +332,7 @@ def generation_scores(
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c035
+@checked
 def evaluate_edit(
     model: Model, edit: WeightEdit, case: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -370,6 +382,7 @@ def evaluate_edit(
         return {"pre": before, "post": measure()}
 
 
+@checked
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over records in per cent, before and after the edit.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..arguments import checked
 from .evaluation import sample
 from ..models.loading import Model, document_start
 from ..prompts.subject_noise import token_spans
@@ -20,6 +21,7 @@ from ..prompts.subject_noise import token_spans
 TOKENS = ("subject_last", "subject_first", "last")
 
 
+@checked
 def locate(
     model: Model, template: str, subject: str, token: str = "subject_last"
 ) -> tuple[Int[Tensor, "pos"], int]:
@@ -69,6 +71,7 @@ def locate(
     return tokens, found[token]
 
 # %% ../../nbs/library/editing/requests.ipynb #n004
+@checked
 def context_templates(
     model: Model,
     seed: int = 0,

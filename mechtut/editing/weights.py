@@ -6,7 +6,6 @@
 __all__ = ['mlp_projection', 'WeightEdit', 'fine_tune']
 
 # %% ../../nbs/library/editing/weights.ipynb #c002
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..arguments import checked, warn
 from ..models.families import as_stored
 from ..models.hooks import check_layer, hooked
 from ..models.loading import Model, evaluating
 from ..prompts.facts import target_ids
 
 # %% ../../nbs/library/editing/weights.ipynb #c004
+@checked
 def mlp_projection(model: Model, layer: int) -> nn.Module:
     """The down-projection of a layer's MLP: keys in, values out.
 
@@ -50,13 +51,13 @@ def _warn_of_rounding(before: Tensor, after: Tensor, delta: Tensor) -> None:
     if lost > 0.1 and bool(wanted.any()):
         same = torch.equal(before, after)
         found = "are unchanged" if same else f"took it with an error of {lost:.0%}"
-        warnings.warn(
+        warn(
             f"the edit is too small for {after.dtype}: the stored weights {found}; load"
-            " the model with dtype=torch.float32 to edit it exactly",
-            stacklevel=3,
+            " the model with dtype=torch.float32 to edit it exactly"
         )
 
 
+@checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WeightEdit:
     """A change of one MLP down-projection.
@@ -125,6 +126,7 @@ class WeightEdit:
         self.revert()
 
 # %% ../../nbs/library/editing/weights.ipynb #c038
+@checked
 def fine_tune(
     model: Model,
     prompt: str,

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..arguments import checked
 from ..editing.covariance import key_covariance
 from ..editing.evaluation import evaluate_edit, summarize
 from ..editing.requests import context_templates
@@ -37,6 +38,7 @@ __all__ = ['EDITING', 'rome_scores', 'rome_lines', 'function_vector_scores', 'fu
 EDITING = RomeConfig(learning_rate=1.0, steps=30, clamp=15)
 
 
+@checked
 def rome_scores(
     model: Model, world: World, n: int = 30, config: RomeConfig = EDITING
 ) -> pd.DataFrame:
@@ -90,6 +92,7 @@ def rome_scores(
     return pd.DataFrame(rows)
 
 
+@checked
 def rome_lines(who: Candidate, world: World, n: int) -> list[Line]:
     """The exam's lines on ROME, at the layer with the best score.
 
@@ -111,6 +114,7 @@ def rome_lines(who: Candidate, world: World, n: int) -> list[Line]:
     ]
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c008
+@checked
 def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFrame:
     """Zero-shot accuracy by layer of injection, over all tasks that the model knows.
 
@@ -145,6 +149,7 @@ def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFr
     )
 
 
+@checked
 def function_vector_lines(who: Candidate, world: World, n: int) -> list[Line]:
     """The exam's lines on function vectors.
 
@@ -173,6 +178,7 @@ def function_vector_lines(who: Candidate, world: World, n: int) -> list[Line]:
     ]
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c011
+@checked
 def evaluate(
     model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None
 ) -> pd.DataFrame:
@@ -192,6 +198,7 @@ def evaluate(
     )
 
 
+@checked
 def examine_mini(folder: str | Path, *, n: int = 200) -> pd.DataFrame:
     """Examine a model folder, and write `evaluation.csv` and `README.md` into it.
 

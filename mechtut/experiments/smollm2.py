@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..arguments import checked
 from ..circuits.attribution import attribution_scores, select
 from ..circuits.circuit import Circuit
 from ..circuits.graph import number_of
@@ -28,8 +29,8 @@ from ..editing.weights import WeightEdit, fine_tune
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, pad_right
 from ..neurons.collect import collect
-from ..neurons.rules import RuleExplainer, RuleSimulator, TableExplainer
 from ..neurons.records import NeuronRecords
+from ..neurons.rules import RuleExplainer, RuleSimulator, TableExplainer
 from ..papers.acdc import sweep
 from ..papers.causal_tracing import AverageTrace, trace, trace_facts
 from mechtut.papers.function_vectors import (
@@ -64,6 +65,7 @@ __all__ = ['STORED', 'EXAMPLE', 'TASKS', 'GRADES', 'THRESHOLDS', 'SIZES', 'EDIT_
 STORED = Path(str(files("mechtut"))) / "data" / "smollm2"
 
 
+@checked
 def stored(name: str, kind: type[Result] | None = None) -> Any:
     """A result that was computed on SmolLM2 and comes with the package.
 
@@ -94,6 +96,7 @@ def stored(name: str, kind: type[Result] | None = None) -> Any:
     return kind.load(place) if kind else pd.read_csv(place)
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c006
+@checked
 def well_known(model: Model, n: int = 60) -> list[EverydayFact]:
     """Everyday facts that the model knows, about subjects of several tokens.
 
@@ -123,6 +126,7 @@ def well_known(model: Model, n: int = 60) -> list[EverydayFact]:
 EXAMPLE = ("The Eiffel Tower is in the city of", "Eiffel Tower")
 
 
+@checked
 def tracing(
     model: Model,
     facts: Sequence[EverydayFact],
@@ -167,6 +171,7 @@ def tracing(
     return found
 
 
+@checked
 def noise_elsewhere(
     model: Model,
     facts: Sequence[EverydayFact],
@@ -210,6 +215,7 @@ def noise_elsewhere(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c012
+@checked
 def elsewhere(facts: Sequence[EverydayFact], n: int = 60, seed: int = 0) -> list[str]:
     """Prompts about anything but some facts' relations and subjects.
 
@@ -234,6 +240,7 @@ def _last_log_probs(model: Model, prompts: Sequence[str]) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
+@checked
 def editing(
     model: Model,
     facts: Sequence[EverydayFact],
@@ -327,6 +334,7 @@ def _edited(
 TASKS = ("antonym", "present-past", "singular-plural", "capitalize")
 
 
+@checked
 def vectors(
     model: Model,
     task_name: str,
@@ -390,6 +398,7 @@ def vectors(
     return found, pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c018
+@checked
 def ioi_batch(
     model: Model, n: int, n_held_out: int, seed: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -428,6 +437,7 @@ def ioi_batch(
     return batch(rows[:n]), batch(rows[n : n + n_held_out])
 
 
+@checked
 def circuits(
     model: Model,
     thresholds: Sequence[float],
@@ -459,6 +469,7 @@ def circuits(
     return found, table
 
 
+@checked
 def attributed(
     model: Model, sizes: Sequence[int], *, n: int = 16, seed: int = 0
 ) -> pd.DataFrame:
@@ -516,6 +527,7 @@ def _faithfulness(
     )
 
 
+@checked
 def heads_of(
     model: Model, circuit: Circuit, n: int = 32, seed: int = 0
 ) -> pd.DataFrame:
@@ -573,6 +585,7 @@ def _names_at(
 GRADES = ("rules", "table", "neighbour's rules")
 
 
+@checked
 def neuron_scores(
     model: Model, records: NeuronRecords, every: int = 24
 ) -> pd.DataFrame:
@@ -607,6 +620,7 @@ def neuron_scores(
     return pd.DataFrame(rows)
 
 
+@checked
 def neurons(model: Model, layers: Sequence[int], folder: Path) -> NeuronRecords:
     """Records of some layers' neurons on the package's texts.
 
@@ -629,6 +643,7 @@ NEURON_LAYERS = (0, 1, 5, 10, 15, 20, 25, 29)
 PARTS = ("tracing", "editing", "vectors", "circuits", "neurons")
 
 
+@checked
 def compute(part: str, folder: Path, into: Path) -> None:
     """Compute one part at full size and store what the pages read.
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from safetensors.torch import load_file
 
+from ..arguments import checked
 from .evaluation import Line
 
 # %% auto #0
@@ -201,6 +202,7 @@ def _tried(folder: Path, table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/library/mini/card.ipynb #c015
+@checked
 def agreement(table: pd.DataFrame, other: pd.DataFrame, run: str) -> str:
     """In how far another run of the same command shows the same table, in words.
 
@@ -268,6 +270,7 @@ def _agreements(
     )
 
 # %% ../../nbs/library/mini/card.ipynb #c018
+@checked
 def model_card(folder: str | Path) -> str:
     """The README of a model folder, from the files beside it.
 

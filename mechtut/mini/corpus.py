@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..arguments import checked
 from mechtut.mini.world import (
     LIST_OPERATIONS,
     World,
@@ -33,6 +34,7 @@ UNCLEAR = 2.2
 Parts = list[tuple[str, float]]
 
 
+@checked
 @dataclass(frozen=True)
 class Document:
     """A piece of training text.
@@ -335,6 +337,7 @@ def _fact_list_doc(world: World, rng: random.Random) -> Parts:
     return parts
 
 # %% ../../nbs/library/mini/corpus.ipynb #c025
+@checked
 def icl_prompt(demonstrations: list[tuple[str, str]], query: str) -> str:
     r"""Question-and-answer demonstrations followed by a query, ending at its "A:".
 
@@ -639,6 +642,7 @@ MIXTURE = {
 }
 
 
+@checked
 def corpus(
     world: World, seed: int, mixture: dict[str, float] | None = None
 ) -> Iterator[Document]:

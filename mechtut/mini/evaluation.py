@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from .corpus import corpus, icl_prompt
 from .world import LIST_OPERATIONS, Fact, World, make_pairs
 from ..models.families import find_family
@@ -27,6 +28,7 @@ __all__ = ['Part', 'Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_len
            'evaluate']
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c005
+@checked
 class Candidate:
     """A language model under examination.
 
@@ -139,6 +141,7 @@ class Candidate:
         return [b == self.token(a) for b, a in zip(best, answers, strict=True)]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c007
+@checked
 @dataclass(frozen=True)
 class Line:
     """One line of the exam.
@@ -170,6 +173,7 @@ class Line:
         return self.measured <= float(number)
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c010
+@checked
 def facts_table(who: Candidate, world: World) -> pd.DataFrame:
     """Top-1 accuracy on facts by relation.
 
@@ -311,6 +315,7 @@ def _role_positions(start: int, stop: int, length: int) -> dict[str, int]:
     )
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c022
+@checked
 def trace_roles(
     who: Candidate,
     world: World,
@@ -507,6 +512,7 @@ def _circuits(who: Candidate, world: World, n: int) -> list[Line]:
     return lines
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c034
+@checked
 @torch.no_grad()
 def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[float]:
     """Mean p(answer) as read early, after each layer.
@@ -545,6 +551,7 @@ def _lens(who: Candidate, world: World, n: int) -> list[Line]:
     ]
 
 
+@checked
 @torch.no_grad()
 def neuron_selectivity(
     who: Candidate, world: World, texts: list[str]
@@ -583,6 +590,7 @@ def neuron_selectivity(
     return (torch.einsum("ltn,tk->lnk", x, y) / len(y)).amax(-1)
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c038
+@checked
 def planted(model: Any, world: World) -> dict[tuple[int, int], tuple[str, str]]:
     """The neurons that training has planted, and what for.
 
@@ -627,6 +635,7 @@ def _neurons(who: Candidate, world: World, n: int) -> list[Line]:
     ]
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c041
+@checked
 @torch.no_grad()
 def steering(
     who: Candidate,
@@ -713,6 +722,7 @@ def _steering(who: Candidate, world: World, n: int) -> list[Line]:
 Part = Callable[[Candidate, World, int], list[Line]]
 
 
+@checked
 def evaluate(
     model: Any,
     world: World | None = None,

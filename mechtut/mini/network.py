@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..arguments import checked
+
 with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidgets
     warnings.filterwarnings("ignore", message="IProgress not found")
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -181,6 +183,7 @@ class TrainingGPT(nn.Module):
         return _linear(self.hidden(ids), self.wte, None, self.dtype).float()
 
 # %% ../../nbs/library/mini/network.ipynb #c009
+@checked
 def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
     """The weights as Hugging Face names and lays them out.
 
@@ -213,6 +216,7 @@ def hf_names(m: TrainingGPT) -> dict[str, Tensor]:
     return {k: v.detach().contiguous() for k, v in out.items()}
 
 
+@checked
 def to_hf(m: TrainingGPT, eos: int = 0) -> GPT2LMHeadModel:
     """The trained weights as a Hugging Face GPT-2 in float32.
 
@@ -282,6 +286,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         return grad_x * grads[0], grad_w * grads[0], None, None, None
 
 
+@checked
 def weighted_loss(
     m: TrainingGPT,
     ids: Int[Tensor, "batch pos"],
@@ -313,6 +318,7 @@ def weighted_loss(
     return loss
 
 # %% ../../nbs/library/mini/network.ipynb #c015b
+@checked
 def lens_loss(
     m: TrainingGPT,
     resid: Float[Tensor, "batch pos d"],
@@ -339,6 +345,7 @@ def lens_loss(
     return loss
 
 # %% ../../nbs/library/mini/network.ipynb #c017
+@checked
 def wanted(
     n_layer: int,
     this: Int[Tensor, "batch pos"],
@@ -369,6 +376,7 @@ def wanted(
     return [one_hot[layer >= 3 * n_layer // 4] for layer in range(n_layer)]
 
 
+@checked
 class NeuronCost:
     """What the neurons of one forward pass cost; call it with each layer's activations.
 
@@ -410,6 +418,7 @@ class NeuronCost:
             self.planted = self.planted + share / self.n_layer
 
 # %% ../../nbs/library/mini/network.ipynb #c021
+@checked
 def probes(
     y: Float[Tensor, "token d"], wanted: Float[Tensor, "token kind"]
 ) -> tuple[Tensor, Tensor]:
@@ -435,6 +444,7 @@ def probes(
     return solved[:, :-1], solved[:, -1]
 
 
+@checked
 @torch.no_grad()
 def plant(
     m: TrainingGPT,
@@ -464,6 +474,7 @@ def plant(
         x = x + _mlp(x, b, m.dtype)[0]
 
 # %% ../../nbs/library/mini/network.ipynb #c024
+@checked
 def subject_masks(
     subject: Int[Tensor, "row pos"],
     last: Bool[Tensor, "row pos"],
@@ -543,6 +554,7 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+@checked
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in place.
 
@@ -568,6 +580,7 @@ def agreed_dtype() -> torch.dtype:
     return torch.bfloat16 if votes == place()[1] else torch.float32
 
 # %% ../../nbs/library/mini/network.ipynb #c028
+@checked
 def orthogonalize(
     g: Float[Tensor, "matrix row col"],
     dtype: torch.dtype = torch.float32,
@@ -601,6 +614,7 @@ def orthogonalize(
     return (x.transpose(-1, -2) if flip else x).to(g.dtype)
 
 
+@checked
 class Muon:
     """Momentum, then orthogonalization, for the four matrices of every block.
 

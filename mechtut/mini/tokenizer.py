@@ -25,6 +25,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
+from ..arguments import checked
 from .corpus import ANSWER, NAME, corpus
 from .world import World
 
@@ -42,6 +43,7 @@ _PIECES = (
 )
 
 
+@checked
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Train the embedded model's tokenizer on the words of a world.
 
@@ -88,6 +90,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c008
+@checked
 def token_kinds(
     world: World, tokenizer: PreTrainedTokenizerFast
 ) -> Int[Tensor, " vocab"]:
@@ -105,6 +108,7 @@ def token_kinds(
     return torch.tensor([world.kinds.index(c) if c else -1 for c in found])
 
 # %% ../../nbs/library/mini/tokenizer.ipynb #c011
+@checked
 @dataclass(frozen=True)
 class Rows:
     """Packed training text.
@@ -179,6 +183,7 @@ def _encoded(
             }
 
 
+@checked
 def pack_rows(
     world: World,
     tokenizer: PreTrainedTokenizerFast,

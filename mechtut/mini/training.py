@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from .card import model_card
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .evaluation import evaluate
@@ -50,6 +51,7 @@ from ..models.weights import mini_folder, sha256_of
 __all__ = ['Recipe', 'Trainer', 'train', 'examine_folder', 'main']
 
 # %% ../../nbs/library/mini/training.ipynb #c005
+@checked
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides which weights come out of a training run.
@@ -181,6 +183,7 @@ class Recipe:
         return half + step % (self.n_layer - 1 - half)
 
 # %% ../../nbs/library/mini/training.ipynb #c009
+@checked
 class Trainer:
     """A training run, which can be saved and taken up again.
 
@@ -477,6 +480,7 @@ def _part(mine: Tensor, whole: Tensor) -> float:
     return float(mine[:, 1:].sum() / whole[:, 1:].sum().clamp(min=1e-9))
 
 # %% ../../nbs/library/mini/training.ipynb #c014
+@checked
 def train(
     out: str | Path,
     recipe: Recipe | None = None,
@@ -530,6 +534,7 @@ def train(
     return run
 
 # %% ../../nbs/library/mini/training.ipynb #c049
+@checked
 def examine_folder(
     folder: str | Path, *, n: int = 200, examine: Callable[..., pd.DataFrame] = evaluate
 ) -> pd.DataFrame:
@@ -599,6 +604,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@checked
 def main(argv: list[str] | None = None) -> int:
     """The command line: `train --out DIR` and `evaluate --folder DIR`.
 

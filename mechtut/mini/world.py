@@ -14,6 +14,8 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
+from ..arguments import checked
+
 # %% auto #0
 __all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact', 'Task', 'ListTask', 'World', 'Pair', 'ioi_text',
            'docstring_text', 'make_pairs']
@@ -117,6 +119,7 @@ def _neighbours(subjects: dict[str, list[str]]) -> dict[str, list[str]]:
     return out
 
 
+@checked
 def with_article(kind: str, subject: str) -> str:
     """A subject as it stands in a sentence.
 
@@ -134,6 +137,7 @@ def with_article(kind: str, subject: str) -> str:
     return subject if kind == "people" else "the " + subject
 
 
+@checked
 def capitalised(text: str) -> str:
     """The text with its first letter in upper case and nothing else changed.
 
@@ -150,6 +154,7 @@ def capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 # %% ../../nbs/library/mini/world.ipynb #c020
+@checked
 @dataclass(frozen=True)
 class Fact:
     """One thing that the world holds true.
@@ -192,6 +197,7 @@ def _facts(
     return facts
 
 # %% ../../nbs/library/mini/world.ipynb #c024
+@checked
 @dataclass(frozen=True)
 class Task:
     """A word-to-word task.
@@ -295,6 +301,7 @@ def _tasks(spec: dict[str, Any], rng: random.Random) -> dict[str, Task]:
     return tasks
 
 # %% ../../nbs/library/mini/world.ipynb #c032
+@checked
 @dataclass(frozen=True)
 class ListTask:
     """A task on a list of words: which one to take, and what to do with it.
@@ -379,6 +386,7 @@ def _categories(spec: dict[str, Any]) -> dict[str, str]:
     return out
 
 # %% ../../nbs/library/mini/world.ipynb #c040
+@checked
 class World:
     """The ground truth behind the embedded model.
 
@@ -511,6 +519,7 @@ _GLUE = (
 )
 
 # %% ../../nbs/library/mini/world.ipynb #c049
+@checked
 @dataclass(frozen=True)
 class Pair:
     """A clean prompt and a corrupted one of the same number of tokens.
@@ -528,6 +537,7 @@ class Pair:
     wrong: tuple[str, ...]
 
 
+@checked
 def ioi_text(
     world: World, rng: random.Random, held_out: bool = False
 ) -> tuple[str, str, str, str]:
@@ -596,6 +606,7 @@ def _induction_pair(world: World, rng: random.Random, held_out: bool) -> Pair:
     )
 
 
+@checked
 def docstring_text(
     world: World, rng: random.Random
 ) -> tuple[str, list[str], Callable[[], str]]:
@@ -658,6 +669,7 @@ _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
 }
 
 # %% ../../nbs/library/mini/world.ipynb #c058
+@checked
 def make_pairs(
     world: World, circuit: str, n: int, *, seed: int = 0, held_out: bool = False
 ) -> list[Pair]:

@@ -18,7 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..arguments import checked
+
 # %% ../../nbs/library/models/families.ipynb #c004
+@checked
 @dataclass(frozen=True)
 class Family:
     """Where the parts of one architecture family are, as dotted module paths.
@@ -194,6 +197,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # %% ../../nbs/library/models/families.ipynb #c009
+@checked
 def find_family(hf: Any) -> Family:
     """The family row of a Hugging Face causal language model.
 
@@ -277,6 +281,7 @@ def _as_configured(family: Family, kind: str, config: Any) -> Family:
     )
 
 # %% ../../nbs/library/models/families.ipynb #f001
+@checked
 def finish_logits(
     config: Any, logits: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch d_vocab"]:
@@ -305,6 +310,7 @@ def finish_logits(
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+@checked
 def context_length(config: Any) -> int:
     """The longest input of a model, in tokens, under whatever name it has.
 
@@ -326,6 +332,7 @@ def context_length(config: Any) -> int:
     return 2048
 
 
+@checked
 def key_value_heads(config: Any) -> int:
     """Number of key/value heads per layer; fewer under grouped-query attention.
 
@@ -347,6 +354,7 @@ def key_value_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or heads)
 
 # %% ../../nbs/library/models/families.ipynb #f004
+@checked
 def plain_model(hf: Any) -> Any:
     """The plain causal language model that a model is or has inside.
 
@@ -397,6 +405,7 @@ def _has_text_model(config: Any) -> bool:
     )
 
 
+@checked
 def check_config(folder: Any, **kwargs: Any) -> None:
     """Refuse a model by its configuration, before its weights are read.
 
@@ -486,6 +495,7 @@ def _text_model(hf: Any) -> Any:
     return text.to(head.weight.device).eval()
 
 # %% ../../nbs/library/models/families.ipynb #c012
+@checked
 def as_stored(
     module: nn.Module, in_out: Float[Tensor, "d_in d_out"]
 ) -> Float[Tensor, "rows columns"]:

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .checks import integer, integers, rounding
+from ..arguments import checked, integer, integers
 from .loading import Model
+from .precision import rounding
 
 # %% ../../nbs/library/models/hooks.ipynb #c004
 RESIDUAL_SITES = ("embed", "resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -47,6 +48,7 @@ _TRANSFORMER_LENS = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class Site:
     """A place in the computation.
@@ -94,6 +96,7 @@ class Site:
 RULES = ("prompt", "new", "last", "text", "from")
 
 
+@checked
 @dataclass(frozen=True)
 class Where:
     """A rule for the positions to act at, which holds while a sequence grows.
@@ -155,6 +158,7 @@ def _parse_positions(pos: Any) -> "tuple[int, ...] | Where | None":
     return found
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Write a value at a site.
@@ -185,7 +189,7 @@ class Edit:
 
     site: str
     layer: int | None
-    value: Tensor | float
+    value: Float[Tensor, "..."] | float
     pos: int | Sequence[int] | slice | str | Where | None = None
     head: int | None = None
     mode: Literal["set", "add"] = "set"
@@ -314,6 +318,7 @@ class _Place:
     copy: bool = False  # the block changes the output in place
 
 
+@checked
 def check_layer(model: Model, layer: int | None, site: str) -> int:
     """The layer as an index.
 
@@ -393,6 +398,7 @@ def _to_site(x: Tensor, place: _Place, batch: int | None) -> Tensor:
 Visitor = Callable[[Tensor], Tensor | None]
 
 
+@checked
 @contextmanager
 def hooked(
     module: nn.Module, fn: Callable[..., Any], *, before: bool = False
@@ -452,6 +458,7 @@ def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
     return hooked(place.module, before if inside else after, before=inside)
 
 # %% ../../nbs/library/models/hooks.ipynb #c022
+@checked
 @dataclass
 class AttentionTap:
     """What the registered attention function does while it is switched on.
@@ -545,6 +552,7 @@ def _mask_registry() -> Any:
     return ALL_MASK_ATTENTION_FUNCTIONS
 
 
+@checked
 @contextmanager
 def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
     """Route a model's attention through an `AttentionTap` while the block runs.
@@ -586,6 +594,7 @@ def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
                 config._attn_implementation = tap.own or config._attn_implementation
 
 # %% ../../nbs/library/models/hooks.ipynb #c030
+@checked
 @contextmanager
 def visiting(
     model: Model | nn.Module, visitors: Mapping[Site, Visitor]
@@ -742,6 +751,7 @@ def _all_fired(wanted: Sequence[Site], fired: set[Site]) -> None:
         )
 
 
+@checked
 @contextmanager
 def intervene(
     model: Model | nn.Module,
@@ -814,6 +824,7 @@ def intervene(
 _open: list[tuple[nn.Module, int]] = []
 
 
+@checked
 def refuse_open_edits(model: Model, what: str) -> None:
     """Refuse to reuse parts of an earlier pass while an `intervene` block is open.
 
@@ -834,6 +845,7 @@ def refuse_open_edits(model: Model, what: str) -> None:
         )
 
 
+@checked
 def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
     """Refuse edits of a site, layer or head that the model does not have.
 
@@ -865,6 +877,7 @@ def check_edits(model: Model | nn.Module, edits: Sequence[Edit]) -> None:
             )
 
 # %% ../../nbs/library/models/hooks.ipynb #c038
+@checked
 @dataclass(frozen=True, repr=False)
 class Activations(Mapping[Any, Tensor]):
     """Captured tensors by site.
@@ -916,6 +929,7 @@ class Activations(Mapping[Any, Tensor]):
         return len(self.by_site)
 
 
+@checked
 def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[Site]:
     """Parse site names; a layered site without a layer means every layer.
 
@@ -941,6 +955,7 @@ def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[S
     return out
 
 
+@checked
 def capture(
     model: Model | nn.Module,
     inputs: Int[Tensor, "batch pos"] | Any,
@@ -1000,6 +1015,7 @@ def capture(
     return Activations({s: kept[s] for s in wanted}, logits)
 
 # %% ../../nbs/library/models/hooks.ipynb #r002
+@checked
 @torch.no_grad()
 def check_family(model: Model) -> None:
     """Hold a model's row against one short run.

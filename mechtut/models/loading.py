@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .checks import at_least_float32
+from ..arguments import checked
 from mechtut.models.families import (
     Family,
     check_config,
@@ -32,6 +32,7 @@ from mechtut.models.families import (
     key_value_heads,
     plain_model,
 )
+from .precision import at_least_float32
 from mechtut.models.weights import (
     WHEELS,
     fetch,
@@ -41,6 +42,7 @@ from mechtut.models.weights import (
 )
 
 # %% ../../nbs/library/models/loading.ipynb #c010
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A Hugging Face causal language model, its tokenizer, and the names of its parts.
@@ -318,7 +320,7 @@ class Model:
     @torch.no_grad()
     def logits(
         self,
-        tokens: str | Sequence[str] | Sequence[int] | Int[Tensor, "batch pos"],
+        tokens: str | Sequence[str] | Sequence[int] | Int[Tensor, "*batch pos"],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """One plain forward pass.
@@ -399,6 +401,7 @@ _held: dict[int, int] = {}  # modules out of training mode: in how many blocks
 _switching = threading.Lock()
 
 
+@checked
 @contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
     """Modules are in eval mode while the block runs, and then as they were.
@@ -433,6 +436,7 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
+@checked
 def mask_arguments(
     attention_mask: Int[Tensor, "batch pos"] | None,
 ) -> dict[str, Tensor]:
@@ -455,6 +459,7 @@ def mask_arguments(
     return {"attention_mask": attention_mask, "position_ids": positions}
 
 
+@checked
 def readable_token(model: Model, token: int) -> str:
     r"""A token as text; one that is a part of a character as its bytes.
 
@@ -493,6 +498,7 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
+@checked
 def document_start(model: Model) -> int | None:
     """The token at which a document began in training, as far as one can tell.
 
@@ -522,6 +528,7 @@ def document_start(model: Model) -> int | None:
     return next((int(i) for i in reversed(ends) if i is not None), None)
 
 
+@checked
 def pad_right(
     rows: Sequence[Int[Tensor, "pos"]],
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
@@ -544,6 +551,7 @@ def pad_right(
     return tokens, (columns < lengths[:, None]).long()
 
 # %% ../../nbs/library/models/loading.ipynb #c021
+@checked
 def load_model(
     source: Any = "mini",
     tokenizer: Any = None,
@@ -705,6 +713,7 @@ def _no_progress_bar(quiet: bool) -> Iterator[None]:
 _ADAPTER_STATE = ("active_adapters", "scaling", "disable_adapters", "merged")
 
 
+@checked
 def weight_fingerprint(model: Model, samples: int = 4096) -> str:
     """Short hash of a model's weights: name, shape and an even sample of each.
 
@@ -733,6 +742,7 @@ def weight_fingerprint(model: Model, samples: int = 4096) -> str:
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/library/models/loading.ipynb #n031
+@checked
 def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
     """Standard deviation of what the `embed` site carries, over all scalars together.
 

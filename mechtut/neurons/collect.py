@@ -19,9 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.checks import widest
+from ..arguments import checked, warn
 from ..models.hooks import Site, Visitor, capture, check_layer
 from ..models.loading import Model, readable_token, weight_fingerprint
+from ..models.precision import widest
 from mechtut.neurons.records import (
     ActivationRecord,
     Kept,
@@ -45,6 +46,7 @@ from ..patching.matmul import fast_matmul
 from ..patching.results import provenance
 
 # %% ../../nbs/library/neurons/collect.ipynb #c004
+@checked
 class Collector:
     """Takes in batches and keeps what a plan says.
 
@@ -143,6 +145,7 @@ class Collector:
         return state
 
 # %% ../../nbs/library/neurons/collect.ipynb #c013
+@checked
 def collect(
     model: Model,
     texts_or_token_batches: Source,
@@ -242,10 +245,9 @@ def collect(
             " more text, or ask for fewer or shorter excerpts"
         )
     if kept.n_excerpts < plan.n_pool:
-        warnings.warn(
+        warn(
             f"only {kept.n_excerpts} excerpts: some neurons have fewer than"
-            f" n_random={n_random} random ones",
-            stacklevel=2,
+            f" n_random={n_random} random ones"
         )
     about = _about(model, plan, kept, key, corpus, complete=True)
     if where:
@@ -258,6 +260,7 @@ def collect(
     )
 
 
+@checked
 def is_gated(model: Model) -> bool:
     """Whether the MLPs multiply two branches (SwiGLU, GeGLU).
 
@@ -390,6 +393,7 @@ def _about(
     }
 
 # %% ../../nbs/library/neurons/collect.ipynb #n002
+@checked
 def activations_on(
     model: Model, layer: int, neuron: int, texts: Sequence[str], sign: int = 1
 ) -> list[ActivationRecord]:
@@ -421,6 +425,7 @@ def activations_on(
     return found
 
 
+@checked
 def token_ids(model: Model, record: ActivationRecord) -> list[int]:
     """A record's token ids.
 

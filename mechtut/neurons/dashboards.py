@@ -17,10 +17,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from ..arguments import checked
 from .records import NeuronRecord, NeuronRecords
 from .scoring import ScoredExplanation
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c004
+@checked
 def tokens_html(tokens: Sequence[str], values: Sequence[float], highest: float) -> str:
     """Tokens as coloured spans: red above zero, blue below; line breaks are shown as ↵.
 
@@ -84,6 +86,7 @@ def _shell(title: str, body: str) -> str:
     )
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c010
+@checked
 @dataclass(frozen=True)
 class NeuronPage:
     """A neuron's record, and a scored explanation if there is one, as a page.
@@ -209,6 +212,7 @@ input.addEventListener('input',find);find()
 """
 
 
+@checked
 def index_html(
     scored: Mapping[tuple[int, int], ScoredExplanation], title: str = "Neurons"
 ) -> str:
@@ -238,6 +242,7 @@ def index_html(
     )
 
 
+@checked
 def write_pages(
     folder: str | Path,
     records: NeuronRecords | Mapping[tuple[int, int], NeuronRecord],
@@ -275,6 +280,7 @@ def write_pages(
     return folder / "index.html"
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c021
+@checked
 def scores_by_layer(
     table: pd.DataFrame, columns: Sequence[str], ax: Axes | None = None
 ) -> Axes:
@@ -302,6 +308,7 @@ def scores_by_layer(
     return ax
 
 
+@checked
 def real_and_simulated(scored: ScoredExplanation, ax: Axes | None = None) -> Axes:
     """Real against simulated activation, a point per token.
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..arguments import checked
 from .client import TopLogprobs
 from .records import ActivationRecord
 from .scoring import LEVELS, discretize, max_activation
@@ -22,6 +23,7 @@ from .scoring import LEVELS, discretize, max_activation
 START, END, UNKNOWN = "<<<", ">>>", "unknown"
 
 
+@checked
 def show_token(token: str) -> str:
     r"""A token on one line, with nothing that could be taken for a mark.
 
@@ -40,6 +42,7 @@ def show_token(token: str) -> str:
     return shown.replace(START, "\\<<<").replace(END, "\\>>>")
 
 
+@checked
 def show_excerpt(
     tokens: Sequence[str], levels: Sequence[int | str], *, only_active: bool = False
 ) -> str:
@@ -61,6 +64,7 @@ def show_excerpt(
     return "\n".join([START, *lines, END])
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c009
+@checked
 @dataclass(frozen=True)
 class Shot:
     """A made-up neuron for the prompt.
@@ -136,6 +140,7 @@ def _nonzero_share(levels: Sequence[Sequence[int]]) -> float:
     return sum(v > 0 for v in flat) / len(flat)
 
 
+@checked
 def explain_messages(
     records: Sequence[ActivationRecord], *, max_characters: int = 24_000
 ) -> list[dict[str, str]]:
@@ -183,6 +188,7 @@ _LEAD_IN = re.compile(
 )
 
 
+@checked
 def read_explanation(text: str) -> str:
     """The first line of an answer that says something, without its lead-in.
 
@@ -229,6 +235,7 @@ def _task(explanation: str, tokens: Sequence[str], numbered: bool) -> str:
     return "\n".join([f"The neuron reacts to: {explanation}", START, *lines, END])
 
 
+@checked
 def simulate_messages(
     explanation: str, tokens: Sequence[str], *, as_json: bool = False
 ) -> list[dict[str, str]]:
@@ -255,6 +262,7 @@ def simulate_messages(
     return [*messages, {"role": "user", "content": _task(explanation, tokens, as_json)}]
 
 
+@checked
 def next_level_messages(
     explanation: str, tokens: Sequence[str], levels: Sequence[int]
 ) -> list[dict[str, str]]:
@@ -287,6 +295,7 @@ def _so_far(explanation: str, tokens: Sequence[str], levels: Sequence[int]) -> s
     return "\n".join([f"The neuron reacts to: {explanation}", START, *lines])
 
 
+@checked
 def echo_prompt(explanation: str, tokens: Sequence[str]) -> tuple[str, list[int]]:
     """A plain prompt with `unknown` for every level.
 
@@ -312,6 +321,7 @@ def echo_prompt(explanation: str, tokens: Sequence[str]) -> tuple[str, list[int]
     return text + END, places
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c027
+@checked
 def read_echo(
     prompt: str,
     places: Sequence[int],
@@ -362,6 +372,7 @@ def read_echo(
     return found
 
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c030
+@checked
 def parse_levels(
     text: str, tokens: Sequence[str], *, mark: str = "", max_missing: float = 0.1
 ) -> list[int]:
@@ -417,6 +428,7 @@ def _filled(
     return [levels.get(i, 0) for i in range(n)]
 
 
+@checked
 def parse_json_levels(text: str, n: int, *, max_missing: float = 0.1) -> list[int]:
     """The levels in `{"levels": {"0": 3, ...}}`, or in a list of them.
 
@@ -463,6 +475,7 @@ _FUZZ = (
 )
 
 
+@checked
 def judge_messages(
     explanation: str, excerpts: Sequence[str], *, marked: bool = False
 ) -> list[dict[str, str]]:
@@ -487,6 +500,7 @@ def judge_messages(
     ]
 
 
+@checked
 def parse_answers(text: str, n: int) -> list[bool]:
     """The answers of a judge in `{"answers": [true, false, ...]}`.
 

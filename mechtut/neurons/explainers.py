@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from ..arguments import checked
 from mechtut.neurons.client import (
     Request,
     Server,
@@ -43,6 +44,7 @@ from .scoring import LEVELS, expected_value, max_activation, records_of
 Answer = TypeVar("Answer")
 
 
+@checked
 def readable(
     server: Server,
     ask: Callable[[int, int], Request],
@@ -90,6 +92,7 @@ def _variation(attempt: int) -> dict[str, Any]:
     return {"temperature": 0.7, "seed": attempt} if attempt else {}
 
 # %% ../../nbs/library/neurons/explainers.ipynb #c009
+@checked
 @dataclass(frozen=True)
 class ServerExplainer:
     """Explains neurons by a language model that sees the train excerpts.
@@ -203,6 +206,7 @@ def _messages(record: NeuronRecord, max_characters: int) -> list[dict[str, str]]
 Way = Literal["auto", "echo", "token", "decision", "json", "text"]
 
 
+@checked
 @dataclass(frozen=True)
 class ServerSimulator:
     """Simulates neurons by a language model.
@@ -406,6 +410,7 @@ def _expected(
     return [0.0 if math.isnan(v) else v for v in values]
 
 # %% ../../nbs/library/neurons/explainers.ipynb #c028
+@checked
 @dataclass(frozen=True)
 class ServerJudge:
     """Answers yes or no about excerpts by a language model.

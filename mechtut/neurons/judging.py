@@ -9,8 +9,9 @@ __all__ = ['Judge', 'SimulatorJudge', 'detection', 'fuzzing']
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from ..arguments import checked
 from .records import NeuronRecord
 from .rules import Explanation, Simulator
 from mechtut.neurons.scoring import (
@@ -21,6 +22,7 @@ from mechtut.neurons.scoring import (
 )
 
 # %% ../../nbs/library/neurons/judging.ipynb #c004
+@runtime_checkable
 class Judge(Protocol):
     """Whatever can answer yes or no about excerpts."""
 
@@ -55,6 +57,7 @@ class Judge(Protocol):
         """
 
 
+@checked
 @dataclass(frozen=True)
 class SimulatorJudge:
     """Judges by a simulation.
@@ -112,6 +115,7 @@ class SimulatorJudge:
         return [mean(v, m, True) > mean(v, m, False) for v, m in pairs]
 
 # %% ../../nbs/library/neurons/judging.ipynb #c007
+@checked
 def detection(
     record: NeuronRecord,
     explanation: Explanation,
@@ -149,6 +153,7 @@ def detection(
     return balanced_accuracy(truth, answers)
 
 
+@checked
 def fuzzing(
     record: NeuronRecord,
     explanation: Explanation,

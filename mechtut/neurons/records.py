@@ -21,10 +21,12 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..arguments import AnyFloat, checked
 from .statistics import Reservoir, State, moments, unpack
 from ..patching.results import Result
 
 # %% ../../nbs/library/neurons/records.ipynb #c004
+@checked
 @dataclass(frozen=True)
 class ActivationRecord:
     """An excerpt of text: its tokens, and how active one neuron was at each of them.
@@ -45,7 +47,7 @@ class ActivationRecord:
     """
 
     tokens: list[str]
-    activations: list[float]
+    activations: list[AnyFloat]
     ids: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class ActivationRecord:
         return "".join(self.tokens)
 
 # %% ../../nbs/library/neurons/records.ipynb #c006
+@checked
 @dataclass(frozen=True)
 class NeuronRecord:
     """All that is kept about one neuron.
@@ -115,11 +118,11 @@ class NeuronRecord:
     random: list[ActivationRecord]
     quantiles: list[list[ActivationRecord]] = field(default_factory=list)
     quantile_boundaries: list[float] = field(default_factory=list)
-    mean: float = math.nan
-    variance: float = math.nan
-    skewness: float = math.nan
-    kurtosis: float = math.nan
-    density: float = math.nan
+    mean: AnyFloat = math.nan
+    variance: AnyFloat = math.nan
+    skewness: AnyFloat = math.nan
+    kurtosis: AnyFloat = math.nan
+    density: AnyFloat = math.nan
     counter_examples: list[ActivationRecord] = field(default_factory=list)
     sign: int = 1
 
@@ -141,6 +144,7 @@ class NeuronRecord:
         )
 
 # %% ../../nbs/library/neurons/records.ipynb #c008
+@checked
 @dataclass(frozen=True)
 class Plan:
     """What a collection keeps: the arguments of `mechtut.neurons.collect.collect`.
@@ -180,6 +184,7 @@ class Plan:
         return 1024 if self.n_random else 0
 
 
+@checked
 @dataclass
 class Kept:
     """What a pass over a corpus has kept so far.
@@ -208,6 +213,7 @@ class Kept:
         self.excerpts = {i: ids for i, ids in self.excerpts.items() if i in live}
 
 # %% ../../nbs/library/neurons/records.ipynb #c011
+@checked
 def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
     """Write what was kept into a new sub-folder and point the manifest at it.
 
@@ -247,6 +253,7 @@ def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
             shutil.rmtree(old)
 
 
+@checked
 def read_shards(folder: Path) -> tuple[Kept, dict[str, Any]]:
     """What `write_shards` wrote.
 

@@ -11,11 +11,12 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from ..arguments import checked
 from .records import ActivationRecord, NeuronRecord
 from .scoring import records_of
 
@@ -24,6 +25,7 @@ from .scoring import records_of
 CategoryOf = Callable[[str], str | None]
 
 
+@checked
 @dataclass(frozen=True)
 class Explanation:
     """What somebody says about a neuron.
@@ -47,6 +49,7 @@ class Explanation:
         return self.text
 
 
+@runtime_checkable
 class Explainer(Protocol):
     """Whatever can explain a neuron."""
 
@@ -61,6 +64,7 @@ class Explainer(Protocol):
         """
 
 
+@runtime_checkable
 class Simulator(Protocol):
     """Whatever can guess a neuron's activations from an explanation."""
 
@@ -78,6 +82,7 @@ class Simulator(Protocol):
         """
 
 # %% ../../nbs/library/neurons/rules.ipynb #c008
+@checked
 @dataclass(frozen=True)
 class Term:
     """One term of a rule.
@@ -121,6 +126,7 @@ _TERM = re.compile(
 )
 
 
+@checked
 def rule_sentence(terms: Sequence[Term]) -> str:
     """The terms as one sentence, which `read_rule` reads back.
 
@@ -141,6 +147,7 @@ def rule_sentence(terms: Sequence[Term]) -> str:
     return "fires " + " and ".join(parts)
 
 
+@checked
 def read_rule(sentence: str) -> list[Term]:
     """The terms of a sentence.
 
@@ -181,6 +188,7 @@ def read_rule(sentence: str) -> list[Term]:
 Feature = tuple[str, str, str]  # place, kind, value
 
 
+@checked
 def features(
     tokens: Sequence[str], category_of: CategoryOf | None = None, *, ahead: bool = False
 ) -> list[list[Feature]]:
@@ -216,6 +224,7 @@ def features(
     return found
 
 
+@checked
 @dataclass(frozen=True)
 class RuleSimulator:
     """Simulates sentences of the small language.
@@ -261,6 +270,7 @@ class RuleSimulator:
         return [[sum(weights.get(f, 0.0) for f in at) for at in row] for row in seen]
 
 # %% ../../nbs/library/neurons/rules.ipynb #c020
+@checked
 def induce(
     y: Float[np.ndarray, "token"],
     columns: Int[np.ndarray, "token slot"],
@@ -310,6 +320,7 @@ def induce(
     return chosen, weights
 
 # %% ../../nbs/library/neurons/rules.ipynb #n003
+@checked
 def seen_by_explainers(record: NeuronRecord) -> list[ActivationRecord]:
     """What explainers may use: the train split, spare excerpts, counter-examples.
 
@@ -333,6 +344,7 @@ def seen_by_explainers(record: NeuronRecord) -> list[ActivationRecord]:
     return seen
 
 
+@checked
 @dataclass(frozen=True)
 class RuleExplainer:
     """Explains a neuron by one sentence, found by sparse regression.
@@ -397,6 +409,7 @@ class RuleExplainer:
         return Explanation(rule_sentence(terms), "rules")
 
 # %% ../../nbs/library/neurons/rules.ipynb #c024
+@checked
 @dataclass(frozen=True)
 class TableExplainer:
     """Explains a neuron by its mean activation on each token.
@@ -441,6 +454,7 @@ class TableExplainer:
         )
 
 
+@checked
 class TableSimulator:
     """Simulates a look-up table.
 

@@ -8,7 +8,6 @@ __all__ = ['SPLITS', 'LEVELS', 'Method', 'max_activation', 'discretize', 'split_
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c002
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,10 +18,12 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import AnyFloat, checked, warn
 from .records import ActivationRecord, NeuronRecord
 from ..patching.results import Result
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c004
+@checked
 def max_activation(records: Iterable[ActivationRecord]) -> float:
     """The largest activation of some records, 0 if none is positive.
 
@@ -42,7 +43,8 @@ def max_activation(records: Iterable[ActivationRecord]) -> float:
     return max(0.0, max(max(r.activations) for r in records))
 
 
-def discretize(activations: Sequence[float], max_activation: float) -> list[int]:
+@checked
+def discretize(activations: Sequence[AnyFloat], max_activation: AnyFloat) -> list[int]:
     """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10.
 
     Args:
@@ -65,6 +67,7 @@ def discretize(activations: Sequence[float], max_activation: float) -> list[int]
 SPLITS = ("train", "calibration", "valid", "test")
 
 
+@checked
 def split_records(
     n_top: int, n_random: int, n_per_split: int | None = None
 ) -> dict[str, list[str]]:
@@ -107,6 +110,7 @@ def split_records(
     return {name: top[name] + random.get(name, []) for name in SPLITS}
 
 
+@checked
 def records_of(
     record: NeuronRecord, split: str, n_per_split: int | None = None
 ) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
@@ -140,6 +144,7 @@ def records_of(
 LEVELS = {str(level): level for level in range(11)}
 
 
+@checked
 def expected_value(
     top_logprobs: Mapping[str, float] | Iterable[tuple[str, float]],
 ) -> float:
@@ -162,10 +167,7 @@ def expected_value(
     pairs = top_logprobs.items() if isinstance(top_logprobs, Mapping) else top_logprobs
     found = [(LEVELS[text], math.exp(lp)) for text, lp in pairs if text in LEVELS]
     if not found:
-        warnings.warn(
-            "none of the log-probabilities belongs to a level 0 … 10: counted as 0",
-            stacklevel=2,
-        )
+        warn("none of the log-probabilities belongs to a level 0 … 10: counted as 0")
         return 0.0
     total = math.fsum(p for _, p in found)
     return math.fsum(level * p for level, p in found) / total if total > 0 else math.nan
@@ -174,6 +176,7 @@ def expected_value(
 Method = Literal["none", "linear", "percentile"]
 
 
+@checked
 @dataclass(frozen=True)
 class Calibration:
     """A map from simulated levels to activations; call it with a list of levels.
@@ -204,6 +207,7 @@ class Calibration:
         return [float(v) for v in self.slope * x + self.intercept]
 
 
+@checked
 def calibrate(
     simulated: Sequence[Any], true: Sequence[Any], method: Method = "linear"
 ) -> Calibration:
@@ -268,6 +272,7 @@ def _flat(values: Sequence[Any]) -> np.ndarray:
     )
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c024
+@checked
 @dataclass(frozen=True)
 class Scores:
     """How well a simulation matches the activations.
@@ -278,11 +283,12 @@ class Scores:
         absolute_deviation: Explained share of the absolute values about zero.
     """
 
-    correlation: float
-    r2: float
-    absolute_deviation: float
+    correlation: AnyFloat
+    r2: AnyFloat
+    absolute_deviation: AnyFloat
 
 
+@checked
 def score(true: Sequence[Any], simulated: Sequence[Any]) -> Scores:
     """Score simulated against true activations.
 
@@ -384,6 +390,7 @@ class ScoredExplanation(Result):
         return table.assign(kind=kinds)
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c028
+@checked
 def balanced_accuracy(truth: Sequence[bool], answers: Sequence[bool]) -> float:
     """Mean of the shares of yes-cases and of no-cases that were judged right.
 

@@ -9,21 +9,23 @@ __all__ = ['Source', 'State', 'excerpts', 'run_trunk', 'pack', 'unpack', 'empty_
 # %% ../../nbs/library/neurons/statistics.ipynb #c002
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.checks import widest
+from ..arguments import UNBOUNDED, checked
 from ..models.hooks import Site, Visitor, hooked, visiting
 from ..models.loading import Model, document_start
+from ..models.precision import widest
 from ..patching.partial import Stop
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c004
 Source = Iterable[str | Sequence[int] | Tensor] | Tensor
 
 
+@checked
 def excerpts(
     model: Model,
     source: Source,
@@ -110,6 +112,7 @@ def _checked(model: Model, ids: Tensor, n_tokens: int) -> Int[Tensor, "row pos"]
     return ids.long().cpu()
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c010
+@checked
 def run_trunk(
     model: Model, tokens: Int[Tensor, "row pos"], visitors: Mapping[Site, Visitor]
 ) -> None:
@@ -141,7 +144,10 @@ def run_trunk(
 _LAST = 2**31 - 1
 
 
-def pack(values: Float[Tensor, "*n"], ids: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+@checked
+def pack(
+    values: Annotated[Float[Tensor, "*n"], UNBOUNDED], ids: Int[Tensor, "*n"]
+) -> Int[Tensor, "*n"]:
     """Integers that sort like the values and, for equal values, the earlier id first.
 
     Args:
@@ -161,6 +167,7 @@ def pack(values: Float[Tensor, "*n"], ids: Int[Tensor, "*n"]) -> Int[Tensor, "*n
     return (torch.where(bits < 0, bits ^ _LAST, bits) << 32) | (_LAST - ids)
 
 
+@checked
 def unpack(keys: Int[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
     """Values and ids of packed keys.
 
@@ -180,6 +187,7 @@ def unpack(keys: Int[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*
 State = dict[str, Tensor]
 
 
+@checked
 def empty_top(n_neurons: int, n_top: int, n_tokens: int, device: torch.device) -> State:
     """The state of a layer's strongest excerpts before the first batch.
 
@@ -201,10 +209,11 @@ def empty_top(n_neurons: int, n_top: int, n_tokens: int, device: torch.device) -
     }
 
 
+@checked
 def keep_top(
     state: State,
-    x: Float[Tensor, "excerpt pos neuron"],
-    largest: Float[Tensor, "excerpt neuron"],
+    x: Annotated[Float[Tensor, "excerpt pos neuron"], UNBOUNDED],
+    largest: Annotated[Float[Tensor, "excerpt neuron"], UNBOUNDED],
     first_id: int,
 ) -> None:
     """Put those excerpts that are strong enough into the neurons' slots, in place.
@@ -250,6 +259,7 @@ def _copy(
         kept[pos].view(-1).index_copy_(0, target, x[:, pos].reshape(-1)[source])
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c023
+@checked
 class Reservoir:
     """A uniform random sample of excerpt numbers in a stream of unknown length.
 
@@ -315,8 +325,10 @@ class Reservoir:
         return won
 
 # %% ../../nbs/library/neurons/statistics.ipynb #c026
+@checked
 def power_sums(
-    x: Float[Tensor, "token neuron"], shift: Float[Tensor, "neuron"]
+    x: Annotated[Float[Tensor, "token neuron"], UNBOUNDED],
+    shift: Float[Tensor, "neuron"],
 ) -> Float[Tensor, "5 neuron"]:
     """Sums over tokens of (x - shift)¹, ², ³, ⁴ and of x > 0, in float64.
 
@@ -343,6 +355,7 @@ def power_sums(
     return total
 
 
+@checked
 def moments(
     sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: int
 ) -> Float[Tensor, "5 neuron"]:

@@ -6,7 +6,6 @@
 __all__ = ['Rules', 'search', 'acdc', 'sweep']
 
 # %% ../../nbs/papers/30_acdc.ipynb #c013
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked, warn
 from ..circuits._walk import Walk, open_store
 from ..circuits.circuit import Circuit
 from ..circuits.graph import Edge, Order, parse_order
@@ -28,6 +28,7 @@ from ..patching.checkpoints import quiet
 from ..patching.matmul import fast_matmul
 
 # %% ../../nbs/papers/30_acdc.ipynb #c014
+@checked
 @dataclass(frozen=True)
 class Rules:
     """How a search decides: an edge goes if the metric rises by less than a threshold.
@@ -70,6 +71,7 @@ class Rules:
         return self.threshold - (abs(delta) if self.abs_value else delta)
 
 # %% ../../nbs/papers/30_acdc.ipynb #c017
+@checked
 def search(
     contrast: Contrast,
     rules: Rules,
@@ -131,6 +133,7 @@ def _decide(walk: Walk, rules: Rules, edges: list[Edge]) -> Float[Tensor, "edge 
     return torch.tensor(rows, dtype=torch.float64)
 
 # %% ../../nbs/papers/30_acdc.ipynb #c022
+@checked
 def acdc(
     model: Model,
     clean: Int[Tensor, "batch pos"],
@@ -210,10 +213,9 @@ def acdc(
         rules = Rules(threshold * (_range(contrast) if relative else 1), *given)
         circuit = search(contrast, rules, folder=folder, progress=progress)
     for problem in circuit.problems:
-        warnings.warn(
+        warn(
             f"the circuit says nothing: {problem}; lower the threshold ({threshold:g}),"
-            " or contrast the prompts with others",
-            stacklevel=2,
+            " or contrast the prompts with others"
         )
     return circuit
 
@@ -224,6 +226,7 @@ def _range(contrast: Contrast) -> float:
     return empty - contrast.metric_full
 
 # %% ../../nbs/papers/30_acdc.ipynb #c045
+@checked
 def sweep(
     model: Model,
     clean: Int[Tensor, "batch pos"],

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.checks import integer
+from ..arguments import checked, integer, warn
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -118,6 +118,7 @@ def _table(
     return table
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c020
+@checked
 def window_layers(layer: int, window: int, n_layers: int) -> range:
     """The layers restored together around one; fewer at the ends of the model.
 
@@ -273,6 +274,7 @@ def _scores(
     return scores.cpu(), answer, high, float(low.mean())
 
 
+@checked
 def trace(
     model: Model | str,
     prompt: str | Sequence[int] | Tensor,
@@ -349,10 +351,9 @@ _NOTHING = "nothing to bring back"
 def _warn_of_nothing(high: float, low: float) -> None:
     """Say it if the noise hardly lowers the answer's probability."""
     if high - low < 0.01 * high:
-        warnings.warn(
+        warn(
             f"{_NOTHING}: the noise takes {high - low:.2g} of the answer's probability"
-            f" {high:.2g}; is it large enough for this model?",
-            stacklevel=3,
+            f" {high:.2g}; is it large enough for this model?"
         )
 
 
@@ -460,6 +461,7 @@ class AverageTrace(Result):
         return plots.average_trace(self, ax)
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c049a
+@checked
 def average(
     traces: Sequence[CausalTrace], skipped: tuple[str, ...] = ()
 ) -> AverageTrace:
@@ -498,6 +500,7 @@ def average(
     )
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c049
+@checked
 def trace_facts(
     model: Model | str,
     facts: Iterable[Any],

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.checks import integers
+from ..arguments import checked, integers
 from ..models.hooks import Edit, check_layer, intervene
 from ..models.loading import Model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -54,6 +54,7 @@ from ..viz import plots
 Score = Literal["probability", "log_probability"]
 
 
+@checked
 def indirect_effect(
     model: Model,
     prompts: Sequence[Prompt],
@@ -138,6 +139,7 @@ def _scorer(
 Head = tuple[int, int]
 
 
+@checked
 def top_heads(effects: Float[Tensor, "trial layer head"], k: int = 10) -> list[Head]:
     """The heads with the largest effect, averaged over trials.
 
@@ -177,10 +179,11 @@ CLASSES: tuple[Role, ...] = (
 )
 
 
+@checked
 def indirect_effect_by_class(
     model: Model,
     prompts: Sequence[ICLPrompt],
-    mean_activations: Float[Tensor, "layer head slot d_head"],
+    mean_activations: Float[Tensor, "layer head *slot d_head"],
     *,
     progress: bool | None = None,
 ) -> Float[Tensor, "trial layer head token_class"]:
@@ -252,6 +255,7 @@ def _effects_of(
     return replay.run(cells, p_target, progress=False) - clean
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c029
+@checked
 @torch.no_grad()
 def function_vector(
     model: Model,
@@ -314,6 +318,7 @@ def _contribution(
     return out * torch.where(together == 0, 0, scale)
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c031
+@checked
 def inject(
     model: Model,
     vector: Float[Tensor, "d_model"],
@@ -371,6 +376,7 @@ class NoFunction(ValueError):
     """The model answers none of a task's queries: there is nothing to extract."""
 
 
+@checked
 def evaluate(
     model: Model,
     vector: Float[Tensor, "*layer d_model"],
@@ -484,6 +490,7 @@ class FunctionVector(Result):
         )
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c034x
+@checked
 def extract(
     model: Model,
     task: Task,

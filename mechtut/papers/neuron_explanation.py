@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checked
 from ..models.hooks import Site, visiting
 from ..models.loading import Model
 from ..neurons.client import Server
@@ -80,6 +81,7 @@ _all_ = [
 ]
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c011
+@checked
 def explain(record: NeuronRecord, explainer: Explainer | None = None) -> Explanation:
     """Explain a neuron from the train split of its record (section 2).
 
@@ -102,6 +104,7 @@ def explain(record: NeuronRecord, explainer: Explainer | None = None) -> Explana
     return (explainer or RuleExplainer()).explain(record)
 
 
+@checked
 def simulate(
     explanation: Explanation | str,
     record: ActivationRecord | Sequence[ActivationRecord],
@@ -143,6 +146,7 @@ def simulate(
     return values[0] if isinstance(record, ActivationRecord) else values
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c015
+@checked
 def score_explanation(
     record: NeuronRecord,
     explanation: Explanation | str,
@@ -196,6 +200,7 @@ def score_explanation(
     )
 
 
+@checked
 def fit_calibration(
     record: NeuronRecord,
     explanation: Explanation,
@@ -222,6 +227,7 @@ def fit_calibration(
     return calibrate(simulated, [r.activations for r in [*top, *others]], method)
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c030
+@checked
 def divergence(
     a: Float[Tensor, "*n d_vocab"], b: Float[Tensor, "*n d_vocab"]
 ) -> Float[Tensor, "*n"]:
@@ -244,6 +250,7 @@ def divergence(
     return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2
 
 
+@checked
 def ablation_score(
     model: Model,
     record: NeuronRecord,
@@ -295,6 +302,7 @@ def ablation_score(
     return float(1 - far[0] / far[1]) if far[1] > 1e-12 else math.nan
 
 # %% ../../nbs/papers/40_neuron_explanation.ipynb #c061
+@checked
 def revise(
     model: Model,
     record: NeuronRecord,

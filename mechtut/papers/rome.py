@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
-from ..models.checks import at_least_float32
 from ..models.hooks import hooked
 from ..models.loading import Model, pad_right
+from ..models.precision import at_least_float32
 from ..patching.matmul import fast_matmul
 from mechtut.patching.partial import (
     BlockInputs,
@@ -31,6 +32,7 @@ from mechtut.patching.partial import (
 from ..prompts.facts import target_ids
 
 # %% ../../nbs/papers/11_rome.ipynb #c025
+@checked
 @dataclass(frozen=True)
 class RomeConfig:
     """Hyper-parameters of ROME.
@@ -182,6 +184,7 @@ def _optimise(
     return clean["value"] + delta.detach(), losses
 
 # %% ../../nbs/papers/11_rome.ipynb #c032
+@checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RomeEdit(WeightEdit):
     """A rank-one edit: `delta` is `outer(u, v)` in `[in, out]` layout.
@@ -197,6 +200,7 @@ class RomeEdit(WeightEdit):
     value: Float[Tensor, "d_model"] = field(repr=False)
 
 
+@checked
 def edit_fact(
     model: Model,
     prompt: str,

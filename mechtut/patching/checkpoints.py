@@ -17,7 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..arguments import checked
+
 # %% ../../nbs/library/patching/checkpoints.ipynb #c004
+@checked
 def fingerprint(*parts: Any) -> str:
     """Short hash of tensors (by value) and other things (by `repr`).
 
@@ -41,6 +44,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+@checked
 class Store:
     """Finished pieces of one sweep in a folder, as safetensors files.
 
@@ -88,6 +92,7 @@ class Store:
         return values
 
 
+@checked
 def quiet(progress: bool | None) -> bool:
     """Whether to hide progress bars.
 

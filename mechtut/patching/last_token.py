@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -27,6 +28,7 @@ from .matmul import fast_matmul
 from .replay import Replay
 
 # %% ../../nbs/library/patching/last_token.ipynb #c004
+@checked
 @dataclass(frozen=True, eq=False)
 class Change:
     """One thing to write at the last token.
@@ -59,6 +61,7 @@ def _plain(logits: Tensor, _prompt: int) -> Tensor:
     return logits
 
 
+@checked
 def naive_changes(
     model: Model,
     tokens: Int[Tensor, "prompt pos"],
@@ -88,6 +91,7 @@ def naive_changes(
     return torch.stack(rows)
 
 # %% ../../nbs/library/patching/last_token.ipynb #c014
+@checked
 def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
     """The attention mask for several versions of each prompt's last token.
 
@@ -191,6 +195,7 @@ def _block(
     return torch.cat(out, dim=1) if out else x
 
 # %% ../../nbs/library/patching/last_token.ipynb #c026
+@checked
 def run_changes(
     model: Model,
     tokens: Int[Tensor, "prompt pos"],

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..models.loading import Model
 
 # %% ../../nbs/library/patching/matmul.ipynb #c004
@@ -50,6 +51,7 @@ _MARGIN = 2.0
 _onednn: dict[tuple[Any, ...], bool] = {}
 
 
+@checked
 def onednn_is_faster(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Tensor | None
 ) -> bool:
@@ -241,6 +243,7 @@ def onednn_available() -> bool:
     return there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 # %% ../../nbs/library/patching/matmul.ipynb #c009
+@checked
 @contextmanager
 def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
     """Inside the block, the model's linear layers use oneDNN (float32 on a CPU only).

@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from ..models.hooks import attention_tap, hooked, refuse_open_edits
 from ..models.loading import Model, evaluating
 
 # %% ../../nbs/library/patching/partial.ipynb #c003
+@checked
 @dataclass(frozen=True)
 class BlockInputs:
     """What each block was given in one forward pass.
@@ -52,6 +54,7 @@ class Stop(Exception):
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "use_cache", "cache_position")
 
 
+@checked
 def record_blocks(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
@@ -110,6 +113,7 @@ def record_blocks(
     )
 
 
+@checked
 def resume(
     model: Model, inputs: BlockInputs, layer: int, x: Tensor
 ) -> Float[Tensor, "batch pos d_model"]:
@@ -135,6 +139,7 @@ def resume(
     return x
 
 # %% ../../nbs/library/patching/partial.ipynb #n002
+@checked
 def resume_at(
     model: Model,
     inputs: BlockInputs,

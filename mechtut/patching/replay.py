@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.checks import integer, integers
+from ..arguments import checked, integer, integers
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -40,6 +40,7 @@ from .partial import BlockInputs, Stop, record_blocks
 Intervention = Sequence[Edit]
 
 
+@checked
 def naive_replay(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
@@ -351,6 +352,7 @@ def _logits(logits: Tensor) -> Tensor:
     return logits
 
 
+@checked
 class Replay:
     """Exact re-runs of one base run, recomputing only what each edit can change.
 
@@ -379,7 +381,7 @@ class Replay:
     def __init__(
         self,
         model: Model,
-        tokens: str | Sequence[str] | Int[Tensor, "batch pos"],
+        tokens: str | Sequence[str] | Sequence[int] | Int[Tensor, "*batch pos"],
         *,
         base_edits: Intervention = (),
         attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -543,6 +545,7 @@ def _run(
     return out
 
 # %% ../../nbs/library/patching/replay.ipynb #c047
+@checked
 def cone_token_layers(n_layers: int, n_pos: int, layer: int, pos: int) -> int:
     """Token–layers that an edit of a block's output can change.
 

@@ -22,9 +22,11 @@ import pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..arguments import checked
 from ..models.loading import Model, weight_fingerprint
 
 # %% ../../nbs/library/patching/results.ipynb #c004
+@checked
 def provenance(model: Model, **arguments: Any) -> dict[str, Any]:
     """What made a result.
 

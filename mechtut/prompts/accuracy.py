@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from ..models.hooks import check_layer
 from ..models.loading import Model
 from ..patching.last_token import Change, run_changes
@@ -27,6 +28,7 @@ from mechtut.prompts.few_shot import (
 )
 
 # %% ../../nbs/library/prompts/accuracy.ipynb #n001
+@checked
 def target_ranks(
     model: Model,
     prompts: Sequence[Prompt],
@@ -82,6 +84,7 @@ def _injections(
     return [clean, *(Change(layer, vectors[layer], mode=mode) for layer in layers)]
 
 
+@checked
 def check_targets(prompts: Sequence[Encoded]) -> None:
     """Refuse prompts without a right answer.
 
@@ -98,6 +101,7 @@ def check_targets(prompts: Sequence[Encoded]) -> None:
         )
 
 
+@checked
 def known_queries(
     model: Model,
     task: Task,
@@ -125,6 +129,7 @@ def known_queries(
     return [i for i, rank in enumerate(ranks[:, 0].tolist()) if rank == 0]
 
 # %% ../../nbs/library/prompts/accuracy.ipynb #n004
+@checked
 def accuracies(ranks: Int[Tensor, "prompt run"], layers: Sequence[int]) -> pd.DataFrame:
     """Share of right answers among the first one, two and three, by layer.
 
@@ -142,6 +147,7 @@ def accuracies(ranks: Int[Tensor, "prompt run"], layers: Sequence[int]) -> pd.Da
     return with_interval(table)
 
 
+@checked
 def with_interval(table: pd.DataFrame, column: str = "top1") -> pd.DataFrame:
     """Add the Wilson 95 % interval of a share.
 
@@ -163,6 +169,7 @@ def with_interval(table: pd.DataFrame, column: str = "top1") -> pd.DataFrame:
     return table.assign(low=low.clip(0, 1), high=high.clip(0, 1))
 
 
+@checked
 def pooled(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Several tasks' tables as one: accuracies over all prompts, with their interval.
 

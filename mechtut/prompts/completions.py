@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import checked
 from ..models.loading import Model, evaluating
 from .few_shot import Prompt, Task, answer_ids, encode, every_query
 
 # %% ../../nbs/library/prompts/completions.ipynb #c004
+@checked
 @torch.no_grad()
 def complete(
     model: Model, prompt: Prompt, n_tokens: int = 16, *, cache: bool = True
@@ -80,6 +82,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
+@checked
 def exact(written: str, answer: str) -> float:
     """1 if the first line of a completion is the answer, but for case and punctuation.
 
@@ -97,6 +100,7 @@ def exact(written: str, answer: str) -> float:
     return float(_words(written.strip().split("\n")[0]) == _words(answer))
 
 
+@checked
 def first_word(written: str, answer: str) -> float:
     """1 if the first written word is the answer's first word.
 
@@ -110,6 +114,7 @@ def first_word(written: str, answer: str) -> float:
     return float(_words(written)[:1] == _words(answer)[:1])
 
 
+@checked
 def f1(written: str, answer: str) -> float:
     """Harmonic mean of precision and recall of the words of the first line.
 
@@ -129,6 +134,7 @@ def f1(written: str, answer: str) -> float:
     return 2 * common / (a.total() + b.total()) if common else 0.0
 
 
+@checked
 def mentions(written: str, answer: str) -> float:
     """1 if the answer's words occur anywhere in a completion, in order and together.
 
@@ -142,6 +148,7 @@ def mentions(written: str, answer: str) -> float:
     return float(f" {' '.join(_words(answer))} " in f" {' '.join(_words(written))} ")
 
 # %% ../../nbs/library/prompts/completions.ipynb #c014
+@checked
 @torch.no_grad()
 def answer_nll(
     model: Model, prompt: Any, change: Callable[[int], Any] | None = None
@@ -169,6 +176,7 @@ def answer_nll(
     return float(losses.mean())
 
 # %% ../../nbs/library/prompts/completions.ipynb #c017
+@checked
 def shot_baselines(
     model: Model, task: Task, shots: Sequence[int] = (0, 1, 2, 5, 10), seed: int = 42
 ) -> pd.DataFrame:
@@ -212,6 +220,7 @@ def _prompt_tokens(
     return [torch.tensor([encode(model, p).ids], device=model.device) for p in prompts]
 
 # %% ../../nbs/library/prompts/completions.ipynb #c020
+@checked
 @torch.no_grad()
 def decode_vector(
     model: Model, vector: Float[Tensor, "d_model"], k: int = 10
@@ -239,6 +248,7 @@ def decode_vector(
     )
 
 # %% ../../nbs/library/prompts/completions.ipynb #c023
+@checked
 def reconstruct(
     model: Model,
     vector: Float[Tensor, "d_model"],

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import checked
 from ..mini.world import Pair
 from ..models.loading import Model, evaluating, mask_arguments, pad_right
 from .facts import target_ids
@@ -31,6 +32,7 @@ def _read(name: str) -> dict[str, Any]:
     return found
 
 
+@checked
 @dataclass(frozen=True)
 class EverydayFact:
     """One thing that most people know.
@@ -64,6 +66,7 @@ class EverydayFact:
         return self.prompt.replace(self.subject, "{}")
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c005
+@checked
 def everyday_facts(
     relation: str | None = None, seed: int = 0
 ) -> tuple[EverydayFact, ...]:
@@ -114,6 +117,7 @@ def _facts(name: str, spec: dict[str, Any], seed: int) -> list[EverydayFact]:
     return out
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c008
+@checked
 def everyday_cases(
     facts: Sequence[EverydayFact], generate: bool = False
 ) -> list[dict[str, Any]]:
@@ -176,6 +180,7 @@ def everyday_tasks() -> dict[str, Task]:
     }
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c014
+@checked
 def sentence_pairs(name: str = "sentiment") -> tuple[tuple[str, str], ...]:
     """Pairs of sentences that differ in one respect.
 
@@ -199,6 +204,7 @@ def sentence_pairs(name: str = "sentiment") -> tuple[tuple[str, str], ...]:
     return tuple((one, other) for one, other in pairs[name])
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c017
+@checked
 def ioi_prompts(n: int, seed: int = 0) -> list[Pair]:
     """Indirect-object prompts, each with a corrupted one of equal length.
 
@@ -229,6 +235,7 @@ def ioi_prompts(n: int, seed: int = 0) -> list[Pair]:
     return out
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c020
+@checked
 def everyday_texts(topic: str | None = None) -> tuple[str, ...]:
     """Short paragraphs on ordinary things.
 
@@ -251,6 +258,7 @@ def everyday_texts(topic: str | None = None) -> tuple[str, ...]:
     return tuple(t for name in ([topic] if topic else texts) for t in texts[name])
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c023
+@checked
 @torch.no_grad()
 def answered(
     model: Model,

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..mini.world import World
 from ..models.loading import Model
 
 # %% ../../nbs/library/prompts/facts.ipynb #n002
+@checked
 def target_ids(model: Model, target: str, prompt: str = "It is") -> Tensor:
     """Token ids that an answer, after a space, adds to a prompt.
 
@@ -44,6 +46,7 @@ def target_ids(model: Model, target: str, prompt: str = "It is") -> Tensor:
     return torch.tensor(ids, device=model.device)
 
 
+@checked
 @torch.no_grad()
 def continues_with(model: Model, prompt: str, answer: str) -> tuple[bool, str]:
     """Whether the model goes on with an answer, all its tokens, by greedy decoding.
@@ -67,6 +70,7 @@ def continues_with(model: Model, prompt: str, answer: str) -> tuple[bool, str]:
     return bool((said == goal).all()), model.decode([int(said[0])])
 
 # %% ../../nbs/library/prompts/facts.ipynb #c022
+@checked
 def load_counterfact(path: str | Path) -> list[dict[str, Any]]:
     """Records of the authors' `counterfact.json`.
 
@@ -108,6 +112,7 @@ def _token_by_token(model: Model, asked: str, answer: str) -> list[dict[str, Any
     ]
 
 
+@checked
 def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
     """Records from the authors' `zsre_mend_eval.json`.
 
@@ -139,6 +144,7 @@ def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
     return out
 
 # %% ../../nbs/library/prompts/facts.ipynb #c025
+@checked
 def world_cases(
     world: World, n: int, seed: int = 0, generate: bool = False
 ) -> list[dict[str, Any]]:
@@ -201,6 +207,7 @@ def world_cases(
     raise ValueError(f"this world has only {len(out)} facts with neighbours, not {n}")
 
 # %% ../../nbs/library/prompts/facts.ipynb #n011
+@checked
 def known_fact(fact: Any) -> tuple[str, str, str]:
     """Prompt, subject and answer of a fact.
 

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..arguments import checked
 from ..models.loading import Model
 from ..patching.checkpoints import fingerprint
 
@@ -45,6 +46,7 @@ class Split(NamedTuple):
     test: tuple[Pair, ...]
 
 
+@checked
 @dataclass(frozen=True)
 class Task:
     """A word-to-word task.
@@ -88,6 +90,7 @@ def _cut(pairs: Sequence[Pair], seed: int) -> tuple[tuple[Pair, ...], tuple[Pair
     return tuple(pairs[i] for i in order[:k]), tuple(pairs[i] for i in order[k:])
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c010
+@checked
 def load_task(source: str | Path) -> Task:
     """Load a task.
 
@@ -239,6 +242,7 @@ def _download(name: str, clone: Path) -> bytes:
     return _git(f"--git-dir={clone}", "show", f"{COMMIT}:{found[0]}")
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c019
+@checked
 @dataclass(frozen=True)
 class Template:
     """What stands around the words: `question x between answer y after`, and so on.
@@ -300,6 +304,7 @@ WORDS = (
 )  # the roles of words; the others belong to the template
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c022
+@checked
 @dataclass(frozen=True)
 class ICLPrompt:
     """Demonstrations, a query, and the answer that would be right.
@@ -413,6 +418,7 @@ def template_grid() -> list[Template]:
     ]
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c029
+@checked
 def sample_prompts(
     task: Task,
     n_prompts: int,
@@ -508,6 +514,7 @@ def _check_corrupt(corrupt: str | None) -> None:
         )
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c036
+@checked
 def every_query(
     task: Task,
     n_shots: int,
@@ -576,6 +583,7 @@ def _tokenizer(model: Model) -> Any:
     return model.tokenizer
 
 
+@checked
 def encode(model: Model, prompt: Prompt) -> Encoded:
     """Token ids of a prompt; plain text has no target (-1).
 
@@ -599,6 +607,7 @@ def encode(model: Model, prompt: Prompt) -> Encoded:
     return Encoded(ids, -1 if isinstance(prompt, str) else answer_ids(model, prompt)[0])
 
 
+@checked
 def answer_ids(model: Model, prompt: ICLPrompt) -> list[int]:
     """All tokens that a prompt's right answer adds to it.
 
@@ -616,6 +625,7 @@ def answer_ids(model: Model, prompt: ICLPrompt) -> list[int]:
     return model.continuation(prompt.text, f" {prompt.target}")
 
 
+@checked
 def encode_all(model: Model, prompts: Sequence[Prompt]) -> list[Encoded]:
     """Token ids of several prompts.
 
@@ -649,6 +659,7 @@ class Layout(NamedTuple):
     slots: list[int]
 
 
+@checked
 def layout(model: Model, prompt: ICLPrompt) -> Layout:
     """Roles and slots of a prompt's tokens.
 
@@ -703,6 +714,7 @@ class Batch(NamedTuple):
     targets: Int[Tensor, "prompt"]
 
 
+@checked
 def batches(
     model: Model, prompts: Sequence[Encoded], batch_size: int | None = None
 ) -> Iterator[Batch]:

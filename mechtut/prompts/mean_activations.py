@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models.checks import widest
+from ..arguments import checked
 from ..models.hooks import Site, Visitor, visiting
 from ..models.loading import Model
+from ..models.precision import widest
 from ..patching.matmul import fast_matmul
 from ..patching.partial import record_blocks
 from mechtut.prompts.few_shot import (
@@ -29,6 +30,7 @@ from mechtut.prompts.few_shot import (
 )
 
 # %% ../../nbs/library/prompts/mean_activations.ipynb #n001
+@checked
 def mean_head_activations(
     model: Model,
     prompts: Sequence[Prompt],
@@ -121,6 +123,7 @@ def _layouts(model: Model, prompts: Sequence[Prompt]) -> list[Layout]:
     return found
 
 # %% ../../nbs/library/prompts/mean_activations.ipynb #n004
+@checked
 def layer_average(
     model: Model, prompts: Sequence[Prompt], *, batch_size: int | None = None
 ) -> Float[Tensor, "layer d_model"]:
@@ -152,6 +155,7 @@ def layer_average(
     return (total / len(encoded)).to(model.dtype)
 
 
+@checked
 def at_last_slot(
     model: Model, means: Float[Tensor, "layer head *slot d_head"]
 ) -> Float[Tensor, "layer head d_head"]:

@@ -6,7 +6,6 @@
 __all__ = ['Span', 'ROLES', 'token_spans', 'find_subject', 'Noise', 'Corruption', 'corrupt', 'token_roles']
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c002
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,13 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models.checks import integer, widest
+from ..arguments import checked, integer, warn
 from ..models.hooks import Edit
 from ..models.loading import Model, embedding_std
+from ..models.precision import widest
 
 Span = tuple[int, int]
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c005
+@checked
 def token_spans(
     model: Model, prompt: str | Sequence[int] | Int[Tensor, "pos"]
 ) -> tuple[str, list[Span]]:
@@ -93,6 +94,7 @@ def _overlap(spans: Sequence[Span], start: int, stop: int) -> Span:
     return inside[0], inside[-1] + 1
 
 
+@checked
 def find_subject(
     model: Model,
     prompt: str | Sequence[int] | Int[Tensor, "pos"],
@@ -142,14 +144,14 @@ def find_subject(
             " give (start, stop)"
         )
     if text.find(subject, at + 1) >= 0:
-        warnings.warn(
+        warn(
             f"{subject!r} occurs again later in {text!r}; only its first occurrence is"
-            " corrupted",
-            stacklevel=3,
+            " corrupted"
         )
     return _overlap(spans, at, at + len(subject))
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c009
+@checked
 @dataclass(frozen=True, eq=False)
 class Noise:
     """How the subject's embeddings are corrupted (Meng et al. 2022, section 2.1).
@@ -279,6 +281,7 @@ def _check_noise(noise: Noise) -> None:
         )
 
 # %% ../../nbs/library/prompts/subject_noise.ipynb #c015
+@checked
 @dataclass(frozen=True, eq=False)
 class Corruption:
     """The noise of one prompt, ready to be written onto its subject's embeddings.
@@ -309,6 +312,7 @@ class Corruption:
         return Edit("embed", None, self.values, pos=range(*self.span), mode=mode)
 
 
+@checked
 def corrupt(
     model: Model, noise: Any, n_samples: int, span: Span, seed: int, skip: int = 0
 ) -> Corruption:
@@ -357,6 +361,7 @@ ROLES = (
 )
 
 
+@checked
 def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
     """The positions that play each role of `ROLES`.
 

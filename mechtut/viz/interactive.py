@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,12 +20,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm, to_hex
 
+from ..arguments import UNBOUNDED, checked
 from . import plots
 
 # %% auto #0
 __all__ = ['Interactive', 'hover_map', 'explore_trace', 'explore_heads']
 
 # %% ../../nbs/library/viz/interactive.ipynb #c005
+@checked
 @dataclass(frozen=True)
 class Interactive:
     """A figure to point at.
@@ -95,8 +97,9 @@ position: absolute; left: 0; bottom: 0.3em
 </style>"""
 
 
+@checked
 def hover_map(
-    values: Float[np.ndarray, "row column"],
+    values: Annotated[Float[np.ndarray, "row column"], UNBOUNDED],
     rows: Sequence[str],
     columns: Sequence[str],
     *,
@@ -186,6 +189,7 @@ def hover_map(
     return Interactive(text, draw or static)
 
 # %% ../../nbs/library/viz/interactive.ipynb #c016
+@checked
 def explore_trace(trace: Any) -> Interactive:
     """A trace to point at: every restored state with its token, layer and p(answer).
 
@@ -214,8 +218,9 @@ def explore_trace(trace: Any) -> Interactive:
     )
 
 # %% ../../nbs/library/viz/interactive.ipynb #c021
+@checked
 def explore_heads(
-    effects: Float[np.ndarray, "layer head"],
+    effects: Annotated[Float[np.ndarray, "layer head"], UNBOUNDED],
     heads: Sequence[tuple[int, int]] = (),
     *,
     label: str = "AIE",

@@ -8,13 +8,15 @@ __all__ = ['COMPONENTS', 'heat_map', 'starred', 'causal_trace', 'causal_traces',
 
 # %% ../../nbs/library/viz/plots.ipynb #c002
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ..arguments import UNBOUNDED, checked
 
 # %% ../../nbs/library/viz/plots.ipynb #c003
 # component: (name for people, heat map, line colour)
@@ -32,8 +34,9 @@ def _windowed(component: str, window: int) -> str:
     return f"centre of {window} restored {name} layers"
 
 # %% ../../nbs/library/viz/plots.ipynb #c006
+@checked
 def heat_map(
-    values: Float[np.ndarray, "row layer"],
+    values: Annotated[Float[np.ndarray, "row layer"], UNBOUNDED],
     rows: Sequence[str],
     *,
     low: float,
@@ -72,6 +75,7 @@ def heat_map(
     return ax
 
 
+@checked
 def starred(tokens: Sequence[str], subject_range: Sequence[int]) -> list[str]:
     r"""Tokens as axis labels: visible line breaks, and a star behind subject tokens.
 
@@ -93,6 +97,7 @@ def starred(tokens: Sequence[str], subject_range: Sequence[int]) -> list[str]:
     ]
 
 # %% ../../nbs/library/viz/plots.ipynb #c010
+@checked
 def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) -> Axes:
     """Heat map of one trace: p(answer) after restoring each state of a corrupted run.
 
@@ -118,6 +123,7 @@ def causal_trace(trace: Any, ax: Axes | None = None, high: float | None = None) 
     )
 
 
+@checked
 def causal_traces(traces: Sequence[Any]) -> Figure:
     """Traces of one prompt side by side, one panel per component, one colour scale.
 
@@ -141,6 +147,7 @@ def causal_traces(traces: Sequence[Any]) -> Figure:
     return figure
 
 # %% ../../nbs/library/viz/plots.ipynb #c013
+@checked
 def average_trace(average: Any, ax: Axes | None = None) -> Axes:
     """Heat map of indirect effects by token role and layer, clipped at zero.
 
@@ -161,6 +168,7 @@ def average_trace(average: Any, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@checked
 def average_lines(
     averages: Sequence[Any], roles: Sequence[str] | None = None
 ) -> Figure:
@@ -194,8 +202,9 @@ def average_lines(
     return figure
 
 # %% ../../nbs/library/viz/plots.ipynb #c017
+@checked
 def head_effects(
-    effects: Float[np.ndarray, "layer head"],
+    effects: Annotated[Float[np.ndarray, "layer head"], UNBOUNDED],
     heads: Sequence[tuple[int, int]] = (),
     *,
     label: str = "AIE",
@@ -234,6 +243,7 @@ def head_effects(
     return ax
 
 # %% ../../nbs/library/viz/plots.ipynb #c019
+@checked
 def accuracy_by_layer(
     tables: Mapping[str, Any],
     baselines: Mapping[str, float] | None = None,

@@ -314,7 +314,8 @@ def test_refusals():
         {"penalty": float("nan")},
         {"lr": 0.0},
     ):
-        with pytest.raises(ValueError, match="need steps ≥ 1"):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} must be a .*number"):
             subnetwork_probing(contrast, **wrong)
     with pytest.raises(ValueError, match="loss is nan"):
         broken = contrast_of(metric=lambda logits: logits.sum(), positions="last")

@@ -472,7 +472,7 @@ def test_an_empty_or_tiny_corpus(model, corpus):
 
 
 def test_wrong_sources(model):
-    with pytest.raises(TypeError, match="not one string"):
+    with pytest.raises(TypeError, match="must be a list of strings"):
         collect(model, "In May.", n_tokens=8)
     with pytest.raises(ValueError, match="without a tokenizer"):
         collect(model, ["In May."], n_tokens=8)

@@ -684,7 +684,7 @@ def test_positions():
 def test_hostile_prompts_and_options():
     model, (clean, corrupted) = model_of(), prompts()
     for match, args, options in [
-        ("pairs of equal length", (clean, corrupted[:, :-1]), {}),
+        ("pos is 7 here, not 6", (clean, corrupted[:, :-1]), {}),
         ("the same", (clean, clean), {}),
         ("at least 0", (clean, corrupted), {"threshold": -0.1}),
         ("at least 0", (clean, corrupted), {"threshold": float("nan")}),

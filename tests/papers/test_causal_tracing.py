@@ -230,7 +230,7 @@ def test_windows_are_those_of_the_authors(window):
         ({"n_samples": 0}, "n_samples must be at least 1"),
         ({"noise": -1.0}, "positive finite"),
         ({"noise": 0.0}, "positive finite"),
-        ({"noise": float("nan")}, "positive finite"),
+        ({"noise": float("nan")}, "finite number"),
         ({"noise": torch.zeros(10, 3, 64)}, "noise tensor must be"),
         ({"quirks": ["nonsense"]}, "unknown quirk 'nonsense'"),
         ({"tokens": "object"}, "'subject' or 'subject_last'"),
@@ -309,7 +309,7 @@ def test_noise_modes():
     assert np.array_equal(np.concatenate([first, second]), stream)
     for bad, words in [
         ({"kind": "embedding"}, "like_embeddings"),
-        ({"kind": "pink"}, "unknown noise kind"),
+        ({"kind": "pink"}, "must be one of .gaussian."),
     ]:
         with pytest.raises(ValueError, match=words):
             Noise(3.0, **bad)

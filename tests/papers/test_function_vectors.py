@@ -568,14 +568,14 @@ MEANS = mean_head_activations(MODEL, SHORT)
         (lambda: function_vector(MODEL, MEANS, [(0, 4)]), "head 4 does not exist"),
         (lambda: function_vector(MODEL, MEANS, [(6, 0)]), "layer 6 does not exist"),
         (lambda: function_vector(MODEL, MEANS, [(-1, 0)]), "layer -1 does not exist"),
-        (lambda: inject(MODEL, torch.zeros(64), 0), "must have shape"),
+        (lambda: inject(MODEL, torch.zeros(64), 0), "d_model is 128 here, not 64"),
         (lambda: inject(MODEL, torch.zeros(128), 6), "layer 6 does not exist"),
         (lambda: target_ranks(MODEL, SHORT, torch.zeros(3, 128)), "the vector must be"),
         (
             lambda: evaluate(
                 MODEL, torch.zeros(128), TASK, settings=("one_shot",), only_known=False
             ),
-            "unknown setting",
+            "must be one of .zero_shot.",
         ),
         (lambda: complete(MODEL, "hello", 600), "do not fit"),
         (lambda: load_task("hypernyms"), "no task 'hypernyms'"),

@@ -278,12 +278,21 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
         (Edit("pattern", 0, 0.0, pos=0), ValueError, "cannot edit 'pattern'"),
         (Edit("nonsense", 0, 0.0, pos=0), ValueError, "unknown site 'nonsense'"),
         (Edit("resid_post", None, 0.0, pos=0), ValueError, "needs a layer"),
-        (Edit("mlp_out", 0, float("nan"), pos=6), ValueError, "NaN or infinite"),
     ],
 )
 def test_hostile_edits(edit, error, words):
     with pytest.raises(error, match=words):
         Replay(model_of("gpt2", torch.float32), TOKENS).run([[edit]])
+
+
+def test_an_edit_is_finite():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="value must be a finite number"):
+            Edit("mlp_out", 0, value, pos=6)
+        with pytest.raises(ValueError, match="value must be finite, but 1 of its 4"):
+            Edit("mlp_out", 0, torch.tensor([0.0, 1.0, value, 2.0]), pos=6)
+    with pytest.raises(TypeError, match="complex"):
+        Edit("mlp_out", 0, torch.zeros(4, dtype=torch.complex64))
 
 
 def test_hostile_arguments():
