@@ -212,6 +212,7 @@ class _Reader:
     wanted: str  # in the message: "must be ..."
     read: Callable[[Any, str, Sizes], Any]
     is_it: Callable[[Any], bool] = lambda value: False  # certainly this kind
+    plain: frozenset[type] = frozenset()  # of these every value is right as it is
 
 
 def _refuse(name: str, wanted: str, value: Any, error: type = TypeError) -> Any:
@@ -235,7 +236,8 @@ def _number(whole: bool, bounds: Bounds) -> _Reader:
             return integer(value, name)
         return value if type(value) in (int, float) else float(value)
 
-    return _Reader(wanted, read, lambda v: type(v) is (int if whole else float))
+    plain = frozenset({int} if whole and not repr(bounds) else ())
+    return _Reader(wanted, read, lambda v: type(v) is (int if whole else float), plain)
 
 
 def _choice(*options: Any) -> _Reader:
@@ -259,7 +261,7 @@ def _instance(wanted: str, *classes: type) -> _Reader:
     def read(value: Any, name: str, sizes: Sizes) -> Any:
         return value if is_it(value) else _refuse(name, wanted, value)
 
-    return _Reader(wanted, read, is_it)
+    return _Reader(wanted, read, is_it, frozenset(classes))
 
 # %% ../nbs/library/arguments.ipynb #c011
 _UNORDERED = (str, bytes, Mapping, AbstractSet)
@@ -356,7 +358,8 @@ def _union(members: list[_Reader]) -> _Reader:
                 nearest = error
         raise nearest or TypeError(f"{name} must be {wanted}, not {shown(value)}")
 
-    return _Reader(wanted, read, lambda v: any(m.is_it(v) for m in members))
+    plain = frozenset().union(*(m.plain for m in members))
+    return _Reader(wanted, read, lambda v: any(m.is_it(v) for m in members), plain)
 
 # %% ../nbs/library/arguments.ipynb #c014
 _OF_THE_MODEL = ("d_model", "d_vocab")
@@ -385,17 +388,25 @@ def _array(annotation: Any, bounds: Bounds) -> _Reader:
             )
         if kind == "float":
             x = x if x.dtype.is_floating_point else x.float()
-            finite = torch.isfinite(x.detach())
-            if bounds.finite and not x.is_meta and not finite.all():
+            if bounds.finite and (n := _count_gaps(x.detach())):
                 raise ValueError(
-                    f"{name} must be finite, but {int((~finite).sum())} of its"
-                    f" {x.numel()} numbers are NaN or infinite"
+                    f"{name} must be finite, but {n} of its {x.numel()} numbers are"
+                    " NaN or infinite"
                 )
         elif kind == "int":
             x = x if x.dtype == torch.int32 else x.long()
         return x.numpy() if made is np.ndarray else x
 
     return _Reader(wanted, read, lambda v: isinstance(v, Tensor))
+
+
+def _count_gaps(x: Tensor) -> int:
+    """How many numbers are NaN or infinite."""
+    wide = None if x.element_size() >= 4 else torch.float32
+    # quick: whatever is not finite makes the sum so
+    if x.is_meta or math.isfinite(x.sum(dtype=wide).item()):
+        return 0
+    return int((~torch.isfinite(x)).sum())
 
 
 def _as_tensor(value: Any) -> Any:
@@ -551,47 +562,49 @@ def checked(target: Checked) -> Checked:
 
 def _guarded(function: Any) -> Any:
     """A function behind a check of its arguments."""
-    parameters = inspect.signature(function).parameters
-    kinds = inspect.Parameter
-    places = [
-        n
-        for n, p in parameters.items()
-        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
-    rest = next(
-        (n for n, p in parameters.items() if p.kind is kinds.VAR_POSITIONAL), ""
-    )
+    kinds, parameters = inspect.Parameter, inspect.signature(function).parameters
+    by_place = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    places = [n for n, p in parameters.items() if p.kind in by_place]
+    rest = [n for n, p in parameters.items() if p.kind is kinds.VAR_POSITIONAL]
     readers: dict[str, _Reader] = {}
+    plain: list[frozenset[type] | None] = []  # by place; `None` takes everything
 
     def find() -> None:  # at the first call, when every name of the module is there
         hints = typing.get_type_hints(function, include_extras=True)
         for name, parameter in parameters.items():
-            if parameter.kind is not kinds.VAR_KEYWORD and name in hints:
-                readers[name] = _reader(hints[name])
+            known = parameter.kind is not kinds.VAR_KEYWORD
+            readers[name] = _reader(hints.get(name, Any) if known else Any)
+        found = [readers[name] for name in places]
+        plain.extend(None if reader is _ANY else reader.plain for reader in found)
 
     def read(args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-        if not readers:
-            find()
-        model = kwargs.get("model", args[0] if args else None)
-        sizes = {n: getattr(model, n) for n in _OF_THE_MODEL if hasattr(model, n)}
-        given = list(args)
-        for i, value in enumerate(args):
-            name = places[i] if i < len(places) else rest
-            if name in readers:
-                given[i] = readers[name].read(value, name, sizes)
-        for name, value in kwargs.items():
-            if name in readers:
-                kwargs[name] = readers[name].read(value, name, sizes)
+        given, sizes = list(args), _sizes(args, kwargs)
+        for i, name in enumerate([*places, *rest * len(args)][: len(args)]):
+            given[i] = readers[name].read(args[i], name, sizes)
+        for name in readers.keys() & kwargs.keys():
+            kwargs[name] = readers[name].read(kwargs[name], name, sizes)
         return given
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*read(args, kwargs), **kwargs)
+        if not readers:
+            find()
+        easy = not kwargs and len(args) <= len(plain)
+        for value, types_ in zip(args, plain, strict=False):
+            if types_ is not None and type(value) not in types_:
+                easy = False
+        return function(*(args if easy else read(args, kwargs)), **kwargs)
 
     # with the globals of the function, so that doctest finds it in its own module
     own = types.FunctionType(
         call.__code__, function.__globals__, function.__name__, None, call.__closure__
     )
     return wraps(function)(own) if parameters else function
+
+
+def _sizes(args: tuple, kwargs: dict[str, Any]) -> Sizes:
+    """The sizes that are known from the model that is given, first or as `model`."""
+    model = kwargs.get("model", args[0] if args else None)
+    return {n: getattr(model, n) for n in _OF_THE_MODEL if hasattr(model, n)}
 
 # %% ../nbs/library/arguments.ipynb #w002
 def warn(message: str) -> None:

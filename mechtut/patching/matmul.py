@@ -51,7 +51,6 @@ _MARGIN = 2.0
 _onednn: dict[tuple[Any, ...], bool] = {}
 
 
-@checked
 def onednn_is_faster(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Tensor | None
 ) -> bool:
