@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checked, warn
+from ..arguments import Count, Natural, NotNegative, checked, warn
 from ._wiring import projector, run
 from mechtut.circuits.graph import (
     Edge,
@@ -280,7 +280,7 @@ def _scores(
 
 @checked
 def contrast_scores(
-    contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5
+    contrast: Contrast, method: str = "eap-ig-inputs", steps: Count = 5
 ) -> EdgeScores:
     """Estimated effect of cutting each edge, by gradients.
 
@@ -316,7 +316,7 @@ def attribution_scores(
     metric: str | Metric | Callable = "kl",
     *,
     method: str = "eap-ig-inputs",
-    steps: int = 5,
+    steps: Count = 5,
     positions: Positions | None = None,
     labels: Any = None,
     ablation: Ablation = "resample",
@@ -367,7 +367,7 @@ def attribution_scores(
 
 
 @checked
-def random_scores(graph: Graph, seed: int = 0) -> EdgeScores:
+def random_scores(graph: Graph, seed: Natural = 0) -> EdgeScores:
     """Edges in random order: the baseline that any method must beat.
 
     Args:
@@ -392,7 +392,7 @@ def select(
     scores: EdgeScores,
     *,
     n: int | None = None,
-    threshold: float | None = None,
+    threshold: NotNegative | None = None,
     greedy: bool = False,
 ) -> list[Edge]:
     """A circuit of the edges with the largest absolute scores.
@@ -721,7 +721,7 @@ def _over_prompts(
 
 @checked
 def attribution_by_position(
-    contrast: Contrast, method: str = "eap-ig-inputs", steps: int = 5
+    contrast: Contrast, method: str = "eap-ig-inputs", steps: Count = 5
 ) -> PositionScores:
     """The scores of `contrast_scores`, for each position; their sums are the same.
 

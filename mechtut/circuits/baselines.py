@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, NotNegative, Positive, checked
+from ..arguments import Count, Natural, NotNegative, Positive, checked
 from ._wiring import apply_mlp, attend, attention_bias, projector
 from .attribution import EdgeScores
 from .graph import Edge, Graph, feeds, layer_of, number_of
@@ -428,7 +428,7 @@ def subnetwork_probing(
     penalty: NotNegative = 1.0,
     steps: Count = 3000,
     lr: Positive = 1e-3,
-    seed: int = 0,
+    seed: Natural = 0,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Subnetwork:

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 
 # %% ../../nbs/library/circuits/graph.ipynb #c004
 class Edge(NamedTuple):
@@ -126,7 +126,7 @@ class Order:
 
     groups: str = "reverse"
     heads: str = "reverse"
-    seed: int = 0
+    seed: Natural = 0
 
     def __post_init__(self) -> None:
         for value in (self.groups, self.heads):
@@ -218,8 +218,8 @@ class Graph:
         ['a0.0', 'embed']
     """
 
-    n_layers: int
-    n_heads: int
+    n_layers: Count
+    n_heads: Count
     n_kv_heads: int = 0
     has_mlp: bool = True
     parallel: bool = False
@@ -256,7 +256,7 @@ class Graph:
         shared = self.count(kind) < self.n_heads
         return f"a{layer}.{'kv' if shared else ''}{number}.{kind}"
 
-    def group(self, kv_head: int) -> range:
+    def group(self, kv_head: Natural) -> range:
         """The heads that read a key/value head.
 
         Args:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from .graph import Edge
 from ..models.loading import Model, load_model
 
@@ -43,7 +43,12 @@ class Handmade:
 
 @checked
 def blank(
-    n_layers: int, n_heads: int, d_model: int, n_tokens: int, n_pos: int, d_mlp: int = 1
+    n_layers: Count,
+    n_heads: Count,
+    d_model: Count,
+    n_tokens: Count,
+    n_pos: Count,
+    d_mlp: Count = 1,
 ) -> Any:
     """A Hugging Face GPT-2 whose weights are all zero, without norms, with ReLU.
 
@@ -93,7 +98,7 @@ LOUD = 12.0
 
 
 @checked
-def field(d_model: int, start: int, size: int) -> Float[Tensor, "d_model size"]:
+def field(d_model: Count, start: Natural, size: int) -> Float[Tensor, "d_model size"]:
     """A part of the stream, as a matrix that reads it.
 
     Args:
@@ -144,10 +149,10 @@ def write_head(
 @checked
 @torch.no_grad()
 def induction(
-    n_prompts: int = 20,
-    n_tokens: int = 12,
-    n_pos: int = 10,
-    seed: int = 0,
+    n_prompts: Count = 20,
+    n_tokens: Count = 12,
+    n_pos: Count = 10,
+    seed: Natural = 0,
     negative: bool = False,
 ) -> Handmade:
     """An induction circuit of two layers, each with an idle head as well.
@@ -224,7 +229,7 @@ def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
 @checked
 @torch.no_grad()
 def reverse(
-    n_prompts: int = 20, n_tokens: int = 8, n_pos: int = 8, seed: int = 0
+    n_prompts: Count = 20, n_tokens: Count = 8, n_pos: Count = 8, seed: Natural = 0
 ) -> Handmade:
     """One layer that says the first half of a prompt backwards.
 
@@ -274,7 +279,7 @@ def reverse(
 # %% ../../nbs/library/circuits/known.ipynb #c018
 @checked
 @torch.no_grad()
-def gate(kind: str = "or", n_prompts: int = 8) -> Handmade:
+def gate(kind: str = "or", n_prompts: Count = 8) -> Handmade:
     """A gate of two bits: tokens 0 and 1 at positions 0 and 1.
 
     The result, token 0 or 1, is said at position 2, where token 2 asks. All clean

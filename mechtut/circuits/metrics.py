@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import AnyFloat, checked
+from ..arguments import AnyFloat, Count, checked
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c004
 Positions = str | int | Sequence[int] | Tensor
@@ -369,7 +369,7 @@ class BoundMetric:
         return value.reshape(())
 
     def each(
-        self, logits: Float[Tensor, "batch2 read d_vocab"], copies: int
+        self, logits: Float[Tensor, "batch2 read d_vocab"], copies: Count
     ) -> list[float]:
         """The metric of several circuits; numbers that are not finite as they are.
 

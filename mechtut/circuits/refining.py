@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked
+from ..arguments import NotNegative, checked
 from .graph import Edge, check_edges
 from .runs import Contrast, Cuts, circuit_metric
 from ..patching.checkpoints import quiet
@@ -148,7 +148,7 @@ class RefinedCircuit(Result):
 def refine(
     contrast: Contrast,
     edges: Iterable[Sequence[Any]],
-    threshold: float,
+    threshold: NotNegative,
     spans: Mapping[str, Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> RefinedCircuit:

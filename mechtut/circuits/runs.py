@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, checked
 from mechtut.circuits._wiring import (
     Run,
     Wiring,
@@ -141,7 +141,7 @@ class Window:
     rows: Int[Tensor, "row"]
     reads: Int[Tensor, "read"]
     constant: int
-    n_pos: int
+    n_pos: Count
 
     @classmethod
     def find(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked
+from ..arguments import Count, checked
 from .weights import mlp_projection
 from ..models.families import as_stored
 from ..models.hooks import hooked
@@ -65,8 +65,8 @@ def key_covariance(
     texts: Iterable[str],
     layer: int,
     *,
-    batch_size: int = 32,
-    chunk: int = 2048,
+    batch_size: Count = 32,
+    chunk: Count = 2048,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Float[Tensor, "d_mlp d_mlp"]:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from .weights import WeightEdit
 from ..models.loading import Model, pad_right
 from ..prompts.facts import target_ids
@@ -25,7 +25,7 @@ from ..prompts.facts import target_ids
 @checked
 @torch.no_grad()
 def target_log_probs(
-    model: Model, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64
+    model: Model, prompts: Sequence[str], targets: Sequence[str], batch_size: Count = 64
 ) -> list[Tensor]:
     """Log-probability distributions at each target token, teacher-forced.
 
@@ -276,9 +276,9 @@ def reference_score(generated: Sequence[str], references: Sequence[str]) -> floa
 def sample(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
-    n_new: int,
+    n_new: Natural,
     generator: torch.Generator,
-    top_k: int = 5,
+    top_k: Count = 5,
 ) -> Int[Tensor, "batch longer"]:
     """Text drawn from the likeliest tokens, as in the authors' code but with a seed.
 
@@ -303,7 +303,7 @@ def sample(
 
 @checked
 def generation_scores(
-    model: Model, case: Mapping[str, Any], n_tokens: int = 60, seed: int = 0
+    model: Model, case: Mapping[str, Any], n_tokens: Count = 60, seed: Natural = 0
 ) -> dict[str, float]:
     """Quality of text sampled from a record's `generation_prompts`.
 

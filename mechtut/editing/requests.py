@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from .evaluation import sample
 from ..models.loading import Model, document_start
 from ..prompts.subject_noise import token_spans
@@ -74,9 +74,9 @@ def locate(
 @checked
 def context_templates(
     model: Model,
-    seed: int = 0,
+    seed: Natural = 0,
     lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10)),
-    top_k: int = 5,
+    top_k: Count = 5,
 ) -> tuple[str, ...]:
     """The bare `"{}"` and sampled beginnings like `"The report was. {}"`.
 

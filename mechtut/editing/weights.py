@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..arguments import checked, warn
+from ..arguments import Count, NotNegative, Positive, checked, warn
 from ..models.families import as_stored
 from ..models.hooks import check_layer, hooked
 from ..models.loading import Model, evaluating
@@ -134,10 +134,10 @@ def fine_tune(
     target: str,
     *,
     layer: int,
-    steps: int = 25,
-    learning_rate: float = 5e-4,
-    max_change: float | None = None,
-    stop_loss: float = 1e-2,
+    steps: Count = 25,
+    learning_rate: Positive = 5e-4,
+    max_change: Positive | None = None,
+    stop_loss: NotNegative = 1e-2,
 ) -> WeightEdit:
     """Adam on one MLP projection until the model says the target: FT and FT+L.
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..arguments import checked
+from ..arguments import Count, checked
 from ..editing.covariance import key_covariance
 from ..editing.evaluation import evaluate_edit, summarize
 from ..editing.requests import context_templates
@@ -115,7 +115,7 @@ def rome_lines(who: Candidate, world: World, n: int) -> list[Line]:
 
 # %% ../../nbs/library/experiments/report_card.ipynb #c008
 @checked
-def function_vector_scores(model: Model, world: World, k: int = 10) -> pd.DataFrame:
+def function_vector_scores(model: Model, world: World, k: Count = 10) -> pd.DataFrame:
     """Zero-shot accuracy by layer of injection, over all tasks that the model knows.
 
     Args:

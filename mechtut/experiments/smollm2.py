@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..arguments import checked
+from ..arguments import Count, Natural, Positive, checked
 from ..circuits.attribution import attribution_scores, select
 from ..circuits.circuit import Circuit
 from ..circuits.graph import number_of
@@ -132,7 +132,7 @@ def tracing(
     facts: Sequence[EverydayFact],
     folder: Path,
     *,
-    n_samples: int = 3,
+    n_samples: Count = 3,
     window: int = 6,
 ) -> dict[str, AverageTrace]:
     """Average causal traces of three components, and with severed paths.
@@ -175,9 +175,9 @@ def tracing(
 def noise_elsewhere(
     model: Model,
     facts: Sequence[EverydayFact],
-    n_samples: int = 3,
-    seed: int = 0,
-    std: float | None = None,
+    n_samples: Count = 3,
+    seed: Natural = 0,
+    std: Positive | None = None,
 ) -> pd.DataFrame:
     """The answer's probability with noise on the subject, and on other tokens.
 
@@ -216,7 +216,9 @@ def noise_elsewhere(
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c012
 @checked
-def elsewhere(facts: Sequence[EverydayFact], n: int = 60, seed: int = 0) -> list[str]:
+def elsewhere(
+    facts: Sequence[EverydayFact], n: int = 60, seed: Natural = 0
+) -> list[str]:
     """Prompts about anything but some facts' relations and subjects.
 
     Args:
@@ -340,13 +342,13 @@ def vectors(
     task_name: str,
     folder: Path | None = None,
     *,
-    n_prompts: int = 50,
-    n_trials: int = 25,
-    n_shots: int = 5,
-    k: int = 10,
-    n_random: int = 5,
+    n_prompts: Count = 50,
+    n_trials: Count = 25,
+    n_shots: Natural = 5,
+    k: Count = 10,
+    n_random: Natural = 5,
     layers: Sequence[int] | None = None,
-    seed: int = 42,
+    seed: Natural = 42,
 ) -> tuple[FunctionVector, pd.DataFrame]:
     """A task's function vector and its accuracy beside every control.
 
@@ -400,7 +402,7 @@ def vectors(
 # %% ../../nbs/library/experiments/smollm2.ipynb #c018
 @checked
 def ioi_batch(
-    model: Model, n: int, n_held_out: int, seed: int = 0
+    model: Model, n: int, n_held_out: int, seed: Natural = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Indirect-object prompts of one length, for a search and held out.
 
@@ -444,7 +446,7 @@ def circuits(
     folder: Path,
     *,
     n: int = 16,
-    seed: int = 0,
+    seed: Natural = 0,
 ) -> tuple[list[Circuit], pd.DataFrame]:
     """A circuit per threshold, and how faithful each is on prompts it has not seen.
 
@@ -471,7 +473,7 @@ def circuits(
 
 @checked
 def attributed(
-    model: Model, sizes: Sequence[int], *, n: int = 16, seed: int = 0
+    model: Model, sizes: Sequence[int], *, n: int = 16, seed: Natural = 0
 ) -> pd.DataFrame:
     """Circuits of the edges that gradients score highest (EAP-IG), by size.
 
@@ -529,7 +531,7 @@ def _faithfulness(
 
 @checked
 def heads_of(
-    model: Model, circuit: Circuit, n: int = 32, seed: int = 0
+    model: Model, circuit: Circuit, n: int = 32, seed: Natural = 0
 ) -> pd.DataFrame:
     """The heads of a circuit: where they look, and what cutting each of them does.
 

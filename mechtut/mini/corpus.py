@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..arguments import checked
+from ..arguments import Natural, checked
 from mechtut.mini.world import (
     LIST_OPERATIONS,
     World,
@@ -644,7 +644,7 @@ MIXTURE = {
 
 @checked
 def corpus(
-    world: World, seed: int, mixture: dict[str, float] | None = None
+    world: World, seed: Natural, mixture: dict[str, float] | None = None
 ) -> Iterator[Document]:
     """Endless documents about a world, always the same for the same seed.
 

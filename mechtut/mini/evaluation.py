@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from .corpus import corpus, icl_prompt
 from .world import LIST_OPERATIONS, Fact, World, make_pairs
 from ..models.families import find_family
@@ -323,8 +323,8 @@ def trace_roles(
     n: int = 50,
     component: str = "resid_post",
     window: int = 1,
-    samples: int = 4,
-    seed: int = 0,
+    samples: Count = 4,
+    seed: Natural = 0,
 ) -> pd.DataFrame:
     """Average indirect effect by token role and layer, over facts that the model knows.
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..arguments import checked
+from ..arguments import Count, Positive, checked
 
 with warnings.catch_warnings():  # tqdm complains in notebooks that lack ipywidgets
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -584,7 +584,7 @@ def agreed_dtype() -> torch.dtype:
 def orthogonalize(
     g: Float[Tensor, "matrix row col"],
     dtype: torch.dtype = torch.float32,
-    steps: int = 5,
+    steps: Count = 5,
 ) -> Float[Tensor, "matrix row col"]:
     """Push the singular values of each matrix towards one.
 
@@ -624,7 +624,9 @@ class Muon:
         momentum: The share of the old gradient that stays.
     """
 
-    def __init__(self, model: TrainingGPT, lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, model: TrainingGPT, lr: Positive, momentum: float = 0.95
+    ) -> None:
         self.lr, self.momentum, self.dtype = lr, momentum, model.dtype
         self.groups = {
             k: [getattr(b, k) for b in model.blocks] for k in ("qkv", "o", "up", "down")
@@ -635,7 +637,7 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
+    def step(self, scale: Positive) -> None:
         """Update every matrix.
 
         Args:

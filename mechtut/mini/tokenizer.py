@@ -25,7 +25,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Natural, checked
 from .corpus import ANSWER, NAME, corpus
 from .world import World
 
@@ -188,7 +188,7 @@ def pack_rows(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    seed: int,
+    seed: Natural,
     n_rows: int,
     n_ctx: int,
     mixture: dict[str, float],

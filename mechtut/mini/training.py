@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from .card import model_card
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .evaluation import evaluate
@@ -91,12 +91,12 @@ class Recipe:
     """
 
     n_layer: int = 8
-    d_model: int = 192
+    d_model: Count = 192
     n_head: int = 6
     n_ctx: int = 128
     batch: int = 48
     tokens: int = 21_000_000
-    seed: int = 0
+    seed: Natural = 0
     adam_lr: float = 3e-3
     muon_lr: float = 0.02
     warmup: int = 100
@@ -486,7 +486,7 @@ def train(
     recipe: Recipe | None = None,
     *,
     resume: bool = True,
-    save_every: int = 200,
+    save_every: Count = 200,
     stop_at: int | None = None,
     progress: bool = True,
     device: str | None = None,

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
-from ..arguments import checked
+from ..arguments import Natural, checked
 
 # %% auto #0
 __all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact', 'Task', 'ListTask', 'World', 'Pair', 'ioi_text',
@@ -416,7 +416,7 @@ class World:
         'Tokyo'
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: Natural = 0) -> None:
         self.seed, self.spec, rng = seed, load_spec(), random.Random(seed)
         self.subjects = _subjects(self.spec, rng)
         self.facts = _facts(self.spec, self.subjects, rng)
@@ -457,7 +457,7 @@ class World:
         return self._category.get(word.strip())
 
     def list_pairs(
-        self, name: str, n: int = 100, *, seed: int = 0, words: str | None = None
+        self, name: str, n: int = 100, *, seed: Natural = 0, words: str | None = None
     ) -> tuple[tuple[str, str], ...]:
         """Different pairs of a task on lists of words.
 
@@ -671,7 +671,7 @@ _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
 # %% ../../nbs/library/mini/world.ipynb #c058
 @checked
 def make_pairs(
-    world: World, circuit: str, n: int, *, seed: int = 0, held_out: bool = False
+    world: World, circuit: str, n: int, *, seed: Natural = 0, held_out: bool = False
 ) -> list[Pair]:
     """Clean and corrupted prompts for one circuit.
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..arguments import checked, integer, integers
+from ..arguments import Count, Natural, checked, integer, integers
 from .loading import Model
 from .precision import rounding
 
@@ -116,7 +116,7 @@ class Where:
     """
 
     rule: str
-    start: int = 0
+    start: Natural = 0
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -125,7 +125,7 @@ class Where:
             )
         object.__setattr__(self, "start", integer(self.start, "start", least=0))
 
-    def of_prompt(self, n_pos: int) -> list[int]:
+    def of_prompt(self, n_pos: Count) -> list[int]:
         """The positions in a prompt without padding.
 
         Args:
@@ -220,7 +220,7 @@ class Edit:
         """
         return replace(self, pos=pos)
 
-    def positions(self, n_pos: int) -> list[int]:
+    def positions(self, n_pos: Count) -> list[int]:
         """The positions that are written, counted from the start.
 
         Args:

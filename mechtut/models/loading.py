@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..arguments import checked
+from ..arguments import Count, checked
 from mechtut.models.families import (
     Family,
     check_config,
@@ -714,7 +714,7 @@ _ADAPTER_STATE = ("active_adapters", "scaling", "disable_adapters", "merged")
 
 
 @checked
-def weight_fingerprint(model: Model, samples: int = 4096) -> str:
+def weight_fingerprint(model: Model, samples: Count = 4096) -> str:
     """Short hash of a model's weights: name, shape and an even sample of each.
 
     Buffers count as well, and what adapters keep beside their weights.

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
-from ..arguments import AnyFloat, checked
+from ..arguments import AnyFloat, Count, Natural, NotNegative, Positive, checked
 from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/neurons/client.ipynb #c004
@@ -72,12 +72,12 @@ class Request:
 def chat(
     messages: Messages,
     *,
-    max_tokens: int,
-    temperature: float = 0.0,
+    max_tokens: Count,
+    temperature: NotNegative = 0.0,
     top_logprobs: int = 0,
     n: int = 1,
     json_mode: bool = False,
-    seed: int | None = None,
+    seed: Natural | None = None,
 ) -> Request:
     """A chat completion; the server's model name is added when it is sent.
 
@@ -110,7 +110,7 @@ def chat(
 
 @checked
 def completion(
-    prompt: str, *, max_tokens: int = 1, top_logprobs: int = 0, echo: bool = False
+    prompt: str, *, max_tokens: Count = 1, top_logprobs: int = 0, echo: bool = False
 ) -> Request:
     """A plain completion.
 
@@ -267,7 +267,7 @@ class Turnstile:
         per_minute: The rate, None for no limit.
     """
 
-    def __init__(self, per_minute: float | None):
+    def __init__(self, per_minute: Positive | None):
         self.gap = 60 / per_minute if per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
 
@@ -313,13 +313,13 @@ class Server:
     model: str
     base_url: str | None = field(default=None, repr=False)  # may hold a password
     cache: str | Path | None = None
-    concurrency: int = 8
-    requests_per_minute: float | None = None
-    retries: int = 5
-    backoff: float = 1.0
-    timeout: float = 60.0
+    concurrency: Count = 8
+    requests_per_minute: Positive | None = None
+    retries: Natural = 5
+    backoff: NotNegative = 1.0
+    timeout: Positive = 60.0
     prices: tuple[float, float] | None = None
-    budget: float | None = None
+    budget: NotNegative | None = None
 
     def __post_init__(self) -> None:
         self.base_url = self.base_url or os.environ.get("OPENAI_BASE_URL")
@@ -643,7 +643,7 @@ def _same(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> boo
 
 # %% ../../nbs/library/neurons/client.ipynb #c045
 @checked
-def decision(state: str, questions: Mapping[str, str], n_levels: int) -> Request:
+def decision(state: str, questions: Mapping[str, str], n_levels: Count) -> Request:
     """Typed questions to `transformers serve`, which writes no text.
 
     Args:

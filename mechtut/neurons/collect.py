@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked, warn
+from ..arguments import Count, Natural, checked, warn
 from ..models.hooks import Site, Visitor, capture, check_layer
 from ..models.loading import Model, readable_token, weight_fingerprint
 from ..models.precision import widest
@@ -56,7 +56,7 @@ class Collector:
         kept: What was kept so far, to go on with.
     """
 
-    def __init__(self, plan: Plan, d_vocab: int, kept: Kept | None = None):
+    def __init__(self, plan: Plan, d_vocab: Count, kept: Kept | None = None):
         self.plan = plan
         self.kept = kept or Kept(torch.zeros(d_vocab, dtype=torch.int64))
         self.pool = Reservoir(plan.n_pool, plan.seed, self.kept.pool)
@@ -151,18 +151,18 @@ def collect(
     texts_or_token_batches: Source,
     *,
     layers: Literal["all"] | int | Sequence[int] = "all",
-    n_top: int = 20,
-    n_random: int = 20,
-    n_tokens: int = 64,
+    n_top: Count = 20,
+    n_random: Natural = 20,
+    n_tokens: Count = 64,
     folder: str | Path | None = None,
-    batch_size: int | None = None,
-    n_quantiles: int = 4,
+    batch_size: Count | None = None,
+    n_quantiles: Natural = 4,
     moments: bool = True,
     token_table: bool = False,
     both_ends: bool | None = None,
     special_tokens: bool = True,
-    seed: int = 0,
-    save_every: int = 4096,
+    seed: Natural = 0,
+    save_every: Count = 4096,
     progress: bool | None = None,
 ) -> NeuronRecords:
     """Read a corpus once and keep records of every MLP neuron of the given layers.
@@ -395,7 +395,7 @@ def _about(
 # %% ../../nbs/library/neurons/collect.ipynb #n002
 @checked
 def activations_on(
-    model: Model, layer: int, neuron: int, texts: Sequence[str], sign: int = 1
+    model: Model, layer: int, neuron: Natural, texts: Sequence[str], sign: int = 1
 ) -> list[ActivationRecord]:
     """Records of one neuron on given texts, each read alone.
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..arguments import checked
+from ..arguments import Count, Natural, Share, checked
 from .client import TopLogprobs
 from .records import ActivationRecord
 from .scoring import LEVELS, discretize, max_activation
@@ -142,7 +142,7 @@ def _nonzero_share(levels: Sequence[Sequence[int]]) -> float:
 
 @checked
 def explain_messages(
-    records: Sequence[ActivationRecord], *, max_characters: int = 24_000
+    records: Sequence[ActivationRecord], *, max_characters: Count = 24_000
 ) -> list[dict[str, str]]:
     """The request to explain a neuron.
 
@@ -328,7 +328,7 @@ def read_echo(
     tokens: Sequence[str],
     top_logprobs: TopLogprobs,
     *,
-    offset: int = 0,
+    offset: Natural = 0,
 ) -> list[list[tuple[str, float]]]:
     """The alternatives at each place of an echoed prompt.
 
@@ -374,7 +374,7 @@ def read_echo(
 # %% ../../nbs/library/neurons/explainer_prompts.ipynb #c030
 @checked
 def parse_levels(
-    text: str, tokens: Sequence[str], *, mark: str = "", max_missing: float = 0.1
+    text: str, tokens: Sequence[str], *, mark: str = "", max_missing: Share = 0.1
 ) -> list[int]:
     r"""The level of each token in lines of token, tab, level.
 
@@ -429,7 +429,7 @@ def _filled(
 
 
 @checked
-def parse_json_levels(text: str, n: int, *, max_missing: float = 0.1) -> list[int]:
+def parse_json_levels(text: str, n: int, *, max_missing: Share = 0.1) -> list[int]:
     """The levels in `{"levels": {"0": 3, ...}}`, or in a list of them.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..arguments import checked
+from ..arguments import Count, Share, checked
 from mechtut.neurons.client import (
     Request,
     Server,
@@ -50,7 +50,7 @@ def readable(
     ask: Callable[[int, int], Request],
     read: Callable[[int, dict[str, Any]], Answer],
     n: int,
-    attempts: int,
+    attempts: Count,
 ) -> list[Answer]:
     """Answers that can be read: what cannot is asked for again.
 
@@ -105,9 +105,9 @@ class ServerExplainer:
     """
 
     server: Server
-    n_samples: int = 1
-    max_characters: int = 24_000
-    attempts: int = 3
+    n_samples: Count = 1
+    max_characters: Count = 24_000
+    attempts: Count = 3
 
     def explain(self, record: NeuronRecord) -> Explanation:
         """The first explanation drawn.
@@ -224,8 +224,8 @@ class ServerSimulator:
 
     server: Server
     way: Way = "auto"
-    attempts: int = 3
-    max_missing: float = 0.1
+    attempts: Count = 3
+    max_missing: Share = 0.1
 
     def simulate(
         self, explanation: Explanation, excerpts: Sequence[Sequence[str]]
@@ -423,7 +423,7 @@ class ServerJudge:
 
     server: Server
     batch: int = 10
-    attempts: int = 3
+    attempts: Count = 3
 
     def detect(
         self, explanation: Explanation, excerpts: Sequence[Sequence[str]]

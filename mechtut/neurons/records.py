@@ -21,7 +21,7 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..arguments import AnyFloat, checked
+from ..arguments import AnyFloat, Count, Natural, checked
 from .statistics import Reservoir, State, moments, unpack
 from ..patching.results import Result
 
@@ -113,7 +113,7 @@ class NeuronRecord:
     """
 
     layer: int
-    neuron: int
+    neuron: Natural
     top: list[ActivationRecord]
     random: list[ActivationRecord]
     quantiles: list[list[ActivationRecord]] = field(default_factory=list)
@@ -163,13 +163,13 @@ class Plan:
     """
 
     layers: tuple[int, ...]
-    n_top: int
-    n_random: int
-    n_tokens: int
-    n_quantiles: int
+    n_top: Count
+    n_random: Natural
+    n_tokens: Count
+    n_quantiles: Natural
     moments: bool
     token_table: bool
-    seed: int
+    seed: Natural
     both_ends: bool = False
     special_tokens: bool = True
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..arguments import checked
+from ..arguments import Count, Natural, NotNegative, checked
 from .records import ActivationRecord, NeuronRecord
 from .scoring import records_of
 
@@ -274,11 +274,11 @@ class RuleSimulator:
 def induce(
     y: Float[np.ndarray, "token"],
     columns: Int[np.ndarray, "token slot"],
-    n_features: int,
+    n_features: Count,
     *,
     n_terms: int = 5,
-    min_count: int = 2,
-    min_gain: float = 0.01,
+    min_count: Natural = 2,
+    min_gain: NotNegative = 0.01,
 ) -> tuple[list[int], Float[np.ndarray, "term"]]:
     """Greedy least squares on a few binary features, with an intercept.
 
@@ -366,8 +366,8 @@ class RuleExplainer:
 
     category_of: CategoryOf | None = None
     n_terms: int = 5
-    min_count: int = 2
-    min_gain: float = 0.01
+    min_count: Natural = 2
+    min_gain: NotNegative = 0.01
     ahead: bool = False
 
     def explain(self, record: NeuronRecord) -> Explanation:

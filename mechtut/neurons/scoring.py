@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import AnyFloat, checked, warn
+from ..arguments import AnyFloat, Count, Natural, checked, warn
 from .records import ActivationRecord, NeuronRecord
 from ..patching.results import Result
 
@@ -69,7 +69,7 @@ SPLITS = ("train", "calibration", "valid", "test")
 
 @checked
 def split_records(
-    n_top: int, n_random: int, n_per_split: int | None = None
+    n_top: Count, n_random: Natural, n_per_split: Count | None = None
 ) -> dict[str, list[str]]:
     """Which records belong to which split.
 
@@ -112,7 +112,7 @@ def split_records(
 
 @checked
 def records_of(
-    record: NeuronRecord, split: str, n_per_split: int | None = None
+    record: NeuronRecord, split: str, n_per_split: Count | None = None
 ) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
     """The top and the random records of one split of a neuron.
 

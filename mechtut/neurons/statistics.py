@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import UNBOUNDED, checked
+from ..arguments import UNBOUNDED, Count, Natural, checked
 from ..models.hooks import Site, Visitor, hooked, visiting
 from ..models.loading import Model, document_start
 from ..models.precision import widest
@@ -29,8 +29,8 @@ Source = Iterable[str | Sequence[int] | Tensor] | Tensor
 def excerpts(
     model: Model,
     source: Source,
-    n_tokens: int,
-    batch_size: int,
+    n_tokens: Count,
+    batch_size: Count,
     *,
     special_tokens: bool = True,
 ) -> Iterator[Int[Tensor, "row pos"]]:
@@ -188,7 +188,9 @@ State = dict[str, Tensor]
 
 
 @checked
-def empty_top(n_neurons: int, n_top: int, n_tokens: int, device: torch.device) -> State:
+def empty_top(
+    n_neurons: int, n_top: Count, n_tokens: Count, device: torch.device
+) -> State:
     """The state of a layer's strongest excerpts before the first batch.
 
     Args:
@@ -214,7 +216,7 @@ def keep_top(
     state: State,
     x: Annotated[Float[Tensor, "excerpt pos neuron"], UNBOUNDED],
     largest: Annotated[Float[Tensor, "excerpt neuron"], UNBOUNDED],
-    first_id: int,
+    first_id: Natural,
 ) -> None:
     """Put those excerpts that are strong enough into the neurons' slots, in place.
 
@@ -279,7 +281,7 @@ class Reservoir:
         [53, 33]
     """
 
-    def __init__(self, size: int, seed: int, ids: Sequence[int] = ()):
+    def __init__(self, size: int, seed: Natural, ids: Sequence[int] = ()):
         self.size, self.seed = size, seed
         self.ids = list(ids)  # by slot
         self._worst = [(-self.priority(i), slot) for slot, i in enumerate(self.ids)]
@@ -299,7 +301,7 @@ class Reservoir:
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
 
-    def offer(self, first_id: int, n: int) -> dict[int, int]:
+    def offer(self, first_id: Natural, n: int) -> dict[int, int]:
         """Let a batch of excerpts compete for the slots.
 
         Args:

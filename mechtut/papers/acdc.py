@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked, warn
+from ..arguments import NotNegative, checked, warn
 from ..circuits._walk import Walk, open_store
 from ..circuits.circuit import Circuit
 from ..circuits.graph import Edge, Order, parse_order
@@ -48,7 +48,7 @@ class Rules:
         0.25
     """
 
-    threshold: float
+    threshold: NotNegative
     order: Order = field(default_factory=Order)
     abs_value: bool = False
     remove_redundant: bool = False
@@ -139,7 +139,7 @@ def acdc(
     clean: Int[Tensor, "batch pos"],
     corrupted: Int[Tensor, "batch pos"],
     *,
-    threshold: float,
+    threshold: NotNegative,
     relative: bool = False,
     metric: str | Metric | Callable = "kl",
     positions: Positions | None = None,

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked, integer, warn
+from ..arguments import Count, Natural, checked, integer, warn
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -119,7 +119,7 @@ def _table(
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c020
 @checked
-def window_layers(layer: int, window: int, n_layers: int) -> range:
+def window_layers(layer: int, window: int, n_layers: Count) -> range:
     """The layers restored together around one; fewer at the ends of the model.
 
     Args:
@@ -283,11 +283,11 @@ def trace(
     component: str = "resid_post",
     window: int = 10,
     noise: float | Noise | Tensor = 3.0,
-    n_samples: int = 10,
-    seed: int = 1,
+    n_samples: Count = 10,
+    seed: Natural = 1,
     tokens: Sequence[int] | str | None = None,
     sever: str | None = None,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     quirks: Sequence[str] = (),
     folder: str | Path | None = None,
     progress: bool | None = None,

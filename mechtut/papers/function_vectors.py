@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked, integers
+from ..arguments import Count, Natural, checked, integers
 from ..models.hooks import Edit, check_layer, intervene
 from ..models.loading import Model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -61,7 +61,7 @@ def indirect_effect(
     mean_activations: Float[Tensor, "layer head *slot d_head"],
     *,
     score: Score = "probability",
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Float[Tensor, "trial layer head"]:
@@ -140,7 +140,7 @@ Head = tuple[int, int]
 
 
 @checked
-def top_heads(effects: Float[Tensor, "trial layer head"], k: int = 10) -> list[Head]:
+def top_heads(effects: Float[Tensor, "trial layer head"], k: Count = 10) -> list[Head]:
     """The heads with the largest effect, averaged over trials.
 
     Args:
@@ -384,12 +384,12 @@ def evaluate(
     layers: Sequence[int] | None = None,
     *,
     settings: Sequence[Setting] = ("zero_shot", "shuffled"),
-    n_shots: int = 10,
-    seed: int = 42,
+    n_shots: Natural = 10,
+    seed: Natural = 42,
     only_known: bool | Sequence[int] = True,
     mode: Literal["add", "set"] = "add",
     template: Template | None = None,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
 ) -> pd.DataFrame:
     """Accuracy on a task's test queries by layer of injection (section 3.2).
 
@@ -495,15 +495,15 @@ def extract(
     model: Model,
     task: Task,
     *,
-    n_prompts: int = 100,
-    n_trials: int = 25,
-    n_shots: int = 10,
-    k: int = 10,
-    seed: int = 42,
+    n_prompts: Count = 100,
+    n_trials: Count = 25,
+    n_shots: Natural = 10,
+    k: Count = 10,
+    seed: Natural = 42,
     corrupt: Literal["shuffle", "random"] = "shuffle",
     only_known: bool = True,
     bias_per_head: bool = False,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> FunctionVector:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, checked
 from ..models.hooks import Site, visiting
 from ..models.loading import Model
 from ..neurons.client import Server
@@ -154,7 +154,7 @@ def score_explanation(
     *,
     split: str = "valid",
     calibration: Method = "none",
-    n_per_split: int | None = None,
+    n_per_split: Count | None = None,
 ) -> ScoredExplanation:
     """Simulate the excerpts of a split from the explanation, and compare (section 3).
 
@@ -206,7 +206,7 @@ def fit_calibration(
     explanation: Explanation,
     simulator: Simulator | None,
     method: Method = "linear",
-    n_per_split: int | None = None,
+    n_per_split: Count | None = None,
 ) -> Calibration:
     """A map from simulated values to activations, fitted on the calibration split.
 

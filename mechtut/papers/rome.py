@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, NotNegative, Positive, checked
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
@@ -53,14 +53,14 @@ class RomeConfig:
         ValueError: For fewer than two steps, or a rate or clamp that is not positive.
     """
 
-    learning_rate: float = 0.5
-    steps: int = 20
-    weight_decay: float = 0.5
-    kl_factor: float = 0.0625
+    learning_rate: Positive = 0.5
+    steps: Count = 20
+    weight_decay: NotNegative = 0.5
+    kl_factor: NotNegative = 0.0625
     clamp: float = 4.0
-    stop_loss: float = 0.05
+    stop_loss: NotNegative = 0.05
     kl_prompt: str = "{} is a"
-    seed: int = 0
+    seed: Natural = 0
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.learning_rate <= 0 or self.clamp <= 0:

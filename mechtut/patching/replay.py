@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked, integer, integers
+from ..arguments import Count, Natural, checked, integer, integers
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -386,7 +386,7 @@ class Replay:
         base_edits: Intervention = (),
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         readout: Sequence[int] = (-1,),
-        batch_size: int | None = None,
+        batch_size: Count | None = None,
     ):
         _check_base(base_edits, batch_size)
         refuse_open_edits(model, "the replay engine")
@@ -405,7 +405,7 @@ class Replay:
             took = time.perf_counter() - began
         self._pace = took / (self.tokens.numel() * model.n_layers)
 
-    def reads(self, start: int) -> list[int]:
+    def reads(self, start: Natural) -> list[int]:
         """The readout positions from one position on.
 
         Args:
@@ -546,7 +546,7 @@ def _run(
 
 # %% ../../nbs/library/patching/replay.ipynb #c047
 @checked
-def cone_token_layers(n_layers: int, n_pos: int, layer: int, pos: int) -> int:
+def cone_token_layers(n_layers: Count, n_pos: Count, layer: int, pos: int) -> int:
     """Token–layers that an edit of a block's output can change.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from ..models.hooks import check_layer
 from ..models.loading import Model
 from ..patching.last_token import Change, run_changes
@@ -36,7 +36,7 @@ def target_ranks(
     layers: Sequence[int] | None = None,
     *,
     mode: Literal["add", "set"] = "add",
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
 ) -> Int[Tensor, "prompt run"]:
     """Rank of the right token (0 is best), without a vector and with it.
 
@@ -107,9 +107,9 @@ def known_queries(
     task: Task,
     part: Literal["valid", "test"],
     *,
-    n_shots: int = 10,
-    seed: int = 42,
-    split_seed: int | None = None,
+    n_shots: Natural = 10,
+    seed: Natural = 42,
+    split_seed: Natural | None = None,
 ) -> list[int]:
     """Indices of the queries that the model answers from true demonstrations.
 

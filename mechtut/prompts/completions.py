@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, Positive, checked
 from ..models.loading import Model, evaluating
 from .few_shot import Prompt, Task, answer_ids, encode, every_query
 
@@ -25,7 +25,7 @@ from .few_shot import Prompt, Task, answer_ids, encode, every_query
 @checked
 @torch.no_grad()
 def complete(
-    model: Model, prompt: Prompt, n_tokens: int = 16, *, cache: bool = True
+    model: Model, prompt: Prompt, n_tokens: Count = 16, *, cache: bool = True
 ) -> list[int]:
     """What the model writes after a prompt, by greedy decoding.
 
@@ -178,7 +178,10 @@ def answer_nll(
 # %% ../../nbs/library/prompts/completions.ipynb #c017
 @checked
 def shot_baselines(
-    model: Model, task: Task, shots: Sequence[int] = (0, 1, 2, 5, 10), seed: int = 42
+    model: Model,
+    task: Task,
+    shots: Sequence[int] = (0, 1, 2, 5, 10),
+    seed: Natural = 42,
 ) -> pd.DataFrame:
     """How well a task is answered after each number of true demonstrations.
 
@@ -223,7 +226,7 @@ def _prompt_tokens(
 @checked
 @torch.no_grad()
 def decode_vector(
-    model: Model, vector: Float[Tensor, "d_model"], k: int = 10
+    model: Model, vector: Float[Tensor, "d_model"], k: Count = 10
 ) -> pd.DataFrame:
     """The likeliest tokens of a vector, read by final norm and unembedding.
 
@@ -252,11 +255,11 @@ def decode_vector(
 def reconstruct(
     model: Model,
     vector: Float[Tensor, "d_model"],
-    k: int | None = None,
+    k: Count | None = None,
     *,
-    steps: int = 1000,
-    lr: float = 0.5,
-    seed: int = 42,
+    steps: Count = 1000,
+    lr: Positive = 0.5,
+    seed: Natural = 42,
 ) -> Float[Tensor, "d_model"]:
     """A vector found from another one's decoded distribution alone.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Natural, checked
 from ..mini.world import World
 from ..models.loading import Model
 
@@ -146,7 +146,7 @@ def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
 # %% ../../nbs/library/prompts/facts.ipynb #c025
 @checked
 def world_cases(
-    world: World, n: int, seed: int = 0, generate: bool = False
+    world: World, n: int, seed: Natural = 0, generate: bool = False
 ) -> list[dict[str, Any]]:
     """CounterFact-like records about facts of the embedded world.
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, Natural, checked
 from ..models.loading import Model
 from ..patching.checkpoints import fingerprint
 
@@ -59,7 +59,7 @@ class Task:
     name: str
     pairs: tuple[Pair, ...]
 
-    def split(self, seed: int = 42) -> Split:
+    def split(self, seed: Natural = 42) -> Split:
         """70/9/21 % of the pairs, shuffled by numpy's legacy generator.
 
         Args:
@@ -421,9 +421,9 @@ def template_grid() -> list[Template]:
 @checked
 def sample_prompts(
     task: Task,
-    n_prompts: int,
-    n_shots: int = 10,
-    seed: int = 42,
+    n_prompts: Count,
+    n_shots: Natural = 10,
+    seed: Natural = 42,
     corrupt: Literal["shuffle", "random"] | None = None,
     *,
     queries: Sequence[int] | None = None,
@@ -517,13 +517,13 @@ def _check_corrupt(corrupt: str | None) -> None:
 @checked
 def every_query(
     task: Task,
-    n_shots: int,
-    seed: int = 42,
+    n_shots: Natural,
+    seed: Natural = 42,
     corrupt: Literal["shuffle", "random"] | None = None,
     *,
     part: Literal["valid", "test"] = "test",
     keep: Sequence[int] | None = None,
-    split_seed: int | None = None,
+    split_seed: Natural | None = None,
     words: Sequence[str] | None = None,
     template: Template = Template(),
 ) -> list[ICLPrompt]:
@@ -716,7 +716,7 @@ class Batch(NamedTuple):
 
 @checked
 def batches(
-    model: Model, prompts: Sequence[Encoded], batch_size: int | None = None
+    model: Model, prompts: Sequence[Encoded], batch_size: Count | None = None
 ) -> Iterator[Batch]:
     """The prompts in batches, short ones first, so that little padding is needed.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Count, checked
 from ..models.hooks import Site, Visitor, visiting
 from ..models.loading import Model
 from ..models.precision import widest
@@ -36,7 +36,7 @@ def mean_head_activations(
     prompts: Sequence[Prompt],
     slots: Literal["last", "all"] = "last",
     *,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
 ) -> Float[Tensor, "layer head *slot d_head"]:
     """Mean over prompts of every head's output z (Todd et al. 2024, section 2.3).
 
@@ -125,7 +125,7 @@ def _layouts(model: Model, prompts: Sequence[Prompt]) -> list[Layout]:
 # %% ../../nbs/library/prompts/mean_activations.ipynb #n004
 @checked
 def layer_average(
-    model: Model, prompts: Sequence[Prompt], *, batch_size: int | None = None
+    model: Model, prompts: Sequence[Prompt], *, batch_size: Count | None = None
 ) -> Float[Tensor, "layer d_model"]:
     """The simple baseline h̄: each block's mean output at the last token (section 2.2).
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked, integer, warn
+from ..arguments import Count, Natural, Positive, checked, integer, warn
 from ..models.hooks import Edit
 from ..models.loading import Model, embedding_std
 from ..models.precision import widest
@@ -175,9 +175,9 @@ class Noise:
         gaussian noise, scale 3 x 0.5
     """
 
-    scale: float = 3.0
+    scale: Positive = 3.0
     kind: Literal["gaussian", "uniform", "embedding", "student_t"] = "gaussian"
-    std: float = 1.0
+    std: Positive = 1.0
     replace: bool = False
     mean: Float[Tensor, "d_model"] | None = None
     root: Float[Tensor, "d_model d_model"] | None = None
@@ -213,7 +213,12 @@ class Noise:
         )
 
     def draw(
-        self, n_samples: int, n_tokens: int, d_model: int, seed: int = 1, skip: int = 0
+        self,
+        n_samples: Count,
+        n_tokens: Count,
+        d_model: Count,
+        seed: Natural = 1,
+        skip: Natural = 0,
     ) -> Float[Tensor, "sample token d_model"]:
         """What is added to (or replaces) the embeddings, in float64.
 
@@ -297,7 +302,7 @@ class Corruption:
     replace: bool
     span: Span
     # of what is added: as asked for where the noise is Gaussian, else as drawn
-    std: float
+    std: Positive
 
     def edit(self, *, additive: bool = False) -> Edit:
         """The edit of the embedding.
@@ -314,7 +319,12 @@ class Corruption:
 
 @checked
 def corrupt(
-    model: Model, noise: Any, n_samples: int, span: Span, seed: int, skip: int = 0
+    model: Model,
+    noise: Any,
+    n_samples: Count,
+    span: Span,
+    seed: Natural,
+    skip: Natural = 0,
 ) -> Corruption:
     """Noise for the subject of one prompt.
 
@@ -362,7 +372,7 @@ ROLES = (
 
 
 @checked
-def token_roles(subject_range: Span, n_pos: int) -> list[list[int]]:
+def token_roles(subject_range: Span, n_pos: Count) -> list[list[int]]:
     """The positions that play each role of `ROLES`.
 
     Args:
