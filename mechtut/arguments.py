@@ -220,7 +220,7 @@ def _refuse(name: str, wanted: str, value: Any, error: type = TypeError) -> Any:
 
 
 def _number(whole: bool, bounds: Bounds) -> _Reader:
-    kind = "whole" if whole else "finite" if bounds.finite else ""
+    kind = "whole" if whole else "finite" * (bounds.finite and not repr(bounds))
     joint = "of" * repr(bounds).startswith("at ")
     wanted = " ".join(w for w in ("a", kind, "number", joint, repr(bounds)) if w)
 

@@ -181,8 +181,6 @@ def refine(
         >>> [step.span for step in refined.log if step.kept and step.child == "out"]
         ['2']
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be a number of at least 0, not {threshold}")
     found, places = check_edges(contrast.graph, edges), _places(contrast, spans)
     sums = [e for e in found if e.child in contrast.graph.receiver_index]
     cuts = PlacedCuts.of(contrast, found)
@@ -223,6 +221,8 @@ def _places(
     window, length = contrast.window.rows.tolist(), contrast.tokens[0].shape[1]
     if spans is None:
         return {str(p): [p] for p in window}
+    if "other" in spans:
+        raise ValueError("the span 'other' is what no span names; name yours otherwise")
     given = [p for span in spans.values() for p in span]
     wrong = {p for p in given if given.count(p) > 1 or not 0 <= p < length}
     if wrong:

@@ -163,7 +163,8 @@ def check_covariance(
         The matrix.
 
     Raises:
-        ValueError: If it has another width or values that are not finite.
+        ValueError: If it has another width, values that are not finite, or is not
+            symmetric.
     """
     weight: Any = mlp_projection(model, layer).weight
     d_mlp = int(as_stored(mlp_projection(model, layer), weight).shape[0])
@@ -172,6 +173,13 @@ def check_covariance(
             f"layer {layer} has keys of width {d_mlp}, but the covariance is"
             f" {tuple(covariance.shape)}"
         )
-    if not torch.isfinite(covariance).all():
-        raise ValueError("the covariance has NaN or infinite values")
-    return covariance.double().cpu()
+    matrix = covariance.double().cpu()
+    scale = float(matrix.abs().max())
+    uneven = float((matrix - matrix.T).abs().max())
+    if uneven > 1e-4 * scale or bool((matrix.diagonal() < 0).any()):
+        raise ValueError(
+            "a covariance is symmetric, with no negative number on its diagonal; this"
+            f" one differs from its transpose by {uneven:.2g}: give what"
+            " `key_covariance` returned"
+        )
+    return matrix

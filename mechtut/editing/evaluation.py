@@ -348,6 +348,9 @@ def evaluate_edit(
     Returns:
         `{"pre": {...}, "post": {...}}`.
 
+    Raises:
+        ValueError: If the edit is of another model.
+
     Example:
         >>> import torch
         >>> from mechtut import WeightEdit, World, load_model
@@ -358,6 +361,12 @@ def evaluate_edit(
         >>> measured["pre"] == measured["post"]
         True
     """
+    if edit.model.hf is not model.hf:
+        raise ValueError(
+            f"this edit was made for another model ({edit.model.name}), so it would"
+            f" change nothing in {model.name}: give evaluate_edit the model that the"
+            " edit was made with"
+        )
     zsre = any(isinstance(n, Mapping) for n in case.get("neighborhood_prompts", []))
 
     def measure() -> dict[str, Any]:

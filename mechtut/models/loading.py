@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..arguments import Count, checked
 from mechtut.models.families import (
+    WHERE_FILES_ARE,
     Family,
     check_config,
     context_length,
@@ -573,7 +574,8 @@ def load_model(
         device: A GPU where there is one (CUDA, Apple's MPS, Intel's XPU); an instance
             stays where it is.
         add_bos: Begin every text with the BOS token although the tokenizer does not.
-        **kwargs: Passed on to `from_pretrained`.
+        **kwargs: Passed on to `from_pretrained`; what says where files are (`revision`,
+            `token`, `cache_dir`, ...) goes to the tokenizer too.
 
     Returns:
         The model; an instance keeps its mode and its `requires_grad`, and is
@@ -588,7 +590,22 @@ def load_model(
         >>> load_model("mini").n_layers
         8
     """
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code: mechtut never runs code from a hub; load the model"
+            " yourself and give load_model the instance"
+        )
+    if isinstance(source, Model | nn.Module) and kwargs:
+        raise ValueError(
+            f"{', '.join(kwargs)} says how files are read, but {type(source).__name__}"
+            " is a model that is in memory already"
+        )
     if isinstance(source, Model):
+        if (tokenizer, dtype, device) != (None, None, None):
+            raise ValueError(
+                "a Model is returned as it is: give tokenizer, dtype and device where it"
+                " is loaded, or load_model(model.hf, ...)"
+            )
         return replace(source, add_bos=True) if add_bos else source
     if "TransformerBridge" in {c.__name__ for c in type(source).__mro__}:
         source, bridge_tokenizer = _unwrap_bridge(source)
@@ -681,7 +698,10 @@ def _from_pretrained(
         )
     tokenizer = None
     if with_tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        where = {k: v for k, v in kwargs.items() if k in WHERE_FILES_ARE}
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, **where
+        )
     return nn.Module.to(hf, target), tokenizer
 
 

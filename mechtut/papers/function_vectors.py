@@ -290,6 +290,8 @@ def function_vector(
     """
     means = at_last_slot(model, mean_activations).to(model.dtype)
     total = torch.zeros(model.d_model, device=model.device)
+    if not heads or len(set(heads)) < len(heads):
+        raise ValueError(f"heads must be different ones, at least one, not {heads}")
     for layer, head in heads:
         check_layer(model, layer, "z")
         if not 0 <= head < model.n_heads:

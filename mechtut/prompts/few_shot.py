@@ -16,6 +16,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +28,6 @@ from torch import Tensor
 
 from ..arguments import Count, Natural, checked
 from ..models.loading import Model
-from ..patching.checkpoints import fingerprint
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c004
 Pair = tuple[str, str]
@@ -154,27 +155,43 @@ def _read_pairs(path: Path) -> tuple[Pair, ...]:
 
 
 TODD = "https://github.com/ericwtodd/function_vectors"
-COMMIT = (  # the state of their repository with which our reference numbers were made
-    "fb9eac7"
-)
+# the state with which our reference numbers were made, by its whole hash: a short one
+# could be the name of a tag
+COMMIT = "fb9eac7b6dc707ea1475a717379916007fe448d5"
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c014
 def _fetch(name: str, cache_folder: Path | None = None) -> Path:
-    """The authors' file of a task, from the cache or the network; a changed cached file
-    is refused.
+    """The authors' file of a task, from the cache or the network.
+
+    What is there must have the sum that it had when this release was made (of the tasks
+    that were not at hand then: when it was downloaded).
     """
     path = (
         cache_folder or Path.home() / ".cache" / "mechtut" / "todd"
     ) / f"{name}.json"
+    known, own = _sums().get(name), path.with_suffix(".sha256")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_download(name, path.parent / "function_vectors.git"))
-        path.with_suffix(".sum").write_text(fingerprint(path.read_bytes()))
-    if path.with_suffix(".sum").read_text() != fingerprint(path.read_bytes()):
-        raise ValueError(
-            f"{path} is not what was downloaded; delete it to fetch it again"
-        )
+        content = _download(name, path.parent / "function_vectors.git")
+        _check_sum(content, known, path)
+        path.write_bytes(content)
+        own.write_text(sha256(content).hexdigest())
+    _check_sum(path.read_bytes(), known or own.read_text(), path)
     return path
+
+
+def _sums() -> dict[str, str]:
+    """The sha256 of the authors' tasks at `COMMIT`."""
+    return json.loads((files("mechtut") / "data/authors_tasks.json").read_text())
+
+
+def _check_sum(content: bytes, expected: str | None, path: Path) -> None:
+    found = sha256(content).hexdigest()
+    if expected not in (None, found):
+        raise ValueError(
+            f"{path} is not the authors' file (sha256 {found[:12]}, expected"
+            f" {expected[:12]}); delete it to fetch it again"
+        )
 
 
 def _git(*arguments: str | Path) -> bytes:

@@ -142,6 +142,8 @@ def test_refusals():
         ValueError, match="threshold must be a number of at least 0, not -1"
     ):
         refine(contrast, [("m2", "out")], -1)
+    with pytest.raises(ValueError, match="'other' is what no span names"):
+        refine(contrast, [("m2", "out")], 0.1, {"other": [3]})
     with pytest.raises(ValueError, match=r"positions \[3\] are in two spans"):
         refine(contrast, [("m2", "out")], 0.1, {"a": [3], "b": [3, 4]})
     with pytest.raises(

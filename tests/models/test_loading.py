@@ -242,3 +242,30 @@ def test_a_model_with_scales_of_its_own_is_not_taken_for_a_llama(monkeypatch):
     config = AutoConfig.for_model("granitemoeshared", **sizes, **scales, pad_token_id=0)
     with pytest.raises(ValueError, match="does not fit"):
         load_model(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_revision_is_that_of_the_tokenizer_too(monkeypatch):
+    from transformers import AutoTokenizer
+
+    asked, own = {}, AutoTokenizer.from_pretrained
+
+    def record(path, **kwargs):
+        asked.update(kwargs)
+        return own(path)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", record)
+    where = {"revision": "abc", "token": "secret", "cache_dir": "here"}
+    load_model(str(mini_folder()), device="cpu", **where)
+    assert asked.items() >= where.items() and asked["trust_remote_code"] is False
+
+
+def test_arguments_without_a_meaning_are_refused():
+    model = load_model("mini", device="cpu")
+    for source, given in (
+        ("mini", {"trust_remote_code": True}),
+        (model, {"revision": "main"}),
+        (model, {"dtype": torch.float64}),
+        (model.hf, {"cache_dir": "here"}),
+    ):
+        with pytest.raises(ValueError, match="|".join([*given, "memory", "as it is"])):
+            load_model(source, **given)

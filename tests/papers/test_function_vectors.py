@@ -424,8 +424,14 @@ def test_tasks_from_files_and_the_authors(tmp_path, monkeypatch):
     )
     assert load_task("todd/shout").name == "shout"
     (tmp_path / ".cache/mechtut/todd/shout.json").write_text("[]")
-    with pytest.raises(ValueError, match="not what was downloaded"):
+    with pytest.raises(ValueError, match="not the authors' file"):
         load_task("todd/shout")
+    # of the authors' tasks this release knows the sums
+    monkeypatch.setattr(icl, "_download", lambda name, clone: file.read_bytes())
+    with pytest.raises(ValueError, match="antonym.json is not the authors' file"):
+        load_task("todd/antonym")
+    assert not (tmp_path / ".cache/mechtut/todd/antonym.json").exists()
+    assert len(icl.COMMIT) == 40
 
 
 def test_the_authors_tasks_come_from_one_commit_of_their_repository(
@@ -566,6 +572,8 @@ MEANS = mean_head_activations(MODEL, SHORT)
         (lambda: indirect_effect_by_class(MODEL, SHORT, MEANS), "slots='all'"),
         (lambda: top_heads(torch.zeros(2, 6, 4), 25), "k cannot be 25"),
         (lambda: function_vector(MODEL, MEANS, [(0, 4)]), "head 4 does not exist"),
+        (lambda: function_vector(MODEL, MEANS, [(0, 1), (0, 1)]), "different ones"),
+        (lambda: function_vector(MODEL, MEANS, []), "at least one"),
         (lambda: function_vector(MODEL, MEANS, [(6, 0)]), "layer 6 does not exist"),
         (lambda: function_vector(MODEL, MEANS, [(-1, 0)]), "layer -1 does not exist"),
         (lambda: inject(MODEL, torch.zeros(64), 0), "d_model is 128 here, not 64"),

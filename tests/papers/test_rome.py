@@ -312,3 +312,21 @@ def test_a_kept_edit_can_be_saved(tmp_path):
 def test_a_mixture_of_experts_is_refused():
     with pytest.raises(ValueError, match="mixture of experts in place of an MLP"):
         mlp_projection(load_model(tiny("mixtral")), 1)
+
+
+def test_a_covariance_is_symmetric():
+    whole = ridge(MODEL)
+    for broken in (whole + torch.ones_like(whole).tril(-1), -whole):
+        with pytest.raises(ValueError, match="a covariance is symmetric"):
+            edit_fact(
+                *(MODEL, "{} works as a", "Ana", "chef"), layer=0, covariance=broken
+            )
+
+
+def test_an_edit_of_another_model_is_not_measured():
+    here, there = rome_model("tiny_facts", torch.float32), MODEL
+    change = torch.zeros(len(ridge(there)), there.d_model)
+    edit = WeightEdit(model=there, layer=0, delta=change, request={})
+    case = {"requested_rewrite": {}}
+    with pytest.raises(ValueError, match="made for another model"):
+        evaluation.evaluate_edit(here, edit, case)
