@@ -244,8 +244,6 @@ def _scores(
         raise ValueError(
             f"unknown method {method!r}; expected one of {', '.join(_METHODS)}"
         )
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
     with fast_matmul(contrast.model), torch.no_grad():
         scores = _METHODS[method](contrast, steps, contract)
     graph, metric = contrast.graph, contrast.metric.name
@@ -391,7 +389,7 @@ def random_scores(graph: Graph, seed: Natural = 0) -> EdgeScores:
 def select(
     scores: EdgeScores,
     *,
-    n: int | None = None,
+    n: Natural | None = None,
     threshold: NotNegative | None = None,
     greedy: bool = False,
 ) -> list[Edge]:
@@ -431,14 +429,9 @@ def select(
 def _select(
     scores: EdgeScores, n: int | None, threshold: float | None, greedy: bool
 ) -> list[Edge]:
-    if (
-        (n is None) == (threshold is None)
-        or (n is not None and n < 0)
-        or (threshold is not None and threshold < 0)
-    ):
+    if (n is None) == (threshold is None):
         raise ValueError(
-            f"give either n or threshold, not negative; got n={n},"
-            f" threshold={threshold}"
+            f"give either n or threshold, not n={n}, threshold={threshold}"
         )
     limit = len(scores) if n is None else n
     ranked = _greedy(scores) if greedy else iter(scores.ranked())

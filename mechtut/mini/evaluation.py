@@ -727,7 +727,7 @@ def evaluate(
     model: Any,
     world: World | None = None,
     *,
-    n: int = 200,
+    n: Count = 200,
     tokenizer: Any = None,
     more: Sequence[Part] = (),
 ) -> pd.DataFrame:
@@ -746,8 +746,6 @@ def evaluate(
     Raises:
         ValueError: If `n` is less than 1, or there is no tokenizer.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
     who, world = Candidate(model, tokenizer), world or World(0)
     lines: list[Line] = []
     for part in (_facts, _tracing, _icl, _circuits, _lens, _neurons, _steering, *more):

@@ -328,11 +328,6 @@ class Server:
                 "no server: give base_url, or set OPENAI_BASE_URL (and OPENAI_API_KEY"
                 " if it needs a key)"
             )
-        if self.concurrency < 1 or self.retries < 0:
-            raise ValueError(
-                f"concurrency={self.concurrency} must be positive and"
-                f" retries={self.retries} not negative"
-            )
         self._turnstile = Turnstile(self.requests_per_minute)
 
     @cached_property

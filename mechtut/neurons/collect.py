@@ -289,11 +289,6 @@ def _check_plan(model: Model, plan: Plan) -> None:
         raise ValueError(
             f"layers must be different layers, at least one, not {plan.layers}"
         )
-    if plan.n_top < 1 or plan.n_random < 0 or plan.n_quantiles < 0:
-        raise ValueError(
-            f"n_top={plan.n_top} must be positive, n_random={plan.n_random} and"
-            " n_quantiles not negative"
-        )
     if not 1 <= plan.n_tokens <= model.n_ctx:
         raise ValueError(
             f"n_tokens={plan.n_tokens} must be 1..{model.n_ctx}, which is what"

@@ -53,12 +53,6 @@ class Rules:
     abs_value: bool = False
     remove_redundant: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(
-                f"threshold must be a number of at least 0, not {self.threshold}"
-            )
-
     def margin(self, delta: float) -> float:
         """How far a change is below the threshold; the edge goes if that is positive.
 

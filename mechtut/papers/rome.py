@@ -9,13 +9,13 @@ __all__ = ['RomeConfig', 'RomeEdit', 'edit_fact']
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, NotNegative, Positive, checked
+from ..arguments import Bounds, Natural, NotNegative, Positive, checked
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
@@ -54,20 +54,13 @@ class RomeConfig:
     """
 
     learning_rate: Positive = 0.5
-    steps: Count = 20
+    steps: Annotated[int, Bounds(2)] = 20
     weight_decay: NotNegative = 0.5
     kl_factor: NotNegative = 0.0625
-    clamp: float = 4.0
+    clamp: Positive = 4.0
     stop_loss: NotNegative = 0.05
     kl_prompt: str = "{} is a"
     seed: Natural = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 2 or self.learning_rate <= 0 or self.clamp <= 0:
-            raise ValueError(
-                "ROME needs steps >= 2 and positive learning_rate and clamp, not"
-                f" {self}"
-            )
 
 
 @dataclass(frozen=True, eq=False)

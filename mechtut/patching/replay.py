@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integer, integers
+from ..arguments import Count, Natural, checked, integers
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -388,7 +388,7 @@ class Replay:
         readout: Sequence[int] = (-1,),
         batch_size: Count | None = None,
     ):
-        _check_base(base_edits, batch_size)
+        _check_base(base_edits)
         refuse_open_edits(model, "the replay engine")
         self.model, self.tokens = model, model.to_batch(tokens)
         self.n_pos_full = n = self.tokens.shape[1]
@@ -473,9 +473,7 @@ class Replay:
         return self._pace * rows * sum(cones)
 
 
-def _check_base(base_edits: Intervention, batch_size: int | None) -> None:
-    if batch_size is not None:
-        integer(batch_size, "batch_size", least=1)
+def _check_base(base_edits: Intervention) -> None:
     wrong = [e.site for e in base_edits if e.site != "embed"]
     if wrong:
         raise ValueError(

@@ -479,11 +479,8 @@ def sample_prompts(
         if queries is None
         else np.asarray(queries, dtype=int)
     )
-    if n_prompts < 1 or len(allowed) == 0:
-        raise ValueError(
-            f"need at least one prompt and one query, not {n_prompts} and"
-            f" {len(allowed)} (task {task.name!r})"
-        )
+    if len(allowed) == 0:
+        raise ValueError(f"there is no query to draw from (task {task.name!r})")
     out = []
     for _ in range(n_prompts):
         shown = _draw(split.train, n_shots, random, task.name)
@@ -746,12 +743,10 @@ def batches(
         The batches.
 
     Raises:
-        ValueError: For no prompts or a `batch_size` below 1.
+        ValueError: If there are no prompts.
     """
     if not prompts:
         raise ValueError("there are no prompts")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     longest = len(prompts[order[-1]].ids)
     fits = 2**28 // (12 * model.n_layers * model.d_model * longest)
