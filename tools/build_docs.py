@@ -27,7 +27,14 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 import browser_pages
 from api_pages import api_pages
-from page_html import alternative, finished, plain_table
+from navigation import sidebars
+from page_html import (
+    alternative,
+    finished,
+    fold_label,
+    is_running_text,
+    plain_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWINGS = ROOT / "docs/_static/drawings"
@@ -47,24 +54,18 @@ FOLDED = {
 }
 
 
-def sections(config: dict) -> list[dict]:
-    """The sidebars of `_quarto.yml`, each with its title and parts; a part is a title
-    ("" for the pages in front of the first) and the names of its pages.
+def sections() -> list[dict]:
+    """The sections of `navigation.sidebars`, with the pages of the reference, without
+    empty parts; pages are named without their suffix.
     """
     found = []
-    for bar in config["website"]["sidebar"]:
-        parts: list[dict] = [{"title": "", "pages": []}]
-        for item in bar["contents"]:
-            if isinstance(item, dict):
-                parts.append({"title": item["section"], "pages": item["contents"]})
-            elif item == "api/*":
-                parts += api_parts()
-            else:
-                parts[0]["pages"].append(item)
+    for bar in sidebars():
+        parts = []
+        for part in bar["parts"]:
+            parts += api_parts() if part["pages"] == ["api/*"] else [part]
         for part in parts:
             part["pages"] = [Path(p).with_suffix("").as_posix() for p in part["pages"]]
-        parts = [p for p in parts if p["pages"]]
-        found.append({"title": bar["title"], "parts": parts})
+        found.append({**bar, "parts": [p for p in parts if p["pages"]]})
     return found
 
 
@@ -148,9 +149,10 @@ def shown(cell: dict, page: Path) -> dict | None:
         *(tag for tag, mark in FOLDED.items() if mark.search(source)),
     ]
     about: dict = {"image": {"alt": alternative(source)}}
-    if form := re.search(r"^#\s*@title ([^{\n]+)", source, re.MULTILINE):
-        about["code_prompt_show"] = about["code_prompt_hide"] = form[1].strip()
+    about["code_prompt_show"] = about["code_prompt_hide"] = fold_label(source)
     outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    if all(is_running_text(printed(o)) for o in outputs):
+        tags.append("wrap")
     outputs = [site_output(o, page, about["image"]) for o in outputs]
     return {
         **cell,
@@ -158,6 +160,14 @@ def shown(cell: dict, page: Path) -> dict | None:
         "outputs": outputs,
         "metadata": {"tags": tags, "mystnb": about},
     }
+
+
+def printed(output: dict) -> str:
+    """The text of an output that is shown as text."""
+    data = output.get("data", {})
+    if "text/html" in data or "image/png" in data:
+        return ""
+    return "".join(output.get("text", data.get("text/plain", "")))
 
 
 def local_links(text: str, page: Path) -> str:
@@ -253,7 +263,7 @@ def write_book() -> None:
     for name in TEXTS:
         shutil.copy(ROOT / name, BOOK)
     api_pages(BOOK / "api", config["website"]["repo-url"])
-    found = sections(config)
+    found = sections()
     (BOOK / "library.md").write_text(library_page(found), encoding="utf-8")
     (BOOK / "_toc.yml").write_text(
         yaml.safe_dump(contents(found), sort_keys=False), encoding="utf-8"
