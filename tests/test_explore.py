@@ -471,8 +471,8 @@ def test_a_reader_sees_where_a_head_looks_in_either_prompt(tried, mini, which):
     changed(page, page.get_by_role("button", name=one["name"]).click)
     section = page.locator("section").last
     section.get_by_text(which, exact=True).click()
-    section.get_by_label("Layer").select_option("2")
-    section.get_by_label("Head").select_option("4")
+    section.get_by_label("Layer", exact=True).select_option("2")
+    section.get_by_label("Head", exact=True).select_option("4")
     ids = mini.to_tokens(one["source" if which == "A" else "target"])
     weights = capture(mini, ids[None], "pattern.2")["pattern", 2][0, 4]
     words = [w.strip() for w in mini.to_str_tokens(ids)]

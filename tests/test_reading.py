@@ -226,6 +226,18 @@ def test_tables_have_no_column_of_row_numbers(site):
             assert first != [str(i) for i in range(len(first))] or not first, path
 
 
+def test_pages_state_how_long_they_run(site):
+    import build_docs
+
+    for page, minutes in build_docs.MINUTES.items():
+        assert (ROOT / f"{page}.ipynb").is_file() and minutes >= 1, page
+    run = re.compile(r"Runs in (under a minute|\d+ minutes?) on|\d+ minutes? to run")
+    without_code = ("index", "01_choosing", "07_glossary")
+    for path in NOTEBOOKS:
+        text = (site / path).with_suffix(".html").read_text(encoding="utf-8")
+        assert bool(run.search(text)) == (Path(path).stem not in without_code), path
+
+
 def test_folds_say_what_is_in_them(site):
     for path in pages(site):
         text = (site / path).read_text(encoding="utf-8")
@@ -280,12 +292,13 @@ def test_wide_figures_keep_their_size_on_a_phone(phone):
 
 
 def test_code_wraps_on_a_phone(phone):
-    page, _ = phone("nbs/papers/11_rome.html")
-    too_wide = page.eval_on_selector_all(
-        ".cell_input pre",
-        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length",
-    )
-    assert too_wide == 0
+    for path in ("nbs/papers/11_rome.html", "nbs/index.html"):
+        page, _ = phone(path)
+        too_wide = page.eval_on_selector_all(
+            ".cell_input pre, div.highlight-bash pre",
+            "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length",
+        )
+        assert too_wide == 0, path
 
 
 def test_readme_pictures_have_words():

@@ -42,6 +42,9 @@ BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
 ADDRESS = "https://mechtut.github.io/mechtut/"
 TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 TITLES = {"nbs/index": {"title": "Start here"}}  # in the navigation
+# Minutes that a page of the library or a guide takes on one core of a laptop, where it
+# is not under a minute. Papers and README state their own.
+MINUTES: dict[str, int] = {}
 WIDE = 500  # pixels; a wider picture scrolls on a phone
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?|^#\s*@title.*\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
@@ -117,12 +120,27 @@ def summary(page: str) -> str:
     return " ".join(found[1].replace("\n> ", " ").split()) if found else ""
 
 
+def running_time(page: str) -> str:
+    """About how long the cells of a page take."""
+    minutes = MINUTES.get(page, 0)
+    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+
+
+def with_running_time(first: str, page: str) -> str:
+    """The first cell of a page, with the time below the line under its title."""
+    said = f"*Runs in {running_time(page)} on one core of a laptop.*"
+    return re.sub(r"^> .+(?:\n> .+)*", rf"\g<0>\n\n{said}", first, count=1, flags=re.M)
+
+
 def library_page(found: list[dict]) -> str:
     """The overview of the library: every package, every module, a line each."""
     lines = ["# Library", ""]
     lines += ["> What the papers are made of, and what you can make your own of.", ""]
     lines += ["Each page is a notebook and a module of the same name. The lowest come"]
-    lines += ["first; a package imports only what stands above it.", ""]
+    lines += [
+        "first; a package imports only what stands above it. A page runs in under a"
+    ]
+    lines += ["minute on one core of a laptop, unless it says more here.", ""]
     (section,) = (s for s in found if s["title"] == "Library")
     for part in section["parts"]:
         if part["title"]:
@@ -130,7 +148,8 @@ def library_page(found: list[dict]) -> str:
             lines += [f"## {part['title']}", "", what.strip().splitlines()[0], ""]
         for page in part["pages"]:
             if page != "library":
-                lines.append(f"- [{title(page)}]({page}.ipynb): {summary(page)}")
+                more = f" *{running_time(page)}*" if page in MINUTES else ""
+                lines.append(f"- [{title(page)}]({page}.ipynb): {summary(page)}{more}")
         lines.append("")
     return "\n".join(lines)
 
@@ -226,6 +245,15 @@ def write_notebook(path: Path, bibliography: str) -> None:
     notebook["cells"] = [
         kept for c in notebook["cells"] if (kept := shown(c, path)) is not None
     ]
+    page = path.with_suffix("").as_posix()
+    runs = any(
+        c["cell_type"] == "code"
+        and not {"hide-cell", "remove-input"} & set(c["metadata"]["tags"])
+        for c in notebook["cells"]
+    )
+    if runs and page.startswith(("nbs/library/", "nbs/guides/")):
+        first = notebook["cells"][0]
+        first["source"] = with_running_time(first["source"], page)
     if text := citation(f"{path.parent.name}/{path.stem}", bibliography):
         notebook["cells"].append(
             {"cell_type": "markdown", "id": "cited", "metadata": {}, "source": text}
