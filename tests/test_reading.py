@@ -291,6 +291,19 @@ def test_wide_figures_keep_their_size_on_a_phone(phone):
     assert not complaints
 
 
+@pytest.mark.parametrize("name", ["20_function_vectors", "30_acdc"])
+def test_code_fits_the_column(name, visit):
+    """Folded or not: no line of code needs a scrollbar on a wide screen."""
+    page = visit(f"nbs/papers/{name}.html")
+    page.eval_on_selector_all("details", "all => all.forEach(e => e.open = true)")
+    too_wide = page.eval_on_selector_all(
+        ".cell_input pre",
+        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1)"
+        ".map(e => e.innerText.slice(0, 80))",
+    )
+    assert not too_wide
+
+
 def test_code_wraps_on_a_phone(phone):
     for path in ("nbs/papers/11_rome.html", "nbs/index.html"):
         page, _ = phone(path)
