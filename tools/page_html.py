@@ -22,12 +22,12 @@ def plain_table(text: str) -> str:
         return text
     head, body, tail = text.rpartition("<tbody>")
     head = _one_row(head)
-    first = re.findall(r"<tr[^>]*>\s*<th[^>]*>(.*?)</th>", tail)
-    corner = re.search(r"<th[^>]*>\s*(.*?)\s*</th>", head)
+    first = re.findall(r"<tr[^>]*>\s*<th\b[^>]*>(.*?)</th>", tail)
+    corner = re.search(r"<th\b[^>]*>\s*(.*?)\s*</th>", head)
     unnamed = corner is None or not corner[1]  # a named index is no row number
     if unnamed and first and first == [str(i) for i in range(len(first))]:
-        tail = re.sub(r"(<tr[^>]*>)\s*<th[^>]*>.*?</th>", r"\1", tail)
-        head = re.sub(r"(<tr[^>]*>)\s*<th[^>]*>\s*</th>", r"\1", head, count=1)
+        tail = re.sub(r"(<tr[^>]*>)\s*<th\b[^>]*>.*?</th>", r"\1", tail)
+        head = re.sub(r"(<tr[^>]*>)\s*<th\b[^>]*>\s*</th>", r"\1", head, count=1)
 
     def aligned(cell: re.Match) -> str:
         if re.fullmatch(r"-0\.?0*", cell[1]):
@@ -50,7 +50,7 @@ def _one_row(head: str) -> str:
     rows = re.findall(r"<tr[^>]*>.*?</tr>", head, re.DOTALL)
     if len(rows) != 2 or "colspan" in head:
         return head
-    above, below = (re.findall(r"<th[^>]*>(.*?)</th>", r, re.DOTALL) for r in rows)
+    above, below = (re.findall(r"<th\b[^>]*>(.*?)</th>", r, re.DOTALL) for r in rows)
     names = []
     for column, index in zip(above, below, strict=True):
         both = f"{index} / {column} →"  # the columns have a name, too
@@ -66,14 +66,14 @@ def _aligned_names(head: str, tail: str) -> str:
         for row in re.findall(r"<tr[^>]*>(.*?)</tr>", tail, re.DOTALL)
     ]
     columns = list(zip(*rows, strict=False))
-    names = re.findall(r"<th[^>]*>", head)
+    names = re.findall(r"<th\b[^>]*>", head)
     if "colspan" in head or len(names) < len(columns):
         return head
     of_rows = len(names) - len(columns)
     left = [True] * of_rows + [any(map(_is_text, column)) for column in columns]
     marks = iter(left)
     return re.sub(
-        r"<th([^>]*)>",
+        r"<th\b([^>]*)>",
         lambda th: f'<th{th[1]} class="text">' if next(marks) else th[0],
         head,
     )

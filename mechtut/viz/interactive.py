@@ -162,7 +162,8 @@ def hover_map(
     for r, name in enumerate(rows):
         parts.append(f"<b>{html.escape(name)}</b>")
         for c, column in enumerate(columns):
-            told = f"{name.strip()} · {xlabel} {column} · {label} {values[r, c]:.{digits}f}"
+            number = f"{values[r, c]:.{digits}f}"
+            told = f"{name.strip()} · {xlabel} {column} · {label} {number}"
             ring = ' class="marked"' if (r, c) in marked else ""
             colour = to_hex(colormaps[cmap](norm(values[r, c])))
             parts.append(
@@ -173,11 +174,12 @@ def hover_map(
     unique = "m" + hashlib.sha256(cells.encode()).hexdigest()[:10]
     footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
     what, across = html.escape(label), html.escape(xlabel)
+    ends = [f"{end:.{digits - 1}f}" for end in (norm.vmin, norm.vmax)]
     text = (
         f'<div id="{unique}" role="group" aria-label="{what} by {across}">'
         + _STYLE.format(id=unique, columns=len(columns))
         + f'<div class="map">{cells}{footer}</div><p>{across}; colour: {what},'
-        f" {norm.vmin:.{digits - 1}f} to {norm.vmax:.{digits - 1}f}. Point at a cell to read it.</p></div>"
+        f" {' to '.join(ends)}. Point at a cell to read it.</p></div>"
     )
 
     def static() -> Axes:
