@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import vendor
+
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_site"
 CHROMIUM = next(
@@ -149,3 +152,20 @@ def phone(browser, address):
 
     yield go
     context.close()
+
+
+def serious(page, colours: bool = True) -> list[str]:
+    """What axe-core finds serious or worse on an open page."""
+    # a colour on its way to the dark one is not what people read
+    page.add_style_tag(content="* { transition: none !important }")
+    page.add_script_tag(path=vendor.fetch("axe-core") / "axe.min.js")
+    rules = {"color-contrast": {"enabled": colours}}
+    found = page.evaluate(
+        "rules => axe.run({resultTypes: ['violations'], preload: false, rules})", rules
+    )["violations"]
+    return [
+        f"{v['id']}: {n['html'][:120]} ({n['failureSummary'][:160]})"
+        for v in found
+        if v["impact"] in ("serious", "critical")
+        for n in v["nodes"]
+    ]

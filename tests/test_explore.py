@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from browser import ROOT, watched
+from browser import ROOT, serious, watched
 
 from mechtut import Edit, World, capture, load_model, trace
 from mechtut.circuits.circuit import Circuit
@@ -300,19 +300,6 @@ def test_a_page_fits_a_phone(phone, name):
     assert not complaints
 
 
-def offences(page) -> list[str]:
-    """What axe-core finds wrong with the interactive part of a page."""
-    page.add_script_tag(path=vendor.fetch("axe-core") / "axe.min.js")
-    found = page.evaluate(
-        "axe.run('.explore', {runOnly: ['wcag2a', 'wcag2aa'], preload: false})"
-    )
-    return [
-        f"{v['id']}: {n['html'][:200]} {n['failureSummary'][:300]}"
-        for v in found["violations"]
-        for n in v["nodes"][:3]
-    ]
-
-
 def test_colours_follow_the_scheme(visit):
     colour = "getComputedStyle(document.querySelector('.cell')).backgroundColor"
     shown = {s: opened(visit, "traces", scheme=s) for s in ("light", "dark")}
@@ -475,7 +462,27 @@ def test_a_reader_types_and_walks_through_the_lens(tried):
     assert "after layer 6, at “speaks”" in page.inner_text("[role=status]")
     page.keyboard.press("Enter")
     assert page.get_by_label("Which level").input_value() == "7"
-    assert offences(page) == []
+    assert serious(page) == []
+
+
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_a_reader_sees_where_a_head_looks_in_either_prompt(tried, mini, which):
+    page, one = tried[0], data("examples")["examples"][0]
+    changed(page, page.get_by_role("button", name=one["name"]).click)
+    section = page.locator("section").last
+    section.get_by_text(which, exact=True).click()
+    section.get_by_label("Layer", exact=True).select_option("2")
+    section.get_by_label("Head", exact=True).select_option("4")
+    ids = mini.to_tokens(one["source" if which == "A" else "target"])
+    weights = capture(mini, ids[None], "pattern.2")["pattern", 2][0, 4]
+    words = [w.strip() for w in mini.to_str_tokens(ids)]
+    last, at = len(ids) - 1, one["from"]
+    cell = section.locator(f".attention [data-at='{last} {at}']")
+    cell.focus()
+    said = f"“{words[last]}” looks at “{words[at]}”: {weights[last, at]:.3f}"
+    assert section.locator(".told").inner_text() == said
+    label = section.get_by_role("grid").get_attribute("aria-label")
+    assert label == f"Attention of head 2.4 in prompt {which}"
 
 
 def test_the_loaded_page_fits_a_phone(tried):

@@ -7,14 +7,17 @@ import ast
 import configparser
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 import mechtut
 from mechtut._packages import import_graph
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from navigation import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
@@ -231,16 +234,7 @@ def test_tests_stand_beside_what_they_test():
 
 
 def test_quarto_lists_every_notebook():
-    def files(node) -> list[str]:
-        if isinstance(node, str):
-            return [node]
-        if isinstance(node, dict):
-            keys = ("contents", "href", "file")
-            return [f for key in keys if key in node for f in files(node[key])]
-        return [f for child in node for f in files(child)]
-
-    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    listed = [f for f in files(config["website"]["sidebar"]) if f.endswith(".ipynb")]
+    listed = notebooks()
     assert len(set(listed)) == len(listed)
     gone = [f for f in listed if not (ROOT / f).is_file()]
     assert not gone, f"_quarto.yml lists files that do not exist: {gone}"

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from browser import ROOT
+from browser import ROOT, serious
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -39,30 +40,6 @@ def pages(site: Path) -> list[str]:
     return sorted(p for p in found if "_static" not in p and p not in made)
 
 
-@pytest.fixture(scope="module")
-def axe() -> str:
-    from vendor import fetch
-
-    return (fetch("axe-core") / "axe.min.js").read_text(encoding="utf-8")
-
-
-def serious(page, axe: str, colours: bool = True) -> list[str]:
-    """What axe-core finds serious or worse on an open page."""
-    # a colour on its way to the dark one is not what people read
-    page.add_style_tag(content="* { transition: none !important }")
-    page.evaluate(axe)
-    rules = {"color-contrast": {"enabled": colours}}
-    found = page.evaluate(
-        "rules => axe.run({resultTypes: ['violations'], rules})", rules
-    )["violations"]
-    return [
-        f"{v['id']}: {n['html'][:120]} ({n['failureSummary'][:160]})"
-        for v in found
-        if v["impact"] in ("serious", "critical")
-        for n in v["nodes"]
-    ]
-
-
 # one of each kind, and all that make colours of their own
 COLOURS = [
     *("index.html", "papers.html", "library.html", "CHANGELOG.html"),
@@ -75,14 +52,14 @@ COLOURS = [
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_nothing_keeps_people_out(part, site, address, browser, axe):
+def test_nothing_keeps_people_out(part, site, address, browser):
     """Every page, by all rules but that for contrast, which takes longest."""
     problems = {}
     page = browser.new_page()
     for path in pages(site)[part::4]:
         page.goto(address + path, wait_until="load")
         page.evaluate(PLAIN)
-        if found := serious(page, axe, colours=False):
+        if found := serious(page, colours=False):
             problems[path] = found
     page.close()
     assert not problems, json.dumps(problems, indent=1)
@@ -90,25 +67,25 @@ def test_nothing_keeps_people_out(part, site, address, browser, axe):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", COLOURS)
-def test_contrast(path, scheme, address, browser, axe):
+def test_contrast(path, scheme, address, browser):
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
     page.goto(address + path, wait_until="load")
     if "11_rome" not in path:  # the colours of code are the same everywhere
         page.evaluate(PLAIN)
-    found = serious(page, axe)
+    found = serious(page)
     context.close()
     assert not found, json.dumps(found, indent=1)
 
 
-def test_a_fault_is_found(browser, axe):
+def test_a_fault_is_found(browser):
     """The check itself: grey on white, and a picture without words."""
     page = browser.new_page()
     page.set_content(
         "<html lang=en><title>x</title><main><p style='color:#ccc'>grey</p>"
         "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='></main>"
     )
-    found = serious(page, axe)
+    found = serious(page)
     assert {f.split(":")[0] for f in found} == {"color-contrast", "image-alt"}
     page.close()
 
@@ -228,14 +205,76 @@ def test_tables_have_no_column_of_row_numbers(site):
     rows = "".join(row.format(i, v) for i, v in enumerate(("yes", "2.5 ± 0.1")))
     head = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody>"
     told = plain_table(head + rows)
-    assert told.count("<th>") == 1 and told.count('<td class="text">yes') == 1
+    assert (
+        len(re.findall(r"<th\b", told)) == 1 and told.count('<td class="text">yes') == 1
+    )
     named = plain_table(head + row.format("layer 1", 3))
     assert "<th>layer 1</th>" in named
+    frame = pd.DataFrame({"score": [0.5, -0.0], "said": ["a", "b"]})
+    frame.index.name = "layer"  # 0 and 1 are layers, and stay
+    kept = plain_table(frame.to_html())
+    heads = re.findall(r"<th([^>]*)>(\w+)</th>", kept)
+    assert heads == [
+        *((' class="text"', "layer"), ("", "score"), (' class="text"', "said")),
+        *(("", "0"), ("", "1")),
+    ]
+    assert "-0" not in kept and "NaN" not in kept
+    frame.columns.name = "what"
+    assert "layer / what →</th>" in plain_table(frame.to_html())
     for path in pages(site):
         text = (site / path).read_text(encoding="utf-8")
         for table in re.findall(r"<table[^>]*dataframe.*?</table>", text, re.DOTALL):
             first = re.findall(r"<tr[^>]*>\s*<th[^>]*>(\d+)</th>", table)
-            assert first != [str(i) for i in range(len(first))] or not first, path
+            corner = re.search(r"<th\b[^>]*>(.*?)</th>", table)
+            unnamed = corner is None or not corner[1].strip()
+            rows = [str(i) for i in range(len(first))]
+            assert not (unnamed and first and first == rows), path
+
+
+def test_pages_state_how_long_they_run(site):
+    import build_docs
+
+    for page, minutes in build_docs.MINUTES.items():
+        assert (ROOT / f"{page}.ipynb").is_file() and minutes >= 1, page
+    run = re.compile(r"Runs in (under a minute|\d+ minutes?) on|\d+ minutes? to run")
+    without_code = ("index", "01_choosing", "07_glossary")
+    for path in NOTEBOOKS:
+        text = (site / path).with_suffix(".html").read_text(encoding="utf-8")
+        assert bool(run.search(text)) == (Path(path).stem not in without_code), path
+
+
+def test_folds_say_what_is_in_them(site):
+    for path in pages(site):
+        text = (site / path).read_text(encoding="utf-8")
+        assert not re.search(r"<p[^>]*>(Show|Hide) code cell", text), path
+    text = (site / "nbs/papers/10_causal_tracing.html").read_text(encoding="utf-8")
+    assert "Code of CausalTrace" in text and "Worked answer" in text
+
+
+def test_sentences_are_broken_and_printed_tables_are_not():
+    from page_html import is_running_text
+
+    frame = pd.DataFrame({"n": [10, 2], "accuracy": [0.25, 0.5]}, index=["one", "b"])
+    assert not is_running_text(frame.to_string())
+    assert is_running_text("clean      Eva and Sofia met.\nright answers: 0.5 of 10")
+    assert is_running_text("    indented\n    lines") and is_running_text("")
+
+
+def test_printed_sentences_fit_the_column(phone):
+    page, _ = phone("nbs/papers/30_acdc.html")
+    wide = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert page.locator(".tag_wrap .cell_output pre").count() > 10
+    assert page.eval_on_selector_all(".tag_wrap .cell_output pre", wide) == 0
+
+
+def test_words_of_drawings_can_be_read_on_a_phone(phone):
+    for path in ("nbs/papers/11_rome.html", "papers.html", "index.html"):
+        page, complaints = phone(path)
+        drawn = page.locator(".drawn > *").first
+        assert drawn.evaluate("e => e.getBoundingClientRect().width") > 500
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.locator(".drawn").first.get_attribute("tabindex") == "0"
+        assert not complaints
 
 
 def test_figures_are_not_white_boxes_on_a_dark_page(visit):
@@ -257,13 +296,27 @@ def test_wide_figures_keep_their_size_on_a_phone(phone):
     assert not complaints
 
 
-def test_code_wraps_on_a_phone(phone):
-    page, _ = phone("nbs/papers/11_rome.html")
+@pytest.mark.parametrize("name", ["20_function_vectors", "30_acdc"])
+def test_code_fits_the_column(name, visit):
+    """Folded or not: no line of code needs a scrollbar on a wide screen."""
+    page = visit(f"nbs/papers/{name}.html")
+    page.eval_on_selector_all("details", "all => all.forEach(e => e.open = true)")
     too_wide = page.eval_on_selector_all(
         ".cell_input pre",
-        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length",
+        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1)"
+        ".map(e => e.innerText.slice(0, 80))",
     )
-    assert too_wide == 0
+    assert not too_wide
+
+
+def test_code_wraps_on_a_phone(phone):
+    for path in ("nbs/papers/11_rome.html", "nbs/index.html"):
+        page, _ = phone(path)
+        too_wide = page.eval_on_selector_all(
+            ".cell_input pre, div.highlight-bash pre",
+            "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length",
+        )
+        assert too_wide == 0, path
 
 
 def test_readme_pictures_have_words():

@@ -2,26 +2,16 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from browser import ROOT
 
+sys.path.insert(0, str(ROOT / "tools"))
+from navigation import notebooks
 
-def listed() -> list[str]:
-    """Notebooks in the sidebars of _quarto.yml, in their order."""
-    bars = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]
-    items = [item for bar in bars for item in bar["contents"]]
-    pages = [
-        f
-        for item in items
-        for f in ([item] if isinstance(item, str) else item["contents"])
-    ]
-    return [f for f in pages if f.endswith(".ipynb")]
-
-
-NOTEBOOK_PAGES = [Path(p).with_suffix(".html").as_posix() for p in listed()]
+NOTEBOOK_PAGES = [Path(p).with_suffix(".html").as_posix() for p in notebooks()]
 OTHER_PAGES = [
     "index.html",
     "api/index.html",
@@ -32,7 +22,7 @@ OTHER_PAGES = [
 
 
 def test_every_notebook_has_a_page_with_its_figures(site):
-    for path, page in zip(listed(), NOTEBOOK_PAGES, strict=True):
+    for path, page in zip(notebooks(), NOTEBOOK_PAGES, strict=True):
         text = (site / page).read_text(encoding="utf-8")
         cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
         outputs = [o.get("data", {}) for c in cells for o in c.get("outputs", [])]

@@ -27,7 +27,14 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 import browser_pages
 from api_pages import api_pages
-from page_html import alternative, finished, plain_table
+from navigation import sidebars
+from page_html import (
+    alternative,
+    finished,
+    fold_label,
+    is_running_text,
+    plain_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWINGS = ROOT / "docs/_static/drawings"
@@ -35,6 +42,9 @@ BOOK, SITE = ROOT / "_build/book", ROOT / "_site"
 ADDRESS = "https://mechtut.github.io/mechtut/"
 TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 TITLES = {"nbs/index": {"title": "Start here"}}  # in the navigation
+# Minutes that a page of the library or a guide takes on one core of a laptop, where it
+# is not under a minute. Papers and README state their own.
+MINUTES = {"nbs/library/mini/training": 1}
 WIDE = 500  # pixels; a wider picture scrolls on a phone
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?|^#\s*@title.*\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
@@ -47,24 +57,18 @@ FOLDED = {
 }
 
 
-def sections(config: dict) -> list[dict]:
-    """The sidebars of `_quarto.yml`, each with its title and parts; a part is a title
-    ("" for the pages in front of the first) and the names of its pages.
+def sections() -> list[dict]:
+    """The sections of `navigation.sidebars`, with the pages of the reference, without
+    empty parts; pages are named without their suffix.
     """
     found = []
-    for bar in config["website"]["sidebar"]:
-        parts: list[dict] = [{"title": "", "pages": []}]
-        for item in bar["contents"]:
-            if isinstance(item, dict):
-                parts.append({"title": item["section"], "pages": item["contents"]})
-            elif item == "api/*":
-                parts += api_parts()
-            else:
-                parts[0]["pages"].append(item)
+    for bar in sidebars():
+        parts = []
+        for part in bar["parts"]:
+            parts += api_parts() if part["pages"] == ["api/*"] else [part]
         for part in parts:
             part["pages"] = [Path(p).with_suffix("").as_posix() for p in part["pages"]]
-        parts = [p for p in parts if p["pages"]]
-        found.append({"title": bar["title"], "parts": parts})
+        found.append({**bar, "parts": [p for p in parts if p["pages"]]})
     return found
 
 
@@ -116,12 +120,27 @@ def summary(page: str) -> str:
     return " ".join(found[1].replace("\n> ", " ").split()) if found else ""
 
 
+def running_time(page: str) -> str:
+    """About how long the cells of a page take."""
+    minutes = MINUTES.get(page, 0)
+    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+
+
+def with_running_time(first: str, page: str) -> str:
+    """The first cell of a page, with the time below the line under its title."""
+    said = f"*Runs in {running_time(page)} on one core of a laptop.*"
+    return re.sub(r"^> .+(?:\n> .+)*", rf"\g<0>\n\n{said}", first, count=1, flags=re.M)
+
+
 def library_page(found: list[dict]) -> str:
     """The overview of the library: every package, every module, a line each."""
     lines = ["# Library", ""]
     lines += ["> What the papers are made of, and what you can make your own of.", ""]
     lines += ["Each page is a notebook and a module of the same name. The lowest come"]
-    lines += ["first; a package imports only what stands above it.", ""]
+    lines += [
+        "first; a package imports only what stands above it. A page runs in under a"
+    ]
+    lines += ["minute on one core of a laptop, unless it says more here.", ""]
     (section,) = (s for s in found if s["title"] == "Library")
     for part in section["parts"]:
         if part["title"]:
@@ -129,7 +148,8 @@ def library_page(found: list[dict]) -> str:
             lines += [f"## {part['title']}", "", what.strip().splitlines()[0], ""]
         for page in part["pages"]:
             if page != "library":
-                lines.append(f"- [{title(page)}]({page}.ipynb): {summary(page)}")
+                more = f" *{running_time(page)}*" if page in MINUTES else ""
+                lines.append(f"- [{title(page)}]({page}.ipynb): {summary(page)}{more}")
         lines.append("")
     return "\n".join(lines)
 
@@ -148,9 +168,10 @@ def shown(cell: dict, page: Path) -> dict | None:
         *(tag for tag, mark in FOLDED.items() if mark.search(source)),
     ]
     about: dict = {"image": {"alt": alternative(source)}}
-    if form := re.search(r"^#\s*@title ([^{\n]+)", source, re.MULTILINE):
-        about["code_prompt_show"] = about["code_prompt_hide"] = form[1].strip()
+    about["code_prompt_show"] = about["code_prompt_hide"] = fold_label(source)
     outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    if all(is_running_text(printed(o)) for o in outputs):
+        tags.append("wrap")
     outputs = [site_output(o, page, about["image"]) for o in outputs]
     return {
         **cell,
@@ -158,6 +179,14 @@ def shown(cell: dict, page: Path) -> dict | None:
         "outputs": outputs,
         "metadata": {"tags": tags, "mystnb": about},
     }
+
+
+def printed(output: dict) -> str:
+    """The text of an output that is shown as text."""
+    data = output.get("data", {})
+    if "text/html" in data or "image/png" in data:
+        return ""
+    return "".join(output.get("text", data.get("text/plain", "")))
 
 
 def local_links(text: str, page: Path) -> str:
@@ -216,6 +245,15 @@ def write_notebook(path: Path, bibliography: str) -> None:
     notebook["cells"] = [
         kept for c in notebook["cells"] if (kept := shown(c, path)) is not None
     ]
+    page = path.with_suffix("").as_posix()
+    runs = any(
+        c["cell_type"] == "code"
+        and not {"hide-cell", "remove-input"} & set(c["metadata"]["tags"])
+        for c in notebook["cells"]
+    )
+    if runs and page.startswith(("nbs/library/", "nbs/guides/")):
+        first = notebook["cells"][0]
+        first["source"] = with_running_time(first["source"], page)
     if text := citation(f"{path.parent.name}/{path.stem}", bibliography):
         notebook["cells"].append(
             {"cell_type": "markdown", "id": "cited", "metadata": {}, "source": text}
@@ -253,7 +291,7 @@ def write_book() -> None:
     for name in TEXTS:
         shutil.copy(ROOT / name, BOOK)
     api_pages(BOOK / "api", config["website"]["repo-url"])
-    found = sections(config)
+    found = sections()
     (BOOK / "library.md").write_text(library_page(found), encoding="utf-8")
     (BOOK / "_toc.yml").write_text(
         yaml.safe_dump(contents(found), sort_keys=False), encoding="utf-8"

@@ -6,29 +6,94 @@ import html
 import re
 from pathlib import Path
 
+CARD = "/mechtut/_images/readme-1.png"  # the figure of the front page
+GAP = re.compile(r"(?<=\S) {2,}(?=\S)")  # between two columns of a printed table
 NUMBER = re.compile(r"[-+−±.,%\d\s×e]*\d[-+−±.,%\d\s×e]*")
 
 
 def plain_table(text: str) -> str:
-    """A pandas table without its column of row numbers, and with text aligned left.
+    """A pandas table without its column of row numbers, with one row of names above
+    it, and with text aligned left.
 
-    >>> plain_table("<tr><th>0</th><td>yes</td></tr><tr><th>1</th><td>2.5</td></tr>")
-    '<tr><td class="text">yes</td></tr><tr><td>2.5</td></tr>'
+    >>> plain_table("<tr><th>0</th><td>yes</td></tr><tr><th>1</th><td>-0.0</td></tr>")
+    '<tr><td class="text">yes</td></tr><tr><td>0.0</td></tr>'
     """
     if "<tr" not in text:
         return text
     head, body, tail = text.rpartition("<tbody>")
-    first = re.findall(r"<tr[^>]*>\s*<th[^>]*>(.*?)</th>", tail)
-    if first and first == [str(i) for i in range(len(first))]:
-        tail = re.sub(r"(<tr[^>]*>)\s*<th[^>]*>.*?</th>", r"\1", tail)
-        head = re.sub(r"(<tr[^>]*>)\s*<th[^>]*>\s*</th>", r"\1", head, count=1)
+    head = _one_row(head)
+    first = re.findall(r"<tr[^>]*>\s*<th\b[^>]*>(.*?)</th>", tail)
+    corner = re.search(r"<th\b[^>]*>\s*(.*?)\s*</th>", head)
+    unnamed = corner is None or not corner[1]  # a named index is no row number
+    if unnamed and first and first == [str(i) for i in range(len(first))]:
+        tail = re.sub(r"(<tr[^>]*>)\s*<th\b[^>]*>.*?</th>", r"\1", tail)
+        head = re.sub(r"(<tr[^>]*>)\s*<th\b[^>]*>\s*</th>", r"\1", head, count=1)
 
     def aligned(cell: re.Match) -> str:
-        is_text = not NUMBER.fullmatch(cell[1]) and cell[1] not in ("", "NaN")
-        return f'<td class="text">{cell[1]}</td>' if is_text else cell[0]
+        if re.fullmatch(r"-0\.?0*", cell[1]):
+            return f"<td>{cell[1][1:]}</td>"
+        return f'<td class="text">{cell[1]}</td>' if _is_text(cell[1]) else cell[0]
 
+    head = _aligned_names(head, tail)
     tail = re.sub(r"<td>(.*?)</td>", aligned, tail, flags=re.DOTALL)
     return (head + body + tail).replace('border="1" ', "")
+
+
+def _is_text(cell: str) -> bool:
+    return not NUMBER.fullmatch(cell) and cell not in ("", "NaN")
+
+
+def _one_row(head: str) -> str:
+    """pandas writes the names of an index below those of the columns: here they stand
+    beside them.
+    """
+    rows = re.findall(r"<tr[^>]*>.*?</tr>", head, re.DOTALL)
+    if len(rows) != 2 or "colspan" in head:
+        return head
+    above, below = (re.findall(r"<th\b[^>]*>(.*?)</th>", r, re.DOTALL) for r in rows)
+    names = []
+    for column, index in zip(above, below, strict=True):
+        both = f"{index} / {column} →"  # the columns have a name, too
+        names.append(both if column and index else column or index)
+    cells = "".join(f"<th>{name}</th>" for name in names)
+    return head.replace(rows[0], f"<tr>{cells}</tr>").replace(rows[1], "")
+
+
+def _aligned_names(head: str, tail: str) -> str:
+    """The names above a table, aligned as what stands below them."""
+    rows = [
+        re.findall(r"<td>(.*?)</td>", row, re.DOTALL)
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", tail, re.DOTALL)
+    ]
+    columns = list(zip(*rows, strict=False))
+    names = re.findall(r"<th\b[^>]*>", head)
+    if "colspan" in head or len(names) < len(columns):
+        return head
+    of_rows = len(names) - len(columns)
+    left = [True] * of_rows + [any(map(_is_text, column)) for column in columns]
+    marks = iter(left)
+    return re.sub(
+        r"<th\b([^>]*)>",
+        lambda th: f'<th{th[1]} class="text">' if next(marks) else th[0],
+        head,
+    )
+
+
+def fold_label(source: str) -> str:
+    """What a folded cell says for itself: its title, or what it defines."""
+    if form := re.search(r"^#\s*@title ([^{\n]+)", source, re.MULTILINE):
+        return form[1].strip()
+    names = re.findall(r"^(?:class|def) (\w+)", source, re.MULTILINE)
+    public = [name for name in names if not name.startswith("_")] or names
+    if public:
+        return f"Code of {', '.join(public[:3])}"
+    return "Imports" if re.search(r"^(import|from) ", source, re.MULTILINE) else "Code"
+
+
+def is_running_text(output: str) -> bool:
+    """Whether the lines of an output may be broken: not those of a printed table."""
+    columns = [line for line in output.splitlines() if len(GAP.findall(line)) > 1]
+    return len(columns) < 2
 
 
 def alternative(source: str) -> str:
@@ -66,6 +131,8 @@ def without_thebe(page: str) -> str:
 def with_labels(page: str) -> str:
     """What a screen reader says is what stands there."""
     page = page.replace(' aria-label="Toggle hidden content"', "")
+    # on the way to the page that the navigation calls so
+    page = page.replace('-title">mechtut</p>', '-title">Start here</p>')
     return page.replace('<div role="list" class="citation-list">', "<div>")
 
 
@@ -78,7 +145,7 @@ def with_description(page: str, address: str) -> str:
     told = " ".join(html.unescape(told).split())[:200]
     title = re.search(r"<title>(.*?)</title>", page, re.DOTALL)
     name = " ".join(html.unescape(title[1]).split()) if title else "mechtut"
-    picture = address[: address.index("/mechtut/")] + "/mechtut/_static/card.png"
+    picture = address[: address.index("/mechtut/")] + CARD
     tags = [
         f'<meta name="description" content="{html.escape(told)}">',
         '<meta property="og:type" content="website">',
@@ -93,16 +160,20 @@ def with_description(page: str, address: str) -> str:
 
 
 def with_drawings(page: str, folder: Path) -> str:
-    """Drawings stand in the page itself, where they take its colours."""
+    """Drawings stand in the page itself, where they take its colours, and scroll on a
+    phone, as the front page's figure does.
+    """
 
     def inline(image: re.Match) -> str:
         alt, name = re.search(r'alt="([^"]*)"', image[0]), image[1]
         svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
         svg = re.sub(r"<style class=.alone.>.*?</style>\s*", "", svg, flags=re.DOTALL)
         label = alt[1] if alt else name
-        return svg.replace(
-            "<svg ", f'<svg class="drawing" role="img" aria-label="{label}" ', 1
-        )
+        named = f'<svg class="drawing" role="img" aria-label="{label}" '
+        return f'<span class="drawn">{svg.replace("<svg ", named, 1)}</span>'
 
+    page = re.sub(
+        r'<img[^>]*class="figure"[^>]*>', r'<span class="drawn">\g<0></span>', page
+    )
     names = "|".join(sorted(file.stem for file in folder.glob("*.svg")))
     return re.sub(rf'<img[^>]*/({names})\.svg"[^>]*>', inline, page)

@@ -5,13 +5,15 @@ all of them, in the order of the site.
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).parent))
+from navigation import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -50,11 +52,7 @@ def execute(path: Path) -> None:
 
 def site_order() -> list[Path]:
     """Every notebook, those of _quarto.yml first and in its order."""
-    listed = [
-        ROOT / name
-        for name in re.findall(r"nbs/\S+\.ipynb", (ROOT / "_quarto.yml").read_text())
-        if "*" not in name
-    ]
+    listed = [ROOT / name for name in notebooks()]
     return listed + sorted(
         p
         for p in set((ROOT / "nbs").rglob("*.ipynb")) - set(listed)

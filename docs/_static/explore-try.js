@@ -186,7 +186,7 @@ const levelName = (level) => (level ? `after layer ${level - 1}` : "embedding");
 function page() {
   const texts = {}, tokens = {}, runs = {}, notes = {};
   const live = spoken(), results = el("div"), prompts = el("div", { class: "two prompts" });
-  let lensOf = "target", layer = 0, head = 0, how = { level: 4, from: 0, to: 0 }, turn = 0;
+  let lensOf = "target", looksOf = "target", layer = 0, head = 0, how = { level: 4, from: 0, to: 0 }, turn = 0;
 
   for (const [key, label] of [["source", "Prompt A, where a state is taken from"], ["target", "Prompt B, where it is put"]]) {
     texts[key] = el("textarea", { rows: 2, spellcheck: "false", autocapitalize: "off", oninput: () => soon() });
@@ -242,10 +242,11 @@ function page() {
         bars(words(probabilities(runs[key]), 6), `Likeliest next tokens of prompt ${key === "source" ? "A" : "B"}`)))));
   }
 
+  const ofPrompt = (chosen, change) => radios("Prompt", [["target", "B"], ["source", "A"]], change, chosen);
+
   function lens() {
     const told = el("p", { class: "note told" }), hold = el("div", { class: "scroll" });
-    const which = radios("Prompt", [["target", "B"], ["source", "A"]], (key) => { lensOf = key; fill(); });
-    which.querySelector(`[value="${lensOf}"]`).checked = true;
+    const which = ofPrompt(lensOf, (key) => { lensOf = key; fill(); });
     const fill = () => {
       const names = tokens[lensOf], ran = runs[lensOf];
       const cells = Array.from({ length: LEVELS }, (_, row) => names.map((_, pos) => {
@@ -268,16 +269,17 @@ function page() {
   function looks() {
     const told = el("p", { class: "note told" }), hold = el("div", { class: "scroll" });
     const fill = () => {
-      const { n, attention: all } = runs.target, start = (layer * HEADS + head) * n * n;
-      hold.replaceChildren(attention(`Attention of head ${layer}.${head}`, tokens.target, (q, k) => all[start + q * n + k],
+      const { n, attention: all } = runs[looksOf], start = (layer * HEADS + head) * n * n;
+      hold.replaceChildren(attention(`Attention of head ${layer}.${head} in prompt ${looksOf === "source" ? "A" : "B"}`, tokens[looksOf], (q, k) => all[start + q * n + k],
         (text, why) => { told.textContent = text; if (why === "focus") live.textContent = text; }));
     };
     const counted = (n) => Array.from({ length: n }, (_, i) => [i, String(i)]);
     const controls = el("div", { class: "controls" },
+      ofPrompt(looksOf, (key) => { looksOf = key; fill(); }),
       field("Layer", choice(counted(LAYERS), (v) => { layer = Number(v); fill(); }, layer)),
       field("Head", choice(counted(HEADS), (v) => { head = Number(v); fill(); }, head)));
     fill();
-    return el("section", {}, el("h3", {}, "Attention in prompt B"), controls, hold, told);
+    return el("section", {}, el("h3", {}, "Where a head looks"), controls, hold, told);
   }
 
   const outcome = el("div", { class: "outcome" });

@@ -49,12 +49,12 @@ export function choice(options, onchange, value = null) {
 }
 
 /** Radio buttons in a row, for a few options that one wants to see side by side. */
-export function radios(label, options, onchange) {
+export function radios(label, options, onchange, chosen = options[0][0]) {
   const name = `explore-${++fields}`;
   const box = el("fieldset", { class: "field radios" }, el("legend", {}, label));
-  for (const [i, [key, text]] of options.entries()) {
+  for (const [key, text] of options) {
     const input = el("input", { type: "radio", name, value: key, onchange: () => onchange(key) });
-    input.checked = i === 0;
+    input.checked = key === chosen;
     box.append(el("label", {}, input, el("span", {}, text)));
   }
   return box;

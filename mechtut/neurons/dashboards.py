@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from ..arguments import checked
 from .records import NeuronRecord, NeuronRecords
 from .scoring import ScoredExplanation
+from ..viz.plots import layer_ticks
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c004
 @checked
@@ -63,8 +64,8 @@ _STYLE = """
 .neuron .excerpt{border-top:1px solid var(--line);padding:.35em 0}
 .neuron .excerpt{overflow-wrap:anywhere}
 .neuron .excerpt span{border-radius:3px;white-space:pre-wrap}
-.neuron .row{display:flex;gap:.7em}
-.neuron .row>b{flex:0 0 5.5em;font-weight:normal;opacity:.85;font-size:.85em}
+.neuron .named{display:flex;gap:.7em}
+.neuron .named>b{flex:0 0 5.5em;font-weight:normal;opacity:.85;font-size:.85em}
 .neuron table{border-collapse:collapse;width:100%}
 .neuron td,.neuron th{padding:.2em .6em;text-align:left}
 .neuron td,.neuron th{border-top:1px solid var(--line)}
@@ -190,7 +191,7 @@ def _excerpt(
 ) -> str:
     """An excerpt in one or two named rows."""
     lines = [
-        f"<div class='row'>{f'<b>{name}</b>' if name else ''}"
+        f"<div class='named'>{f'<b>{name}</b>' if name else ''}"
         f"<div>{tokens_html(t, v, highest)}</div></div>"
         for name, t, v in rows
     ]
@@ -304,6 +305,7 @@ def scores_by_layer(
         )
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     ax.set(xlabel="layer", ylabel="score (correlation)", ylim=(-0.3, 1.02))
+    layer_ticks(ax)
     ax.legend(fontsize=8, frameon=False)
     return ax
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,20 +150,23 @@ def hover_map(
             "values must be finite; replace NaN before drawing, e.g. with"
             " numpy.nan_to_num"
         )
+    largest = float(np.abs(values).max()) or 1.0
     norm: Normalize
     if centred:
-        largest = float(np.abs(values).max()) or 1.0
         norm = TwoSlopeNorm(0.0, -largest, largest)
     else:
         bottom = float(values.min()) if low is None else low
         top = float(values.max()) if high is None else high
         # never an empty range
         norm = Normalize(bottom, top if top > bottom else bottom + 1.0, clip=True)
+    # three digits, and more where all values are small
+    digits = max(3, 2 - math.floor(math.log10(largest)))
     parts = []
     for r, name in enumerate(rows):
         parts.append(f"<b>{html.escape(name)}</b>")
         for c, column in enumerate(columns):
-            told = f"{name.strip()} · {xlabel} {column} · {label} {values[r, c]:.3f}"
+            number = f"{values[r, c]:.{digits}f}"
+            told = f"{name.strip()} · {xlabel} {column} · {label} {number}"
             ring = ' class="marked"' if (r, c) in marked else ""
             colour = to_hex(colormaps[cmap](norm(values[r, c])))
             parts.append(
@@ -173,11 +177,12 @@ def hover_map(
     unique = "m" + hashlib.sha256(cells.encode()).hexdigest()[:10]
     footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
     what, across = html.escape(label), html.escape(xlabel)
+    ends = [f"{end:.{digits - 1}f}" for end in (norm.vmin, norm.vmax)]
     text = (
         f'<div id="{unique}" role="group" aria-label="{what} by {across}">'
         + _STYLE.format(id=unique, columns=len(columns))
         + f'<div class="map">{cells}{footer}</div><p>{across}; colour: {what},'
-        f" {norm.vmin:.2f} to {norm.vmax:.2f}. Point at a cell to read it.</p></div>"
+        f" {' to '.join(ends)}. Point at a cell to read it.</p></div>"
     )
 
     def static() -> Axes:
