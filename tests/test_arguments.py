@@ -9,7 +9,6 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import mechtut
-from mechtut.arguments import Bounds, check, checked
+from mechtut.arguments import Bounds, checked
 from mechtut.patching.results import Result
 
 NAN, INF = float("nan"), float("inf")
@@ -94,7 +93,7 @@ def hostile(annotation: Any) -> list[Any]:
 
 
 def _welcome(value: Any, annotation: Any) -> bool:
-    """Whether another member of a union takes it: the strange must be strange to all."""
+    """Whether another member of a union takes it."""
     members = _members(annotation)
     if value is None:
         return None in members or type(None) in members

@@ -24,9 +24,9 @@ from ..models.hooks import Site, visiting
 from ..models.loading import Model
 from ..neurons.client import Server
 from ..neurons.collect import activations_on, collect, token_ids
-from ..neurons.explainers import ServerExplainer, ServerSimulator
-from ..neurons.judging import SimulatorJudge, detection, fuzzing
-from ..neurons.records import ActivationRecord, NeuronRecord
+from ..neurons.explainers import ServerExplainer, ServerJudge, ServerSimulator
+from ..neurons.judging import Judge, SimulatorJudge, detection, fuzzing
+from ..neurons.records import ActivationRecord, NeuronRecord, NeuronRecords
 from mechtut.neurons.rules import (
     Explainer,
     Explanation,
@@ -41,8 +41,13 @@ from mechtut.neurons.scoring import (
     Calibration,
     Method,
     ScoredExplanation,
+    Scores,
     calibrate,
+    discretize,
+    expected_value,
     records_of,
+    score,
+    split_records,
 )
 
 # what else can be imported from here
