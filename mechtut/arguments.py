@@ -167,7 +167,7 @@ def check(value: Any, annotation: Any, name: str) -> Any:
 
     Example:
         >>> import numpy as np
-        >>> check(np.int64(3), int, "layer"), check(1, float, "noise")
+        >>> check(np.int64(3), int, "layer"), check(np.float32(1), float, "noise")
         (3, 1.0)
         >>> check(-1, Count, "n_samples")
         Traceback (most recent call last):
@@ -448,7 +448,7 @@ _ANY = _Reader("anything", lambda value, name, sizes: value)
 
 
 def _plural(wanted: str) -> str:
-    """`a string` as `strings`, `a list of strings or None` as `lists of strings or None`."""
+    """`a string or None` as `strings or None`."""
     found = []
     for word in wanted.split(" or "):
         head, of, tail = word.partition(" of ")

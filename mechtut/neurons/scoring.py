@@ -69,7 +69,7 @@ SPLITS = ("train", "calibration", "valid", "test")
 
 @checked
 def split_records(
-    n_top: Count, n_random: Natural, n_per_split: Count | None = None
+    n_top: Natural, n_random: Natural, n_per_split: Count | None = None
 ) -> dict[str, list[str]]:
     """Which records belong to which split.
 

@@ -15,7 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, Positive, checked, integer, warn
+from mechtut.arguments import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    checked,
+    integer,
+    warn,
+)
 from ..models.hooks import Edit
 from ..models.loading import Model, embedding_std
 from ..models.precision import widest
@@ -292,7 +300,7 @@ class Corruption:
     replace: bool
     span: Span
     # of what is added: as asked for where the noise is Gaussian, else as drawn
-    std: Positive
+    std: NotNegative
 
     def edit(self, *, additive: bool = False) -> Edit:
         """The edit of the embedding.

@@ -138,8 +138,13 @@ def test_selection():
         inside.add(parent)
     everything = select(scores, n=len(scores), greedy=True)
     assert len([e for e in everything if e in scores]) == len(scores)
-    for wrong in ({}, {"n": 1, "threshold": 0.1}, {"n": -1}, {"threshold": -1.0}):
+    for wrong in ({}, {"n": 1, "threshold": 0.1}):
         with pytest.raises(ValueError, match="either n or threshold"):
+            select(scores, **wrong)
+    for wrong in ({"n": -1}, {"threshold": -1.0}):
+        with pytest.raises(
+            ValueError, match="must be a .*number of at least 0, not -1"
+        ):
             select(scores, **wrong)
 
 

@@ -22,6 +22,7 @@ from mechtut.mini.evaluation import Candidate, Line, evaluate, facts_table, trac
 from mechtut.mini.network import (
     NeuronCost,
     TrainingGPT,
+    faster_dtype,
     hf_names,
     lens_loss,
     orthogonalize,
@@ -301,9 +302,9 @@ def test_two_processes_train_the_same_model(tmp_path):
     both = Trainer(recipe)
     both.restore(tmp_path / "two" / "checkpoint.safetensors")
     assert both.step == alone.step == recipe.steps and recipe.plant_step < recipe.steps
-    assert both.log[0]["loss"] == pytest.approx(alone.log[0]["loss"], abs=2e-4), (
-        "written with four digits"
-    )
+    # written with four digits, of which bfloat16 products leave three
+    digit = 1e-4 if faster_dtype() is torch.float32 else 1e-3
+    assert both.log[0]["loss"] == pytest.approx(alone.log[0]["loss"], abs=2.5 * digit)
     machine = json.loads(
         (tmp_path / "two" / "model" / "training_log.json").read_text(encoding="utf-8")
     )["machine"]
@@ -319,6 +320,8 @@ def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
     """
     run = Trainer(replace(TINY, n_layer=4, batch=5, tokens=30 * 5 * 64))
     run.step, found = step, []
+    # rounding to bfloat16, where a processor prefers it, would hide what is asked
+    monkeypatch.setattr("mechtut.mini.training.agreed_dtype", lambda: torch.float32)
     monkeypatch.setattr("mechtut.mini.training.add_up", lambda tensors: None)
     for place in [(0, 1), (0, 2), (1, 2)]:
         monkeypatch.setattr("mechtut.mini.training.place", lambda place=place: place)

@@ -168,9 +168,9 @@ def test_an_accelerator_without_float64(monkeypatch, path):
     wanted = PATHS[path](load_model(hf, tokenizer))
     with accelerator(float64=False):
         apple = type("Device", (), {"type": "mps"})()
-        from mechtut.models import checks
+        from mechtut.models import precision
 
-        real = checks.widest
+        real = precision.widest
         for module in _modules_with("widest"):
             monkeypatch.setattr(
                 module, "widest", lambda d: real(apple if d.type == "pretend" else d)

@@ -445,11 +445,11 @@ def test_records_refuse_what_cannot_be():
     [
         ({"n_tokens": 5}, ValueError, "pass a divisor"),
         ({"n_tokens": 65}, ValueError, "must be 1..64"),
-        ({"n_tokens": 0}, ValueError, "must be 1..64"),
+        ({"n_tokens": 0}, ValueError, "n_tokens must be a whole number of at least 1"),
         ({"layers": [3]}, IndexError, "layers 0..2"),
         ({"layers": []}, ValueError, "at least one"),
         ({"layers": [1, 1]}, ValueError, "different layers"),
-        ({"n_top": 0}, ValueError, "must be positive"),
+        ({"n_top": 0}, ValueError, "n_top must be a whole number of at least 1"),
         ({"n_top": 41}, ValueError, "only 40 excerpts"),
         ({"n_random": 41}, ValueError, "only 40 excerpts"),
     ],

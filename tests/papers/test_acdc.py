@@ -700,14 +700,17 @@ def test_hostile_prompts_and_options():
         ("return one number", (clean, corrupted), {"metric": lambda x: x[:, -1, 0]}),
         ("is nan", (clean, corrupted), {"metric": lambda x: x.sum() * float("nan")}),
         ("outside 0..96", (clean + 100, corrupted), {}),
-        ("token ids", (clean.float(), corrupted), {}),
-        ("token ids", (clean[0], corrupted[0]), {}),
-        ("token ids", (clean.tolist(), corrupted), {}),
+        (r"clean must be a tensor \[batch, pos\]", (clean[0], corrupted[0]), {}),
     ]:
         with pytest.raises(ValueError, match=match):
             acdc(model, *args, **{"threshold": 0.1, "progress": False, **options})
-    with pytest.raises(TypeError, match="name, a Metric or a function"):
-        acdc(model, clean, corrupted, threshold=0.1, metric=3)
+    quick = {"threshold": 10.0, "progress": False}
+    with pytest.raises(TypeError, match="metric must be a string or a Metric or a fun"):
+        acdc(model, clean, corrupted, **quick, metric=3)
+    with pytest.raises(TypeError, match="clean must be .* whole numbers"):
+        acdc(model, clean.float(), corrupted, **quick)
+    found = acdc(model, clean.tolist(), corrupted.numpy(), **quick)
+    assert found.log == acdc(model, clean, corrupted, **quick).log
 
 
 def test_metric_that_fails_on_the_way_is_reported():

@@ -536,9 +536,12 @@ MEANS = mean_head_activations(MODEL, SHORT)
     [
         (lambda: Task("tiny", TASK.pairs[:3]).split(), "needs at least 4"),
         (lambda: sample_prompts(TASK, 2, 500), "n_shots cannot be 500"),
-        (lambda: sample_prompts(TASK, 2, -1), "n_shots cannot be -1"),
-        (lambda: sample_prompts(TASK, 0, 2), "at least one prompt"),
-        (lambda: sample_prompts(TASK, 2, 2, queries=[]), "at least one prompt"),
+        (
+            lambda: sample_prompts(TASK, 2, -1),
+            "n_shots must be a whole .* at least 0, not -1",
+        ),
+        (lambda: sample_prompts(TASK, 0, 2), "n_prompts must be .* at least 1"),
+        (lambda: sample_prompts(TASK, 2, 2, queries=[]), "no query to draw from"),
         (lambda: sample_prompts(TASK, 2, 2, corrupt="both"), "corrupt must be"),
         (lambda: ICLPrompt([("", "a")], "b", "c"), "must not be empty"),
         (lambda: ICLPrompt([], "b", " "), "must not be empty"),
