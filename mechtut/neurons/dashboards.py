@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from ..models.files import write_file
 from .records import NeuronRecord, NeuronRecords
 from .scoring import ScoredExplanation
 
@@ -155,7 +156,7 @@ class NeuronPage:
             Its path.
         """
         path = Path(path)
-        path.write_text(self.html(), encoding="utf-8")
+        write_file(path, self.html())
         return path
 
 
@@ -270,8 +271,8 @@ def write_pages(
     ]
     # JSON has no NaN
     clean = [{k: None if v != v else v for k, v in row.items()} for row in table]
-    (folder / "scores.json").write_text(json.dumps(clean, indent=1), encoding="utf-8")
-    (folder / "index.html").write_text(index_html(scored, title), encoding="utf-8")
+    write_file(folder / "scores.json", json.dumps(clean, indent=1))
+    write_file(folder / "index.html", index_html(scored, title))
     return folder / "index.html"
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c021

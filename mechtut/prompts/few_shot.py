@@ -8,6 +8,7 @@ __all__ = ['Pair', 'TODD', 'COMMIT', 'Role', 'WORDS', 'PREFIXES', 'SEPARATORS', 
            'encode_all', 'Layout', 'layout', 'Batch', 'batches']
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c002
+import hashlib
 import json
 import math
 import re
@@ -24,8 +25,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..models.files import write_file
 from ..models.loading import Model
-from ..patching.checkpoints import fingerprint
+from ..models.weights import sha256_of
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c004
 Pair = tuple[str, str]
@@ -163,11 +165,13 @@ def _fetch(name: str, cache_folder: Path | None = None) -> Path:
     path = (
         cache_folder or Path.home() / ".cache" / "mechtut" / "todd"
     ) / f"{name}.json"
-    if not path.exists():
+    told = path.with_suffix(".sha256")
+    if not (path.exists() and told.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_download(name, path.parent / "function_vectors.git"))
-        path.with_suffix(".sum").write_text(fingerprint(path.read_bytes()))
-    if path.with_suffix(".sum").read_text() != fingerprint(path.read_bytes()):
+        found = _download(name, path.parent / "function_vectors.git")
+        write_file(told, hashlib.sha256(found).hexdigest())
+        write_file(path, found)
+    if told.read_text() != sha256_of(path):
         raise ValueError(
             f"{path} is not what was downloaded; delete it to fetch it again"
         )
