@@ -349,10 +349,10 @@ class Parts:
         self.edges = [e for node in walk.visits for e in walk.incoming(node)]
         self._number = {edge: i for i, edge in enumerate(self.edges)}
         before = [torch.zeros(0, 3, dtype=torch.float64)]
-        self._last: Tensor | None = None
+        self._last: dict[str, Tensor] | None = None
         while part := store.read(self._name):
             before.append(part["rows"].cpu())
-            self._last = part["counts"].cpu()
+            self._last = part
             self._learn(*(part[k].tolist() for k in ("states", "asked", "known")))
             self.n += 1
         self._before = torch.cat(before)
@@ -384,11 +384,14 @@ class Parts:
         rows, self._before = self._before[:n], self._before[n:]
         return rows
 
-    def _go_on(self, counts: Tensor) -> None:
+    def _go_on(self, part: dict[str, Tensor]) -> None:
         """Be where the last part ended."""
         walk, self._last = self.walk, None
-        walk.metric = float(counts[0])
-        numbers = [int(x) for x in counts[1:].tolist()]
+        walk.metric, *counts = part["counts"].tolist()
+        numbers = [int(x) for x in counts]
+        senders, wide = walk.graph.senders, part["wide"].tolist()
+        answers = {s: bool(x) for s, x in zip(senders, wide, strict=True) if x >= 0}
+        walk.pruner.state.wide = answers
         walk.pruner.n_evaluations, walk.n_plain = numbers[:2]
         walk.guess.ahead, walk.guess.in_a_row = numbers[2:]
 
@@ -409,7 +412,7 @@ class Parts:
         if not self.rows:
             return
         walk, told = self.walk, list(self.told)
-        guess, pruner = walk.guess, walk.pruner
+        guess, pruner, senders = walk.guess, walk.pruner, walk.graph.senders
         counts = walk.metric, pruner.n_evaluations, walk.n_plain
         signed = [(state + 2**63) % 2**64 - 2**63 for state, _ in told]
         asked = [(self._number[key[1]], key in walk.same) for key in told]
@@ -417,6 +420,7 @@ class Parts:
         part = {
             "rows": torch.cat(self.rows).double(),
             "counts": torch.tensor([*counts, guess.ahead, guess.in_a_row], dtype=exact),
+            "wide": torch.tensor([pruner.state.wide.get(s, -1) for s in senders]),
             "states": torch.tensor(signed, dtype=whole),
             "asked": torch.tensor(asked, dtype=whole).reshape(-1, 2),
             "known": torch.tensor([self.told[key] for key in told], dtype=exact),

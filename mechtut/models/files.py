@@ -268,7 +268,14 @@ def write_tensors(
         plain = {k: v.clone() for k, v in plain.items()}
     words = {"format": "pt", "mechtut": str(FORMAT), **(about or {})}
     digest = digest_of(plain, words)
-    write_file(path, save(plain, {**words, "sha256": digest}), force=force)
+    raw = memoryview(save(plain))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    # the same words in the same order: the same tensors make the same file
+    said = dict(sorted({**words, "sha256": digest}.items()))
+    head = json.dumps({"__metadata__": said, **json.loads(bytes(raw[8:start]))})
+    text = head.encode() + b" " * (-len(head) % 8)
+    size = len(text).to_bytes(8, "little")
+    write_file(path, b"".join((size, text, raw[start:])), force=force)
     return digest
 
 

@@ -316,7 +316,7 @@ def test_another_corpus_or_model_is_refused(model, tmp_path):
     longer = collect(model, rows(), folder=tmp_path, **options)
     assert longer.n_excerpts == 40
     shutil.rmtree(next(Path(tmp_path).glob("excerpts-*")))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="which is gone"):
         NeuronRecords.load(tmp_path)
 
 

@@ -42,8 +42,8 @@ from mechtut.circuits.metrics import (
 from mechtut.circuits.runs import Contrast, Cuts, circuit_logits, circuit_metric
 from mechtut.circuits.search import Pruner
 from mechtut.models.loading import load_model
-from mechtut.patching.checkpoints import Store
 from mechtut.papers.acdc import Rules, acdc, search, sweep
+from mechtut.patching.checkpoints import Store
 
 FAMILIES = IN_CIRCUITS
 
@@ -310,7 +310,7 @@ def test_resumes_where_it_stopped(tmp_path, monkeypatch):
         return once(self, *edges, **options)
 
     def die(self, name, values):
-        if name == "part-00004":
+        if name == "part-00001":
             raise KeyboardInterrupt
         write(self, name, values)
 
@@ -319,10 +319,10 @@ def test_resumes_where_it_stopped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         acdc(model, clean, corrupted, **how, folder=tmp_path)
     monkeypatch.setattr(Store, "write", write)
-    assert len(list(tmp_path.glob("part-*.safetensors"))) == 4
+    assert len(list(tmp_path.glob("part-*.safetensors"))) == 1
     first, asked[:] = len(asked), []
     resumed = acdc(model, clean, corrupted, **how, folder=tmp_path)
-    assert 0 < len(asked) and torch.equal(resumed.decisions, fresh.decisions)
+    assert len(asked) > 0 and torch.equal(resumed.decisions, fresh.decisions)
     assert resumed.n_evaluations == fresh.n_evaluations
     assert resumed.log == fresh.log and resumed.metric_final == fresh.metric_final
     asked.clear()
