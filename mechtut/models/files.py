@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .interrupts import shielded
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: there, nobody is kept out
@@ -331,6 +333,7 @@ _held: dict[str, _Held] = {}  # folders in which this process works
 _taking = threading.RLock()
 
 
+@shielded
 @contextmanager
 def alone_in(folder: str | Path | None) -> Iterator[None]:
     """While the block runs, no other process or thread works in a folder.

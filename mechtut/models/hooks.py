@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from .checks import integer, integers, rounding
+from .interrupts import shielded
 from .loading import Model
 
 # %% ../../nbs/library/models/hooks.ipynb #c004
@@ -393,6 +394,7 @@ def _to_site(x: Tensor, place: _Place, batch: int | None) -> Tensor:
 Visitor = Callable[[Tensor], Tensor | None]
 
 
+@shielded
 @contextmanager
 def hooked(
     module: nn.Module, fn: Callable[..., Any], *, before: bool = False
@@ -545,6 +547,7 @@ def _mask_registry() -> Any:
     return ALL_MASK_ATTENTION_FUNCTIONS
 
 
+@shielded
 @contextmanager
 def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
     """Route a model's attention through an `AttentionTap` while the block runs.
@@ -586,6 +589,7 @@ def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
                 config._attn_implementation = tap.own or config._attn_implementation
 
 # %% ../../nbs/library/models/hooks.ipynb #c030
+@shielded
 @contextmanager
 def visiting(
     model: Model | nn.Module, visitors: Mapping[Site, Visitor]
@@ -742,6 +746,7 @@ def _all_fired(wanted: Sequence[Site], fired: set[Site]) -> None:
         )
 
 
+@shielded
 @contextmanager
 def intervene(
     model: Model | nn.Module,

@@ -33,6 +33,7 @@ from mechtut.models.families import (
     key_value_heads,
     plain_model,
 )
+from .interrupts import shielded
 from mechtut.models.weights import (
     WHEELS,
     fetch,
@@ -400,6 +401,7 @@ _held: dict[int, int] = {}  # modules out of training mode: in how many blocks
 _switching = threading.Lock()
 
 
+@shielded
 @contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
     """Modules are in eval mode while the block runs, and then as they were.
@@ -687,6 +689,7 @@ def _fastest_device() -> torch.device:
     return torch.device("cpu")
 
 
+@shielded
 @contextmanager
 def _no_progress_bar(quiet: bool) -> Iterator[None]:
     """Loading the embedded model takes a blink: no bar for it."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..models.interrupts import shielded
 from ..models.loading import Model
 
 # %% ../../nbs/library/patching/matmul.ipynb #c004
@@ -242,6 +243,7 @@ def onednn_available() -> bool:
     return there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 # %% ../../nbs/library/patching/matmul.ipynb #c009
+@shielded
 @contextmanager
 def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
     """Inside the block, the model's linear layers use oneDNN (float32 on a CPU only).
