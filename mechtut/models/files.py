@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'write_file', 'damaged', 'to_json', 'write_json', 'read_json', 'bytes_of', 'digest_of', 'write_tensors',
-           'read_tensors', 'alone_in']
+           'read_tensors', 'alone_in', 'Checked', 'check_folder']
 
 # %% ../../nbs/library/models/files.ipynb #c002
 import hashlib
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .interrupts import shielded
+from .weights import verify_fingerprint
 
 try:
     import fcntl
@@ -304,7 +305,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     raw = path.read_bytes()  # not mapped into memory: a file cut short would kill us
     try:
-        tensors = load(raw)
+        tensors = dict(sorted(load(raw).items()))
         head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         words = dict(head.get("__metadata__", {}))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
@@ -398,16 +399,20 @@ def _lock(folder: Path) -> int | None:
     except OSError:  # some network disks know no locks
         os.close(descriptor)
         return None
-    with suppress(OSError):  # only for the message; the disk may be full
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-    _sweep(folder)
+    try:
+        with suppress(OSError):  # only for the message; the disk may be full
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        _sweep(folder)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left."""
-    for part in folder.glob(".*.part"):
+    for part in folder.rglob(".*.part"):
         pid = part.suffixes[-2][1:].partition("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
             with suppress(OSError):
@@ -436,3 +441,107 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+# %% ../../nbs/library/models/files.ipynb #c014
+class Checked(NamedTuple):
+    """What a check of a folder found.
+
+    Attributes:
+        whole: How many files are as they were written.
+        wrong: What is wrong with others, a line each.
+        unknown: Files that have no checksum, such as tables, pages and figures.
+    """
+
+    whole: int
+    wrong: list[str]
+    unknown: list[Path]
+
+
+def check_folder(folder: str | Path, *, quick: bool = False) -> Checked:
+    """Check everything that mechtut wrote into a folder and the folders inside it.
+
+    Args:
+        folder: Any folder that was given as `folder`, a saved result, a cache of
+            answers, a trained model.
+        quick: Whether to look at names and sizes only.
+
+    Returns:
+        What was found.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(f"{folder}/a.json", {"score": 1.5})
+        ...     check_folder(folder)
+        Checked(whole=1, wrong=[], unknown=[])
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    wrong, unknown, whole = list[str](), list[Path](), 0
+    models = {p.parent for p in folder.rglob("fingerprint.json")}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name.startswith(".") or (
+            path.parent in models and path.name != "fingerprint.json"
+        ):
+            continue
+        try:
+            known = _check_file(path, quick)
+        except (OSError, ValueError) as error:
+            wrong.append(str(error))
+            continue
+        whole += known
+        unknown += [] if known else [path]
+    return Checked(whole, wrong, unknown)
+
+
+def _check_file(path: Path, quick: bool) -> bool:
+    """Whether a file has a checksum; an error if it is not what was written."""
+    if path.name == "fingerprint.json":
+        verify_fingerprint(path.parent)
+    elif path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            head = file.read(int.from_bytes(file.read(8), "little") % 2**27)
+        size = 8 + len(head) + _data_size(path, head)
+        if path.stat().st_size != size:
+            raise damaged(path, f"has {path.stat().st_size} bytes instead of {size}")
+        if b'"sha256"' not in head:
+            return False
+        if not quick:
+            read_tensors(path)
+    elif path.suffix == ".json":
+        with path.open("rb") as file:
+            head = file.read(12)
+        if not (head == b'{\n "format":' or _OURS.fullmatch(path.name)):
+            return False
+        about = read_json(path)
+        names = (
+            {path.parent / str(about["tensors"]): None} if "tensors" in about else {}
+        )
+        for name, length in dict(about.get("pieces", {})).items():
+            names[path.parent / about["shards"] / name] = length
+        for piece, length in names.items():
+            if not piece.is_file():
+                raise damaged(path, f"names {piece}, which is gone")
+            if length is not None and piece.stat().st_size != length:
+                raise damaged(piece, f"has {piece.stat().st_size} bytes, not {length}")
+        return bool(about["format"])
+    else:
+        return False
+    return True
+
+
+# the last are cached answers
+_OURS = re.compile(r"(sweep|result|manifest|[0-9a-f]{32})\.json")
+
+
+def _data_size(path: Path, head: bytes) -> int:
+    """How many bytes of values a header tells of."""
+    try:
+        tensors = {k: v for k, v in json.loads(head).items() if k != "__metadata__"}
+        return max([0, *(int(t["data_offsets"][1]) for t in tensors.values())])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise damaged(path, "cannot be read whole") from None

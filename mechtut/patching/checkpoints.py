@@ -9,12 +9,13 @@ __all__ = ['fingerprint', 'identify', 'Store', 'quiet']
 import dis
 import hashlib
 import os
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from types import (
     BuiltinFunctionType,
@@ -160,12 +161,17 @@ def _inside(function: FunctionType) -> list[Any]:
     code, known = function.__code__, function.__globals__
     cells = [c.cell_contents for c in function.__closure__ or ()]
     given = [function.__defaults__, function.__kwdefaults__, cells]
-    package = str(function.__module__).split(".")[0]
-    ours = {"mechtut", *sys.stdlib_module_names} - {"__main__"}
-    if package in ours or "site-packages" in code.co_filename:
+    if code.co_filename.startswith(_LIBRARIES):
         return given
     read = sorted(_globals(code) & known.keys())
     return [*given, code, [(name, known[name]) for name in read]]
+
+
+# where functions come from that do not change between two runs
+_LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    str(files("mechtut")),
+)
 
 
 def _globals(code: CodeType) -> set[str]:
