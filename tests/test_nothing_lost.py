@@ -258,8 +258,8 @@ def test_killed_at_every_file_operation(job, tmp_path, monkeypatch):
     total, disk.n = disk.n, 0
     same(expected(job), JOBS[job](tmp_path / "whole"), job)
     assert total > 10 and disk.n < 6, "a finished folder is left as it is"
-    # each place twice takes too long for the two slowest; all operations of both halves
-    places = range(total) if job not in ("facts", "acdc") else range(0, total, 2)
+    # every second one of the two that take longest
+    places = range(0, total, 2 if job in ("facts", "acdc") else 1)
     for limit in places:
         folder = tmp_path / str(limit)
         disk.n, disk.limit = 0, limit
@@ -396,8 +396,8 @@ def test_a_second_thread_is_refused_and_a_nested_block_is_not(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     with alone_in(tmp_path), alone_in(tmp_path), ThreadPoolExecutor(1) as pool:
-        with pytest.raises(RuntimeError, match="another thread"):
-            pool.submit(run_replay, tmp_path).result()
+        refused = pool.submit(run_replay, tmp_path).exception()
+    assert isinstance(refused, RuntimeError) and "another thread" in str(refused)
     assert not files._held
 
 
@@ -458,7 +458,7 @@ def test_three_hundred_traces_leave_no_handles_and_no_memory(tmp_path):
         for i in range(n):
             replay.run(cells, last_logit, folder=tmp_path / str(i % 30), **QUIET)
 
-    work(30)
+    work(30)  # the folders are made, and all that is made once
     count = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     tracemalloc.start()
     work(30)

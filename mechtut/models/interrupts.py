@@ -33,6 +33,7 @@ def _begin() -> bool:
         return False
     if not callable(signal.getsignal(signal.SIGINT)):  # switched off
         return False
+    _came = False
     _before = signal.signal(signal.SIGINT, _note)
     return True
 
@@ -41,9 +42,9 @@ def _end() -> None:
     """Let interrupts through again, and one that has waited."""
     global _before, _came
     handler, _before = _before, None
-    came, _came = _came, False
     signal.signal(signal.SIGINT, handler)
-    if came:
+    if _came:
+        _came = False
         signal.raise_signal(signal.SIGINT)
 
 

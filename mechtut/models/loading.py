@@ -764,7 +764,7 @@ def _row_sums(weight: Tensor) -> Int[Tensor, "row"]:
     rest = torch.zeros(4 * _ROW, dtype=torch.uint8, device=data.device)
     rest[: len(data) - whole] = data[whole:]
     factors, sums = _multipliers(data.device), []
-    for part in (data[:whole], rest):
+    for part in (data[:whole], rest[: 4 * _ROW * (len(data) > whole)]):
         rows = part.view(torch.int32).view(-1, _ROW)
         for words in rows.split(_CHUNK[data.device.type]):
             if words.device.type == "cpu":

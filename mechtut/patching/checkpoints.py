@@ -229,7 +229,7 @@ class Store:
         self, folder: Path, key: str, device: torch.device | str = "cpu"
     ) -> None:
         self.folder, self.device, self.key = Path(folder), str(device), key
-        self._forced = 0.0  # when a piece was last forced to the disk
+        self._forced = time.monotonic()  # when a piece was last forced to the disk
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "sweep.json"
         if not manifest.exists():
