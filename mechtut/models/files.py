@@ -155,9 +155,13 @@ def write_json(
         TypeError: If JSON has no word for something in it.
     """
     rest = to_json(dict(value))[2:]
-    digest = hashlib.sha256(rest.encode()).hexdigest()
+    digest = _digest(FORMAT, rest)
     head = f'{{\n "format": {FORMAT},\n "sha256": "{digest}",\n'
     write_file(path, f"{head}{rest}\n", force=force)
+
+
+def _digest(version: int, rest: str) -> str:
+    return hashlib.sha256(f"{version} {rest}".encode()).hexdigest()
 
 
 def read_json(path: str | Path, *needed: str) -> dict[str, Any]:
@@ -200,7 +204,7 @@ def read_json(path: str | Path, *needed: str) -> dict[str, Any]:
     head = _HEAD.match(text)
     if head or "sha256" in found or version:
         rest = text[head.end() : -1] if head else ""
-        if not head or hashlib.sha256(rest.encode()).hexdigest() != head[2]:
+        if not head or _digest(version, rest) != head[2]:
             raise damaged(path, "does not match its checksum")
         del found["sha256"]
     missing = [name for name in needed if name not in found]
