@@ -334,8 +334,8 @@ class Parts:
     """A walk's decisions in a store, in parts after which its state is computed anew.
 
     Rounding depends on how a state came about. So a part ends where the search forgets
-    that: whoever goes on from there finds the same numbers to the last bit, and needs as
-    many evaluations.
+    that: whoever goes on from there finds the same numbers to the last bit, and needs
+    as many evaluations.
 
     Args:
         walk: The walk, before its first node.

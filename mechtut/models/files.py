@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -416,11 +417,11 @@ def _lock(folder: Path) -> int | None:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left."""
-    for part in folder.rglob(".*.part"):
-        pid = part.suffixes[-2][1:].partition("-")[0]
+    for part in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
+        pid = part.with_suffix("").suffix[1:].partition("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
             with suppress(OSError):
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def _alive(pid: int) -> bool:

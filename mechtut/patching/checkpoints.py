@@ -151,8 +151,8 @@ def _identity(value: Any) -> tuple[str, list[Any]]:
         return _name(kind), [getattr(value, "__name__", repr(value))]
     raise ValueError(
         f"a {_name(kind)} cannot be told from another one, so a folder cannot say"
-        f" whether it holds the same work ({str(value)[:60]}): leave folder away, or use"
-        " numbers, text, tensors and functions of them"
+        f" whether it holds the same work ({str(value)[:60]}): leave folder away, or"
+        " use numbers, text, tensors and functions of them"
     )
 
 
