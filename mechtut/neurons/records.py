@@ -290,6 +290,12 @@ def read_shards(folder: Path) -> tuple[Kept, dict[str, Any]]:
     manifest = folder / "manifest.json"
     if not manifest.exists():
         raise FileNotFoundError(f"{folder} holds no collection: no {manifest.name}")
+    about = read_json(manifest)
+    if about["format"] == 0:
+        raise ValueError(
+            f"{manifest} was written by an older mechtut, without checksums: collect"
+            " again, into an empty folder"
+        )
     about = read_json(manifest, *_NAMES)
     shards, found = folder / about["shards"], dict[str, State]()
     for file in about["pieces"]:
