@@ -1,5 +1,5 @@
 """The command line: `python -m mechtut trace "PROMPT" --subject "SUBJECT"`, `fetch`,
-`smollm2`, `train-mini`, `examine-mini`, `new-paper`.
+`smollm2`, `check`, `train-mini`, `examine-mini`, `new-paper`.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         dest="command",
         required=True,
-        metavar="trace | fetch | smollm2 | train-mini | examine-mini | new-paper",
+        metavar="trace | fetch | smollm2 | check | train-mini | examine-mini | new-paper",
     )
     trace = commands.add_parser(
         "trace",
@@ -119,6 +119,18 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         help="where unfinished work is kept, and results in its folder `results`",
+    )
+    whole = commands.add_parser(
+        "check",
+        help="check every file of a folder with results or unfinished work",
+        description=(
+            "Compare every file that mechtut wrote into a folder with its checksum."
+            " Exit code 0: all are whole; 1: some are not."
+        ),
+    )
+    whole.add_argument("folder", type=Path, help="the folder")
+    whole.add_argument(
+        "--quick", action="store_true", help="look at names and sizes only"
     )
     train = commands.add_parser(
         "train-mini", help="train the embedded model again", add_help=False
@@ -326,6 +338,19 @@ def trace(args: argparse.Namespace) -> None:
     print(f"\nFigure: {Path(args.out).resolve()}")
 
 
+def check_files(folder: Path, quick: bool) -> int:
+    """Print what is wrong in a folder; 1 if anything is."""
+    from mechtut.models.files import check_folder
+
+    found = check_folder(folder, quick=quick)
+    for line in found.wrong:
+        print(line)
+    more = f", {len(found.unknown)} without a checksum" if found.unknown else ""
+    how = "names and sizes of files" if quick else "files"
+    print(f"{folder}: {found.whole} {how} whole, {len(found.wrong)} damaged{more}")
+    return 1 if found.wrong else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a mistake in its arguments is told in one line, with exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -349,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             compute(args.part, args.folder, args.folder / "results")
             print(f"Results: {(args.folder / 'results' / args.part).resolve()}")
+        elif args.command == "check":
+            return check_files(args.folder, args.quick)
         elif args.command == "examine-mini":
             from mechtut.experiments.report_card import examine_mini
 

@@ -30,6 +30,7 @@ LONG = (
     "test_site.py",
     "mini/test_training.py",
     "test_explore.py",
+    "test_nothing_lost.py",
     "papers/",
     "circuits/",
     "neurons/",

@@ -37,7 +37,7 @@ class State:
             False: contrast.differences[:, :, self.window.seen],
         }
         self.live: list[str] = []
-        self._wide: dict[str, bool] = {}
+        self.wide: dict[str, bool] = {}  # the answers of `is_wide`
         self.clear()
 
     def clear(self) -> None:
@@ -81,13 +81,13 @@ class State:
         Returns:
             The answer.
         """
-        if sender not in self._wide:
+        if sender not in self.wide:
             heard = self.cuts.sums[:, self.graph.sender_index[sender]]
-            self._wide[sender] = any(
+            self.wide[sender] = any(
                 self.reads_wide(self.graph.receivers[i])
                 for i in heard.nonzero().flatten().tolist()
             )
-        return self._wide[sender]
+        return self.wide[sender]
 
     def reads_wide(self, receiver: str) -> bool:
         """Whether a reader needs other rows than those that the metric reads.

@@ -24,6 +24,7 @@ from ._wiring import apply_mlp, attend, attention_bias, projector
 from .attribution import EdgeScores
 from .graph import Edge, Graph, feeds, layer_of, number_of
 from .runs import Contrast, heads_write
+from ..models.files import alone_in
 from ..models.loading import weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.matmul import fast_matmul
@@ -450,18 +451,16 @@ def subnetwork_probing(
         ValueError: For numbers that make no sense, and where the loss is not finite.
     """
     metric = contrast.metric
-    store = None
+    key = ""
     if folder:  # identified by the weights, the prompts, the metric and the settings
-        parts = (metric.name, metric.columns, metric.mask, *metric.labels)
         key = fingerprint(
             weight_fingerprint(contrast.model),
             *contrast.tokens,
-            *parts,
+            *metric.parts,
             contrast.ablation,
             contrast.graph,
             (penalty, lr, seed),
         )
-        store = Store(Path(folder), key, contrast.model.device)
     names, history = maskable(contrast.graph), []
     state = torch.zeros(3, len(names), dtype=contrast.differences.dtype)
     state[0] = torch.tensor((0.9 - _GAMMA) / (_ZETA - 0.9)).log()  # masks begin at 0.9
@@ -472,7 +471,8 @@ def subnetwork_probing(
         delay=1,
         disable=quiet(progress),
     )
-    with bar, fast_matmul(contrast.model):
+    with bar, alone_in(folder), fast_matmul(contrast.model):
+        store = Store(Path(folder), key, contrast.model.device) if folder else None
         for first in range(0, steps, PIECE):
             last = min(first + PIECE, steps)
             piece = partial(

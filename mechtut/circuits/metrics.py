@@ -326,6 +326,12 @@ class BoundMetric:
             self.name = getattr(metric, "__name__", type(metric).__name__)
             self.flat_at_clean, self._own = False, cast(Callable, metric)
 
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What tells this metric from others, for the key of stored work."""
+        own = None if self._score else self._own
+        return self.name, own, self.columns, self.mask, *self.labels
+
     def _rows(self, labels: Tensor, per_position: bool) -> Tensor:
         """The labels of every row that the metric reads."""
         if len(labels) != len(self.mask):

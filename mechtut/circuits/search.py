@@ -207,8 +207,9 @@ class _HeadsStage(_Stage):
 # of prompts and positions that one pass computes at most, unless a single circuit has
 # more: products of a few hundred rows are the fastest
 _ROWS = 384
-# nodes after which the state is computed anew, so that rounding does not pile up
-_FRESH = 100
+# nodes after which the state is computed anew, so that rounding does not pile up, and
+# so that a stopped search can go on from there
+_FRESH = 20
 
 
 @checked

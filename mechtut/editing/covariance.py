@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..arguments import Count, checked
 from .weights import mlp_projection
 from ..models.families import as_stored
+from ..models.files import alone_in
 from ..models.hooks import hooked
 from ..models.loading import Model, pad_right, weight_fingerprint
 from ..models.precision import at_least_float32
@@ -98,9 +99,10 @@ def key_covariance(
     """
     total: Tensor | float = 0.0
     count = 0.0
-    weights = weight_fingerprint(model) if folder else ""
+    about = (weight_fingerprint(model), layer) if folder else ()
     name, hidden = f"keys of layer {layer}", quiet(progress)
     with (
+        alone_in(folder),
         tqdm(desc=name, unit="text", delay=1, disable=hidden) as bar,
         fast_matmul(model),
     ):
@@ -112,7 +114,7 @@ def key_covariance(
             both = None
             if folder:
                 place = Path(folder) / f"layer-{layer}" / f"chunk-{number:05d}"
-                both = Store(place, fingerprint(weights, layer, part)).once("sum", sums)
+                both = Store(place, fingerprint(*about, part)).once("sum", sums)
             both = sums() if both is None else both
             total, count = total + both[:-1], count + float(both[-1, 0])
             bar.update(len(part))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..arguments import Count, NotNegative, Positive, checked, warn
 from ..models.families import as_stored
 from ..models.hooks import check_layer, hooked
+from ..models.interrupts import undisturbed
 from ..models.loading import Model, evaluating
 from ..prompts.facts import target_ids
 
@@ -85,6 +86,10 @@ class WeightEdit:
         module = mlp_projection(self.model, self.layer)
         return vars(module).setdefault("_weight_edits", [])
 
+    @property
+    def _applied(self) -> bool:
+        return any(edit is self for edit, _ in self._stack)
+
     def apply(self) -> Self:
         """Add the change to the model's weights.
 
@@ -94,13 +99,14 @@ class WeightEdit:
         Raises:
             RuntimeError: If it is applied already.
         """
-        if any(edit is self for edit, _ in self._stack):
+        if self._applied:
             raise RuntimeError("this edit is applied already; revert it first")
         module: Any = mlp_projection(self.model, self.layer)
         before, delta = module.weight.detach().clone(), as_stored(module, self.delta)
-        self._stack.append((self, before))
-        with torch.no_grad():
-            module.weight.add_(delta.to(module.weight))
+        delta = delta.to(module.weight)
+        with undisturbed(), torch.no_grad():
+            self._stack.append((self, before))
+            module.weight.add_(delta)
         if before.element_size() < 4:
             _warn_of_rounding(before, module.weight.detach(), delta)
         return self
@@ -112,18 +118,30 @@ class WeightEdit:
             RuntimeError: If the edit is not applied or a later one lies on top of it.
         """
         if not self._stack or self._stack[-1][0] is not self:
-            on_top = any(edit is self for edit, _ in self._stack)
+            on_top = self._applied
             later = "revert the later edits of this layer first"
             raise RuntimeError(later if on_top else "this edit is not applied")
         module: Any = mlp_projection(self.model, self.layer)
-        with torch.no_grad():
-            module.weight.copy_(self._stack.pop()[1])
+        with undisturbed(), torch.no_grad():
+            module.weight.copy_(self._stack[-1][1])
+            self._stack.pop()
 
     def __enter__(self) -> Self:
-        return self.apply()
+        try:
+            return self.apply()
+        except KeyboardInterrupt:  # when it was applied already
+            if self._applied:
+                self.revert()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        self.revert()
+        try:
+            with undisturbed():
+                self.revert()
+        except KeyboardInterrupt:  # before it was reverted
+            if self._applied:
+                self.revert()
+            raise
 
 # %% ../../nbs/library/editing/weights.ipynb #c038
 @checked

@@ -26,6 +26,7 @@ from ..editing.covariance import key_covariance
 from ..editing.evaluation import evaluate_edit
 from ..editing.requests import context_templates
 from ..editing.weights import WeightEdit, fine_tune
+from ..models.files import write_file
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, pad_right
 from ..neurons.collect import collect
@@ -290,9 +291,7 @@ def editing(
                     )
                     for f, c in zip(facts, cases, strict=True)
                 ]
-                half = place.with_suffix(".part")
-                pd.DataFrame(rows).to_csv(half, index=False)
-                half.replace(place)
+                write_file(place, pd.DataFrame(rows).to_csv(index=False))
             out.append(pd.read_csv(place))
             if progress:
                 print(f"layer {layer}, {method}: {len(out[-1])} edits", flush=True)
@@ -693,4 +692,5 @@ def compute(part: str, folder: Path, into: Path) -> None:
         records = neurons(model, NEURON_LAYERS, work)
         tables["scores"] = neuron_scores(model, records)
     for name, table in tables.items():
-        table.to_csv(place / f"{name}.csv", index=False, float_format="%.4g")
+        text = table.to_csv(index=False, float_format="%.4g")
+        write_file(place / f"{name}.csv", text)

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from copy import copy
@@ -18,8 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ from mechtut.mini.network import (
 )
 from .tokenizer import Rows, build_tokenizer, pack_rows, token_kinds
 from .world import World
+from ..models.files import alone_in, read_tensors, write_file, write_tensors
 from ..models.weights import mini_folder, sha256_of
 
 # %% auto #0
@@ -385,9 +386,7 @@ class Trainer:
             "recipe": json.dumps(asdict(self.recipe)),
             "dtype": str(self.model.dtype),
         }
-        part = file.with_suffix(".part")
-        save_file(state, str(part), metadata=meta)
-        os.replace(part, file)
+        write_tensors(file, state, meta)
 
     def restore(self, file: Path) -> None:
         """Take up a saved run.
@@ -396,10 +395,9 @@ class Trainer:
             file: What `save` wrote.
 
         Raises:
-            ValueError: If it was made with another recipe.
+            ValueError: If it was made with another recipe, or is damaged.
         """
-        with safe_open(str(file), "pt") as f:
-            meta = f.metadata()
+        state, meta = read_tensors(file)
         saved, asked = json.loads(meta["recipe"]), asdict(self.recipe)
         if saved != asked:
             pairs = {k: (saved.get(k), v) for k, v in asked.items()}
@@ -408,7 +406,6 @@ class Trainer:
                 f"{file} was made with another recipe (saved, asked): {changed}; "
                 "use the same one or another folder"
             )
-        state = load_file(str(file))
         weights = {k[2:]: v for k, v in state.items() if k.startswith("m.")}
         self.model.load_state_dict(weights)
         buffers = self.muon.buffers
@@ -430,13 +427,24 @@ class Trainer:
         """Write the model as it is shipped.
 
         That is configuration, tokenizer, float16 weights, training log, and hashes of
-        what is loaded.
+        what is loaded. An older model there stays until the new one is whole; one with
+        the same hashes stays as it is.
 
         Args:
             folder: Where to; made if missing.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            self._write_model(part)
+            _move(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _write_model(self, folder: Path) -> None:
+        """The files of the shipped model, into a new folder."""
         hf = to_hf(self.model, eos=self.tokenizer.eos_token_id)
         planted = self.step > self.recipe.plant_step
         # read by mechtut.mini.evaluation.planted
@@ -445,7 +453,7 @@ class Trainer:
         self.tokenizer.model_max_length = self.recipe.n_ctx
         self.tokenizer.save_pretrained(folder)
         weights = {k: v.to(torch.float16) for k, v in hf_names(self.model).items()}
-        save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        write_file(folder / "model.safetensors", save(weights, {"format": "pt"}))
         log: dict[str, Any] = {
             "recipe": asdict(self.recipe),
             "mixtures": [FOUNDATION, BEHAVIOURS, MIXTURE],
@@ -454,13 +462,11 @@ class Trainer:
             "step": self.step,
             "log": self.log,
         }
-        text = json.dumps(log) + "\n"
-        (folder / "training_log.json").write_text(text, encoding="utf-8")
+        write_file(folder / "training_log.json", json.dumps(log) + "\n")
         loaded = ("config", "tokenizer", "tokenizer_config")
         names = ["model.safetensors", *(f"{name}.json" for name in loaded)]
         hashes = {n: sha256_of(folder / n) for n in sorted(names)}
-        text = json.dumps(hashes, indent=2) + "\n"
-        (folder / "fingerprint.json").write_text(text, encoding="utf-8")
+        write_file(folder / "fingerprint.json", json.dumps(hashes, indent=2) + "\n")
 
     def _machine(self) -> str:
         """What the last part of a run was made on."""
@@ -471,6 +477,19 @@ class Trainer:
         several = f"{size} processes of " if size > 1 else ""
         some = f"{several}{threads} thread{'s' * (threads > 1)}"
         return f"{os.cpu_count()}-core CPU, {some}, products in {dtype}"
+
+
+def _move(new: Path, folder: Path) -> None:
+    """Put a folder in the place of another, if it holds another model."""
+    told, old = "fingerprint.json", new.with_suffix(".old")
+    if folder.exists():
+        same = [(f / told).read_bytes() for f in (folder, new) if (f / told).exists()]
+        if len(same) == 2 and same[0] == same[1]:
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _part(mine: Tensor, whole: Tensor) -> float:
@@ -510,27 +529,27 @@ def train(
         The run.
 
     Raises:
-        ValueError: If the checkpoint was made with another recipe.
+        RuntimeError: If someone else works in the folder.
+        ValueError: If the checkpoint was made with another recipe, or is damaged.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    file = Path(out) / "checkpoint.safetensors"
     run = Trainer(recipe or Recipe(), device=device)
-    file = out / "checkpoint.safetensors"
-    if resume and file.exists():
-        run.restore(file)
     last = min(run.recipe.steps, stop_at or run.recipe.steps)
     first = place()[0] == 0  # of several processes, only one shows progress and writes
     hidden = not (progress and first)
-    steps = run.recipe.steps
-    with tqdm(total=steps, initial=run.step, disable=hidden, mininterval=1.0) as bar:
-        while run.step < last:
-            loss = run.train_step()
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if first and (run.step % save_every == 0 or run.step == last):
-                run.save(file)
-    if first and run.step >= run.recipe.steps:
-        run.export(out / "model")
+    steps: dict[str, Any] = {"total": run.recipe.steps, "mininterval": 1.0}
+    with alone_in(out if first else None):
+        if resume and file.exists():
+            run.restore(file)
+        with tqdm(initial=run.step, disable=hidden, **steps) as bar:
+            while run.step < last:
+                loss = run.train_step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if first and (run.step % save_every == 0 or run.step == last):
+                    run.save(file)
+        if first and run.step >= run.recipe.steps:
+            run.export(Path(out) / "model")
     return run
 
 # %% ../../nbs/library/mini/training.ipynb #c049
@@ -555,8 +574,8 @@ def examine_folder(
     table = examine(
         load_model(str(folder), dtype=torch.float32, device="cpu"), World(0), n=n
     )
-    table.to_csv(folder / "evaluation.csv", index=False)
-    (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
+    write_file(folder / "evaluation.csv", table.to_csv(index=False))
+    write_file(folder / "README.md", model_card(folder))
     return table
 
 # %% ../../nbs/library/mini/training.ipynb #n001

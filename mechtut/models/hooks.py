@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..arguments import Count, Natural, checked, integer, integers
+from .interrupts import shielded
 from .loading import Model
 from .precision import rounding
 
@@ -399,6 +400,7 @@ Visitor = Callable[[Tensor], Tensor | None]
 
 
 @checked
+@shielded
 @contextmanager
 def hooked(
     module: nn.Module, fn: Callable[..., Any], *, before: bool = False
@@ -553,6 +555,7 @@ def _mask_registry() -> Any:
 
 
 @checked
+@shielded
 @contextmanager
 def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
     """Route a model's attention through an `AttentionTap` while the block runs.
@@ -595,6 +598,7 @@ def attention_tap(model: Model, **what: Any) -> Iterator[AttentionTap]:
 
 # %% ../../nbs/library/models/hooks.ipynb #c030
 @checked
+@shielded
 @contextmanager
 def visiting(
     model: Model | nn.Module, visitors: Mapping[Site, Visitor]
@@ -752,6 +756,7 @@ def _all_fired(wanted: Sequence[Site], fired: set[Site]) -> None:
 
 
 @checked
+@shielded
 @contextmanager
 def intervene(
     model: Model | nn.Module,

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 from tqdm import tqdm
 
 from ..arguments import AnyFloat, Count, Natural, NotNegative, Positive, checked
+from ..models.files import read_json, write_json
 from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/neurons/client.ipynb #c004
@@ -484,16 +485,11 @@ class Server:
         """The answer from the cache, or from the server and into the cache."""
         path = self._cache_path(request)
         if self._is_cached(request):
-            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            kept: dict[str, Any] = stored["answer"]
+            kept: dict[str, Any] = read_json(path, "request", "answer")["answer"]
             return kept
         answer = self.ask(request)
         if self.cache is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            half = path.with_suffix(f".{threading.get_ident()}.part")
-            stored = {"request": request.body, "answer": answer}
-            half.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
-            half.replace(path)
+            write_json(path, {"request": request.body, "answer": answer})
         return answer
 
 

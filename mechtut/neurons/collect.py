@@ -7,7 +7,6 @@ __all__ = ['Collector', 'collect', 'is_gated', 'activations_on', 'token_ids']
 
 # %% ../../nbs/library/neurons/collect.ipynb #c002
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import Count, Natural, checked, warn
+from ..models.files import alone_in, read_json
 from ..models.hooks import Site, Visitor, capture, check_layer
 from ..models.loading import Model, readable_token, weight_fingerprint
 from ..models.precision import widest
@@ -168,7 +168,8 @@ def collect(
     """Read a corpus once and keep records of every MLP neuron of the given layers.
 
     Memory does not grow with the corpus. With a `folder`, the same call again goes on
-    where it was stopped; the corpus is read up to there, without the model.
+    where it was stopped; the corpus is read up to there, without the model. Called
+    again on a finished folder it writes nothing.
 
     Args:
         model: The model.
@@ -201,9 +202,10 @@ def collect(
 
     Raises:
         IndexError: If a layer does not exist.
+        RuntimeError: If someone else works in the folder.
         ValueError: For other impossible arguments, a corpus of fewer than `n_top` or
             `n_random` excerpts, another corpus or other arguments than those in the
-            folder, and activations that are not finite.
+            folder, a damaged folder, and activations that are not finite.
 
     Example:
         >>> from mechtut import collect, load_model
@@ -232,12 +234,28 @@ def collect(
     size = batch_size or max(1, 2048 // n_tokens)
     where = Path(folder) if folder else None
     key = fingerprint(weight_fingerprint(model), plan, size)
-    with warnings.catch_warnings():
-        # documents are cut, not read whole
-        warnings.filterwarnings("ignore", message="Token indices sequence length")
-        source = texts_or_token_batches
-        rows = excerpts(model, source, n_tokens, size, special_tokens=special_tokens)
-        kept, corpus = _run(model, plan, rows, where, key, save_every, progress)
+    with alone_in(where):
+        with warnings.catch_warnings():
+            # documents are cut, not read whole
+            warnings.filterwarnings("ignore", message="Token indices sequence length")
+            source = texts_or_token_batches
+            how = {"special_tokens": special_tokens}
+            rows = excerpts(model, source, n_tokens, size, **how)
+            kept, corpus = _run(model, plan, rows, where, key, save_every, progress)
+        _check_enough(kept, plan)
+        about = _about(model, plan, kept, key, corpus, complete=True)
+        made = write_shards(where, kept, about)["provenance"] if where else None
+    return NeuronRecords(
+        plan=plan,
+        kept=kept,
+        vocabulary=about["vocabulary"],
+        provenance=made or about["provenance"],
+    )
+
+
+def _check_enough(kept: Kept, plan: Plan) -> None:
+    """Refuse a corpus that is too short, and say it if it is short."""
+    n_top, n_random, n_tokens = plan.n_top, plan.n_random, plan.n_tokens
     if kept.n_excerpts < max(n_top, n_random):
         raise ValueError(
             f"the corpus has only {kept.n_excerpts} excerpts of {n_tokens} tokens,"
@@ -249,15 +267,6 @@ def collect(
             f"only {kept.n_excerpts} excerpts: some neurons have fewer than"
             f" n_random={n_random} random ones"
         )
-    about = _about(model, plan, kept, key, corpus, complete=True)
-    if where:
-        write_shards(where, kept, about)
-    return NeuronRecords(
-        plan=plan,
-        kept=kept,
-        vocabulary=about["vocabulary"],
-        provenance=about["provenance"],
-    )
 
 
 @checked
@@ -347,7 +356,7 @@ def _resumed(
     d_vocab = model.embed.weight.shape[0]
     if folder is None or not (folder / "manifest.json").exists():
         return Collector(plan, d_vocab), ""
-    if json.loads((folder / "manifest.json").read_text())["key"] != key:
+    if read_json(folder / "manifest.json", "key")["key"] != key:
         raise ValueError(
             f"{folder} holds a collection of another model or with other arguments: use"
             " an empty folder"

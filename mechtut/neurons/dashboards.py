@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..arguments import checked
+from ..models.files import write_file
 from .records import NeuronRecord, NeuronRecords
 from .scoring import ScoredExplanation
 from ..viz.plots import layer_ticks
@@ -159,7 +160,7 @@ class NeuronPage:
             Its path.
         """
         path = Path(path)
-        path.write_text(self.html(), encoding="utf-8")
+        write_file(path, self.html())
         return path
 
 
@@ -276,8 +277,8 @@ def write_pages(
     ]
     # JSON has no NaN
     clean = [{k: None if v != v else v for k, v in row.items()} for row in table]
-    (folder / "scores.json").write_text(json.dumps(clean, indent=1), encoding="utf-8")
-    (folder / "index.html").write_text(index_html(scored, title), encoding="utf-8")
+    write_file(folder / "scores.json", json.dumps(clean, indent=1))
+    write_file(folder / "index.html", index_html(scored, title))
     return folder / "index.html"
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c021

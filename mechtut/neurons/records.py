@@ -6,7 +6,6 @@
 __all__ = ['ActivationRecord', 'NeuronRecord', 'Plan', 'Kept', 'write_shards', 'read_shards', 'NeuronRecords']
 
 # %% ../../nbs/library/neurons/records.ipynb #c002
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..arguments import AnyFloat, Count, Natural, checked
+from mechtut.models.files import (
+    damaged,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from .statistics import Reservoir, State, moments, unpack
 from ..patching.results import Result
 
@@ -214,25 +219,50 @@ class Kept:
 
 # %% ../../nbs/library/neurons/records.ipynb #c011
 @checked
-def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
+def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> dict[str, Any]:
     """Write what was kept into a new sub-folder and point the manifest at it.
 
-    Older sub-folders are removed once the manifest is written, so a run that is killed
-    leaves a whole state.
+    What the manifest names is never touched before there is a new manifest, so a run
+    that is killed leaves a whole state. What is there already is not written again.
 
     Args:
         folder: The collection's folder.
         kept: What to write.
         about: What else the manifest says, as JSON values.
+
+    Returns:
+        What the manifest says now.
+
+    Raises:
+        OSError: If it cannot be written.
     """
-    shards = folder / f"excerpts-{kept.n_excerpts:09d}"
+    manifest, said = folder / "manifest.json", {"n_excerpts": kept.n_excerpts, **about}
+    before = read_json(manifest, *_NAMES) if manifest.exists() else {}
+    if before and all(before.get(k) == said.get(k, 0) for k in _SAME):
+        shards, pieces = folder / before["shards"], before["pieces"]
+        if before["complete"] == said["complete"]:
+            said = before
+    else:
+        shards = folder / f"excerpts-{kept.n_excerpts:09d}"
+        if shards.name == before.get("shards"):
+            shards = shards.with_name(f"{shards.name}-again")
+        pieces = _write_pieces(shards, kept, str(about.get("key")))
+    if said is not before:
+        said = {"shards": shards.name, "pieces": pieces, **said}
+        write_json(manifest, said)
+    for old in folder.glob("excerpts-*"):
+        if old != shards:
+            shutil.rmtree(old, ignore_errors=True)
+    return said
+
+
+_NAMES = ("shards", "pieces", "n_excerpts", "complete")
+_SAME = ("n_excerpts", "key", "corpus")  # a state is told by these
+
+
+def _write_pieces(shards: Path, kept: Kept, key: str) -> dict[str, int]:
+    """Write the files of a state; their sizes by name."""
     shutil.rmtree(shards, ignore_errors=True)
-    shards.mkdir(parents=True)
-    for layer, state in kept.states.items():
-        save_file(
-            {k: v.cpu().contiguous() for k, v in state.items()},
-            shards / f"layer-{layer:03d}.safetensors",
-        )
     ids = sorted(kept.excerpts)
     tokens = (
         np.stack([kept.excerpts[i] for i in ids]) if ids else np.zeros((0, 1), np.int32)
@@ -240,17 +270,14 @@ def write_shards(folder: Path, kept: Kept, about: Mapping[str, Any]) -> None:
     numbers = {"ids": ids, "pool": kept.pool, "maxima": kept.maxima}
     tensors = {k: torch.tensor(v, dtype=torch.int64) for k, v in numbers.items()}
     tensors |= {"tokens": torch.from_numpy(tokens), "token_counts": kept.token_counts}
-    save_file(tensors, shards / "excerpts.safetensors")
-    half = folder / "manifest.json.part"
-    half.write_text(
-        json.dumps(
-            {"shards": shards.name, "n_excerpts": kept.n_excerpts, **about}, indent=1
-        )
-    )
-    half.replace(folder / "manifest.json")
-    for old in folder.glob("excerpts-*"):
-        if old != shards:
-            shutil.rmtree(old)
+    pieces = {f"layer-{i:03d}": state for i, state in kept.states.items()}
+    sizes = {}
+    for name, state in {**pieces, "excerpts": tensors}.items():
+        file = shards / f"{name}.safetensors"
+        words = {"key": key, "n_excerpts": str(kept.n_excerpts), "piece": name}
+        write_tensors(file, state, words)
+        sizes[file.name] = file.stat().st_size
+    return sizes
 
 
 @checked
@@ -262,14 +289,33 @@ def read_shards(folder: Path) -> tuple[Kept, dict[str, Any]]:
 
     Returns:
         What was kept, and the manifest.
+
+    Raises:
+        FileNotFoundError: If there is no collection.
+        ValueError: If a file is missing, damaged, or of another collection.
     """
-    about = json.loads((folder / "manifest.json").read_text())
-    shards = folder / about["shards"]
-    shared = load_file(shards / "excerpts.safetensors")
-    states = {
-        int(p.stem[6:]): load_file(p)
-        for p in sorted(shards.glob("layer-*.safetensors"))
-    }
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        raise FileNotFoundError(f"{folder} holds no collection: no {manifest.name}")
+    about = read_json(manifest)
+    if about["format"] == 0:
+        raise ValueError(
+            f"{manifest} was written by an older mechtut, without checksums: collect"
+            " again, into an empty folder"
+        )
+    about = read_json(manifest, *_NAMES)
+    shards, found = folder / about["shards"], dict[str, State]()
+    for file in about["pieces"]:
+        name = file.removesuffix(".safetensors")
+        try:
+            found[name], words = read_tensors(shards / file)
+        except FileNotFoundError:
+            raise damaged(manifest, f"names {shards / file}, which is gone") from None
+        asked = str(about.get("key")), str(about["n_excerpts"]), name
+        if tuple(map(words.get, ("key", "n_excerpts", "piece"))) != asked:
+            raise damaged(shards / file, "is of another collection")
+    shared = found.pop("excerpts")
+    states = {int(name[6:]): state for name, state in found.items()}
     excerpts = dict(zip(shared["ids"].tolist(), shared["tokens"].numpy(), strict=True))
     pool, maxima = shared["pool"].tolist(), shared["maxima"].tolist()
     counts, n_excerpts = shared["token_counts"], about["n_excerpts"]

@@ -23,6 +23,7 @@ from ..circuits.circuit import Circuit
 from ..circuits.graph import Edge, Order, parse_order
 from ..circuits.metrics import Metric, Positions
 from ..circuits.runs import Ablation, Contrast, Cuts, circuit_metric
+from ..models.files import alone_in
 from ..models.loading import Model
 from ..patching.checkpoints import quiet
 from ..patching.matmul import fast_matmul
@@ -100,9 +101,9 @@ def search(
         >>> circuit.nodes, len(circuit.log)
         (['embed', 'a0.0', 'a0.1', 'm0', 'out'], 15)
     """
-    store = open_store(contrast, rules, folder)
-    walk = Walk(contrast, rules.order, rules.margin, known, store)
-    with fast_matmul(contrast.model):
+    with alone_in(folder), fast_matmul(contrast.model):
+        store = open_store(contrast, rules, folder)
+        walk = Walk(contrast, rules.order, rules.margin, known, store)
         for node in walk.nodes(progress):  # from the output back
             if not walk.is_heard(node):  # its edges go untested
                 walk.cuts.cut_into(node)

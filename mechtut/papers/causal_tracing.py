@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import Count, Natural, checked, integer, warn
+from ..models.files import alone_in
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -548,24 +549,25 @@ def trace_facts(
     options = {**options, "noise": noise, "progress": False}
     traces, skipped = [], []
     bar = tqdm(known, desc="facts", delay=1, disable=quiet(progress))
-    for i, (prompt, subject, answer) in enumerate(bar):
-        knows, said = continues_with(model, prompt, answer)
-        if "one_token_answers" in options.get("quirks", ()):
-            knows = said.strip() == answer
-        if not knows:
-            skipped.append(f"{prompt} ({said.strip()}, not {answer})")
-            continue
-        place = None
-        if folder:
-            key = fingerprint(prompt, subject, sweep)
-            place = Store(Path(folder) / f"fact-{i:04d}", key).folder
-        if place is None or not (place / "result.json").exists():
-            with warnings.catch_warnings():  # one for all of them, below
-                warnings.filterwarnings("ignore", message=_NOTHING)
-                found = trace(model, prompt, subject, **options)
-            traces.append(CausalTrace.load(found.save(place)) if place else found)
-        else:
-            traces.append(CausalTrace.load(place))
+    with alone_in(folder):
+        for i, (prompt, subject, answer) in enumerate(bar):
+            knows, said = continues_with(model, prompt, answer)
+            if "one_token_answers" in options.get("quirks", ()):
+                knows = said.strip() == answer
+            if not knows:
+                skipped.append(f"{prompt} ({said.strip()}, not {answer})")
+                continue
+            place = None
+            if folder:
+                key = fingerprint(prompt, subject, sweep)
+                place = Store(Path(folder) / f"fact-{i:04d}", key).folder
+            if place is None or not (place / "result.json").exists():
+                with warnings.catch_warnings():  # one for all of them, below
+                    warnings.filterwarnings("ignore", message=_NOTHING)
+                    found = trace(model, prompt, subject, **options)
+                traces.append(CausalTrace.load(found.save(place)) if place else found)
+            else:
+                traces.append(CausalTrace.load(place))
     if not traces:
         raise ValueError(
             f"{model.name} answers none of the {len(known)} facts, so there is nothing"

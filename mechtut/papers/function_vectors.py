@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import Count, Natural, checked, integers
+from ..models.files import alone_in
 from ..models.hooks import Edit, check_layer, intervene
 from ..models.loading import Model, weight_fingerprint
 from ..patching.checkpoints import Store, fingerprint, quiet
@@ -102,21 +103,23 @@ def indirect_effect(
     changes = [Change(layer, means[layer, head], head=head) for layer, head in cells]
     # nothing added: the clean run
     changes.append(Change(n_layers - 1, torch.zeros(model.d_model)))
-    store, out = None, torch.empty(len(encoded), n_layers, n_heads)
-    if folder:
-        parts = (weight_fingerprint(model), means, encoded, score, batch_size)
-        store = Store(Path(folder), fingerprint(*parts), model.device)
+    out = torch.empty(len(encoded), n_layers, n_heads)
     todo, hidden = list(batches(model, encoded, batch_size)), quiet(progress)
     bar = tqdm(todo, desc="effects", unit="batch", delay=1, disable=hidden)
-    for number, batch in enumerate(bar):
+    with alone_in(folder):
+        store = None
+        if folder:
+            parts = (weight_fingerprint(model), means, encoded, score, batch_size)
+            store = Store(Path(folder), fingerprint(*parts), model.device)
+        for number, batch in enumerate(bar):
 
-        def run(batch: Batch = batch) -> Tensor:
-            read = _scorer(batch.targets, score)
-            return run_changes(model, batch.tokens, batch.last, changes, read)
+            def run(batch: Batch = batch) -> Tensor:
+                read = _scorer(batch.targets, score)
+                return run_changes(model, batch.tokens, batch.last, changes, read)
 
-        values = store.once(f"batch-{number:05d}", run) if store else run()
-        effects = values[:, :-1] - values[:, -1:]
-        out[batch.rows] = effects.unflatten(1, (n_layers, n_heads)).to(out)
+            values = store.once(f"batch-{number:05d}", run) if store else run()
+            effects = values[:, :-1] - values[:, -1:]
+            out[batch.rows] = effects.unflatten(1, (n_layers, n_heads)).to(out)
     return out
 
 

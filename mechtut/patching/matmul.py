@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..arguments import checked
+from ..models.interrupts import shielded
 from ..models.loading import Model
 
 # %% ../../nbs/library/patching/matmul.ipynb #c004
@@ -110,11 +111,12 @@ class _Weights:
         """The product by the faster of the two libraries."""
         if not onednn_is_faster(x, self.source, bias):
             return nn.functional.linear(x, self.source, bias)
-        return _linear(x, self.now(), bias)
+        return _linear(x, self.now(x), bias)
 
-    def now(self) -> Tensor:
+    def now(self, x: Tensor) -> Tensor:
         """The weights, arranged once they have been asked for often enough; the
-        products are the same to the bit.
+        products are the same to the bit. Those of a single row are not, so there the
+        weights stay as they are.
         """
         self.calls += 1
         if self.source._version != self.version:  # edited in place meanwhile
@@ -123,7 +125,7 @@ class _Weights:
         if self.calls == OFTEN and self.may_copy:
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self.weight = reorder(self.weight.contiguous())
-        return self.weight
+        return self.source if x.numel() == x.shape[-1] else self.weight
 
 
 _TWICE = 2 * (2 / math.pi) ** 0.5
@@ -149,7 +151,7 @@ def _logistic(x: Tensor) -> Tensor:
 def _up(x: Tensor, weights: _Weights, bias: Tensor) -> Tensor:
     """The first product of GPT-2's MLP and its activation."""
     if _INSIDE and onednn_is_faster(x, weights.source, bias):
-        return _linear(x, weights.now(), bias, ("gelu", "tanh"))
+        return _linear(x, weights.now(x), bias, ("gelu", "tanh"))
     h = weights.times(x, bias)
     return h.mul_(_logistic(h))
 
@@ -231,7 +233,7 @@ def _forward(
     def forward(x: Tensor) -> Tensor:
         if not x.requires_grad:
             return weights.times(x, bias)
-        return _Linear.apply(x, weights.now(), bias, back)
+        return _Linear.apply(x, weights.now(x), bias, back)
 
     return forward
 
@@ -243,6 +245,7 @@ def onednn_available() -> bool:
 
 # %% ../../nbs/library/patching/matmul.ipynb #c009
 @checked
+@shielded
 @contextmanager
 def fast_matmul(model: Model, enabled: bool | None = None) -> Iterator[None]:
     """Inside the block, the model's linear layers use oneDNN (float32 on a CPU only).

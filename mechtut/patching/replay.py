@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import Count, Natural, checked, integers
+from ..models.files import alone_in
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -32,7 +33,7 @@ from mechtut.models.hooks import (
     write_into,
 )
 from ..models.loading import Model, evaluating, weight_fingerprint
-from .checkpoints import Store, fingerprint, quiet
+from .checkpoints import Store, fingerprint, identify, quiet
 from .matmul import fast_matmul
 from .partial import BlockInputs, Stop, record_blocks
 
@@ -438,7 +439,7 @@ class Replay:
             metric: Maps logits `[n, batch, readout, d_vocab]` to a tensor whose first
                 axis is `n`; by default the logits themselves.
             folder: Where finished groups are kept. A later call with the same model,
-                tokens, interventions and metric name goes on where this one stopped.
+                tokens, interventions and metric goes on where this one stopped.
             progress: Whether to show a bar; it begins with an estimate of the time.
             name: What the bar is called.
 
@@ -446,7 +447,11 @@ class Replay:
             What the metric returns, stacked over interventions along axis 0.
 
         Raises:
-            ValueError: If a site cannot be replayed or a result is not finite.
+            RuntimeError: If someone else works in the folder.
+            ValueError: If a site cannot be replayed or a result is not finite; with a
+                folder, for a metric that cannot be told from others (see
+                `mechtut.patching.checkpoints.identify`), and for a folder that holds
+                another sweep or is damaged.
         """
         refuse_open_edits(self.model, "the replay engine")
         interventions = [list(edits) for edits in interventions]
@@ -454,11 +459,14 @@ class Replay:
             _check_intervention(self.model, edits)
         n_layers, n_pos = self.model.n_layers, self.n_pos_full
         plans = [_plan(e, n_pos, n_layers, self.readout) for e in interventions]
-        store = None
-        if folder:
-            key = _key(self, interventions, metric)
-            store = Store(Path(folder), key, self.model.device)
-        with evaluating(self.model.hf), fast_matmul(self.model), torch.no_grad():
+        key = _key(self, interventions, metric) if folder else ""
+        with (
+            alone_in(folder),
+            evaluating(self.model.hf),
+            fast_matmul(self.model),
+            torch.no_grad(),
+        ):
+            store = Store(Path(folder), key, self.model.device) if folder else None
             name = f"{name} (about {self._seconds(plans):.0f} s)"
             return _run(self, plans, metric, store, (name, quiet(progress)))
 
@@ -564,10 +572,10 @@ def cone_token_layers(n_layers: Count, n_pos: Count, layer: int, pos: int) -> in
 
 # %% ../../nbs/library/patching/replay.ipynb #c050
 def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) -> str:
-    """Identifies a sweep: the weights, the prompt, every edit, the readout and the
-    metric's name.
+    """Identifies a sweep: the weights, the prompt, every edit, the readout and what
+    the metric does.
     """
-    name = getattr(metric, "__qualname__", "metric")
+    name = identify(metric)
     weights = weight_fingerprint(replay.model)
     parts: list[Any] = [weights, replay.tokens, replay._mask, replay.readout, name]
     for edits in [replay._edits, *interventions]:

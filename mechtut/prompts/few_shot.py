@@ -8,6 +8,7 @@ __all__ = ['Pair', 'TODD', 'COMMIT', 'Role', 'WORDS', 'PREFIXES', 'SEPARATORS', 
            'encode_all', 'Layout', 'layout', 'Batch', 'batches']
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c002
+import hashlib
 import json
 import math
 import re
@@ -16,7 +17,6 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..arguments import Count, Natural, checked
+from ..models.files import write_file
 from ..models.loading import Model
+from ..models.weights import sha256_of
 
 # %% ../../nbs/library/prompts/few_shot.ipynb #c004
 Pair = tuple[str, str]
@@ -169,14 +171,14 @@ def _fetch(name: str, cache_folder: Path | None = None) -> Path:
     path = (
         cache_folder or Path.home() / ".cache" / "mechtut" / "todd"
     ) / f"{name}.json"
-    known, own = _sums().get(name), path.with_suffix(".sha256")
-    if not path.exists():
+    known, told = _sums().get(name), path.with_suffix(".sha256")
+    if not (path.exists() and told.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = _download(name, path.parent / "function_vectors.git")
-        _check_sum(content, known, path)
-        path.write_bytes(content)
-        own.write_text(sha256(content).hexdigest())
-    _check_sum(path.read_bytes(), known or own.read_text(), path)
+        found = _download(name, path.parent / "function_vectors.git")
+        _check_sum(hashlib.sha256(found).hexdigest(), known, path)
+        write_file(told, hashlib.sha256(found).hexdigest())
+        write_file(path, found)
+    _check_sum(sha256_of(path), known or told.read_text(), path)
     return path
 
 
@@ -185,8 +187,7 @@ def _sums() -> dict[str, str]:
     return json.loads((files("mechtut") / "data/authors_tasks.json").read_text())
 
 
-def _check_sum(content: bytes, expected: str | None, path: Path) -> None:
-    found = sha256(content).hexdigest()
+def _check_sum(found: str, expected: str | None, path: Path) -> None:
     if expected not in (None, found):
         raise ValueError(
             f"{path} is not the authors' file (sha256 {found[:12]}, expected"

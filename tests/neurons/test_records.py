@@ -316,8 +316,39 @@ def test_another_corpus_or_model_is_refused(model, tmp_path):
     longer = collect(model, rows(), folder=tmp_path, **options)
     assert longer.n_excerpts == 40
     shutil.rmtree(next(Path(tmp_path).glob("excerpts-*")))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="which is gone"):
         NeuronRecords.load(tmp_path)
+
+
+def test_damaged_and_older_collections_are_told(model, tmp_path):
+    options = {"n_tokens": 8, "n_top": 3, "n_random": 4, "progress": False}
+    collect(model, rows(), folder=tmp_path / "one", **options)
+    collect(model, rows(seed=1), folder=tmp_path / "other", **options)
+    manifest = tmp_path / "one" / "manifest.json"
+    (shards,) = (tmp_path / "one").glob("excerpts-*")
+    shard = shards / "layer-001.safetensors"
+    whole, text = shard.read_bytes(), manifest.read_text()
+    for broken in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"layer-001\.safetensors .*delete it"):
+            NeuronRecords.load(tmp_path / "one")
+    shutil.copy(shards / "layer-000.safetensors", shard)
+    with pytest.raises(
+        ValueError, match=r"layer-001\.safetensors .*another collection"
+    ):
+        NeuronRecords.load(tmp_path / "one")
+    shard.write_bytes(whole)
+    for broken in ("", "{", "[]"):
+        manifest.write_text(broken)
+        with pytest.raises(ValueError, match=r"manifest\.json .*delete it"):
+            collect(model, rows(), folder=tmp_path / "one", **options)
+    manifest.write_text('{"shards": "excerpts-1", "n_excerpts": 1, "complete": true}')
+    with pytest.raises(ValueError, match="older mechtut.*empty folder"):
+        NeuronRecords.load(tmp_path / "one")
+    manifest.write_text(text)
+    assert len(NeuronRecords.load(tmp_path / "one")) == len(
+        NeuronRecords.load(tmp_path / "other")
+    )
 
 
 def test_memory_does_not_grow_with_the_corpus():

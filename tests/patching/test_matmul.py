@@ -22,6 +22,20 @@ TOKENS = torch.arange(40).view(2, 20)
     not onednn_available(),
     reason="this PyTorch cannot run linear layers through oneDNN",
 )
+@pytest.mark.parametrize("rows", [1, 2, 3, 17, 64])
+def test_arranging_the_unembedding_changes_no_bit(rows):
+    """Of one row it would."""
+    x = torch.randn(rows, MINI.d_model, generator=torch.Generator().manual_seed(0))
+    with fast_matmul(MINI), torch.no_grad():
+        first = MINI.unembed(x)
+        for _ in range(OFTEN):
+            assert torch.equal(MINI.unembed(x), first)
+
+
+@pytest.mark.skipif(
+    not onednn_available(),
+    reason="this PyTorch cannot run linear layers through oneDNN",
+)
 def test_arranging_the_weights_changes_no_bit():
     with fast_matmul(MINI):
         first = MINI.logits(TOKENS)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mechtut.models.hooks import Edit, capture, intervene
 from mechtut.models.loading import load_model
+from mechtut.patching import replay as replay_module
 from mechtut.patching.matmul import fast_matmul
 from mechtut.patching.replay import Replay, naive_replay
 
@@ -232,15 +233,19 @@ def test_shared_beginnings_run_once():
     assert rows == [ROWS]
 
 
-def test_interrupted_sweep_goes_on(tmp_path):
-    model, calls = model_of("gpt2", torch.float32), []
+def test_interrupted_sweep_goes_on(tmp_path, monkeypatch):
+    model, calls, sweep = model_of("gpt2", torch.float32), [], replay_module._sweep
 
     def metric(logits):
-        calls.append(len(logits))
-        if len(calls) == 4:
-            raise KeyboardInterrupt
         return logits[..., 0, 0]
 
+    def count(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sweep(*arguments)
+
+    monkeypatch.setattr(replay_module, "_sweep", count)
     replay = Replay(model, TOKENS)
     with pytest.raises(KeyboardInterrupt):
         replay.run(grid(model), metric, folder=tmp_path)
@@ -248,12 +253,11 @@ def test_interrupted_sweep_goes_on(tmp_path):
     assert 0 < done < N_POS
     result = replay.run(grid(model), metric, folder=tmp_path)
     n_calls = len(calls)
-    assert torch.equal(
-        result, Replay(model, TOKENS).run(grid(model), lambda logits: logits[..., 0, 0])
-    )
+    assert torch.equal(result, Replay(model, TOKENS).run(grid(model), metric))
+    calls.clear()
     assert torch.equal(replay.run(grid(model), metric, folder=tmp_path), result)
-    assert len(calls) == n_calls + 1  # only the base run's own metric
-    assert not list(tmp_path.glob("*.part"))
+    assert not calls and n_calls == N_POS + 1
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_a_folder_belongs_to_one_sweep(tmp_path):
