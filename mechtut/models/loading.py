@@ -606,8 +606,8 @@ def load_model(
     if isinstance(source, Model):
         if (tokenizer, dtype, device) != (None, None, None):
             raise ValueError(
-                "a Model is returned as it is: give tokenizer, dtype and device where it"
-                " is loaded, or load_model(model.hf, ...)"
+                "a Model is returned as it is: give tokenizer, dtype and device where"
+                " it is loaded, or load_model(model.hf, ...)"
             )
         return replace(source, add_bos=True) if add_bos else source
     if "TransformerBridge" in {c.__name__ for c in type(source).__mro__}:

@@ -318,10 +318,10 @@ def test_gradients_of_the_parts_of_a_batch_add_up(step, monkeypatch):
     """Uneven parts (3 rows and 2) with other weights and other categories in each; what
     differs is the order of sums.
     """
-    run = Trainer(replace(TINY, n_layer=4, batch=5, tokens=30 * 5 * 64))
-    run.step, found = step, []
     # rounding to bfloat16, where a processor prefers it, would hide what is asked
     monkeypatch.setattr("mechtut.mini.training.agreed_dtype", lambda: torch.float32)
+    run = Trainer(replace(TINY, n_layer=4, batch=5, tokens=30 * 5 * 64))
+    run.step, found = step, []
     monkeypatch.setattr("mechtut.mini.training.add_up", lambda tensors: None)
     for place in [(0, 1), (0, 2), (1, 2)]:
         monkeypatch.setattr("mechtut.mini.training.place", lambda place=place: place)
@@ -415,7 +415,7 @@ def test_lines_know_whether_they_are_reached():
 def test_a_model_without_tokenizer_is_refused(mini):
     with pytest.raises(ValueError, match="tokenizer"):
         evaluate(mini.hf)
-    with pytest.raises(ValueError, match="n is 0"):
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
         evaluate(mini, n=0)
 
 

@@ -167,7 +167,7 @@ def test_an_accelerator_without_float64(monkeypatch, path):
     hf, tokenizer = words_of_mini("llama")
     wanted = PATHS[path](load_model(hf, tokenizer))
     with accelerator(float64=False):
-        apple = type("Device", (), {"type": "mps"})()
+        apple = torch.device("mps")
         from mechtut.models import precision
 
         real = precision.widest

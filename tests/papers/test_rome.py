@@ -240,7 +240,7 @@ def test_more_hostile_input():
         )
     with pytest.raises(ValueError, match="no text"):
         key_covariance(MODEL, [], 0)
-    with pytest.raises(ValueError, match="steps >= 2"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 2"):
         RomeConfig(steps=1)
     with pytest.raises(ValueError, match="facts with neighbours"):
         from mechtut.mini.world import World
