@@ -255,3 +255,13 @@ def test_links_to_files_work(path):
         if not re.match(r"[a-z]+:|#", target):
             file = (ROOT / path).parent / target.split("#")[0]
             assert file.exists(), f"{path} links to {target}, which does not exist"
+
+
+def test_promises_name_tests_that_are_there():
+    page = "nbs/guides/08_promises.ipynb"
+    text = "\n".join(c["source"] for c in cells(page) if c["cell_type"] == "markdown")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 15
+    for file, test in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, f"{page}: no {test} in {file}"
