@@ -213,7 +213,8 @@ def stand_in(annotation: Any) -> Any:
         return stand_in(members[0])
     if origin is Annotated:
         bounds = next((p for p in parts[1:] if isinstance(p, Bounds)), Bounds())
-        number = bounds.most if bounds.most is not None else 1
+        limits = (bounds.most, bounds.least, 1)
+        number = next(n for n in limits if n is not None and bounds.hold(n))
         return number if parts[0] in (int, float) else stand_in(parts[0])
     if hasattr(annotation, "dim_str"):
         axes = [a for a in annotation.dim_str.split() if a[:1] not in "*."]

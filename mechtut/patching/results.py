@@ -85,6 +85,7 @@ def _plain(value: Any) -> Any:
     return value if simple else str(value)
 
 # %% ../../nbs/library/patching/results.ipynb #c009
+@checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
     """Base of every result: tensors and plain values as fields.
