@@ -48,3 +48,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("hub"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many hostile inputs were thrown, and that all were right or refused."""
+    kept = dict[str, int]()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, count in report.user_properties:
+            kept[name] = kept.get(name, 0) + count * (report.when == "call")
+    for name, count in kept.items():
+        terminalreporter.write_line(f"{name}: {count}")

@@ -288,4 +288,4 @@ def test_hostile_arguments_are_refused_by_name(module, record_property):
                 else:
                     pytest.fail(f"{where} was let in")
                 thrown += 1
-    record_property("hostile", thrown)
+    record_property("hostile arguments, refused by name", thrown)
