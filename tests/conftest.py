@@ -28,9 +28,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # explore somewhat later, when the worker of test_site.py has built the site
 LONG = (
     "test_site.py",
-    "mini/test_training.py",
+    "experiments/",
     "test_explore.py",
+    "test_reading.py",
     "test_nothing_lost.py",
+    "mini/test_training.py",
     "papers/",
     "circuits/",
     "neurons/",
