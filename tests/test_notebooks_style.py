@@ -36,7 +36,7 @@ WIDEST_LINE = 88
 MAY_IMPORT = {
     "models": set(),
     "viz": set(),
-    "patching": {"models"},
+    "patching": {"models", "viz"},
     "mini": {"models"},
     "prompts": {"models", "patching", "mini"},
     "editing": {"models", "patching", "prompts", "mini"},

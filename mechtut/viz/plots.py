@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'heat_map', 'layer_ticks', 'starred', 'causal_trace', 'causal_traces', 'average_trace', 'average_lines',
-           'head_effects', 'accuracy_by_layer']
+           'head_effects', 'grid', 'accuracy_by_layer']
 
 # %% ../../nbs/library/viz/plots.ipynb #c002
 from collections.abc import Mapping, Sequence
@@ -288,6 +288,48 @@ def head_effects(
     ax.set(ylabel="head", yticks=range(0, n_heads, 1 + n_heads // 16))
     ax.figure.colorbar(image, ax=ax, pad=0.02).set_label(label)
     return ax
+
+# %% ../../nbs/library/viz/plots.ipynb #g001
+@checked
+def grid(found: Any, ax: Axes | None = None, high: float | None = None) -> Axes:
+    """A grid of patching or ablation: a heat map of two axes, a line of one.
+
+    Args:
+        found: The grid, with `mean`, `half_width`, `axes` and `labels`.
+        ax: Where to draw, by default a new figure.
+        high: The end of the colour scale, by default the largest mean.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: For a grid of another number of axes.
+    """
+    mean, names = found.mean.float().numpy(), found.axes
+    share = found.how in ("denoising", "noising")
+    label = "share recovered" if share else "change of the metric"
+    if len(names) == 1:
+        if ax is None:
+            _, ax = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
+        half = found.half_width.float().numpy()
+        ax.errorbar(found.labels[0], mean, half, marker="o", ms=4, capsize=2)
+        ax.set(xlabel=names[0], ylabel=label)
+        return ax
+    if len(names) != 2:
+        raise ValueError(
+            f"a grid of {len(names)} axes ({', '.join(names)}) has no plot"
+        )
+    end = float(np.abs(mean).max()) if high is None else high
+    return heat_map(
+        mean.T,
+        found.labels[1],
+        low=-end,
+        high=end,
+        label=label,
+        xlabel=names[0],
+        cmap="RdBu",
+        ax=ax,
+    )
 
 # %% ../../nbs/library/viz/plots.ipynb #c019
 @checked
