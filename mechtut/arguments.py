@@ -255,8 +255,16 @@ def _choice(*options: Any) -> _Reader:
 
 
 def _instance(wanted: str, *classes: type) -> _Reader:
+    # a page that is the source of a module defines its classes a second time
+    names = {c.__qualname__ for c in classes}
+    twice = "__main__" in {c.__module__ for c in classes}
+
     def is_it(value: Any) -> bool:
-        return isinstance(value, classes)
+        if isinstance(value, classes):
+            return True
+        kind = type(value)
+        again = twice or kind.__module__ == "__main__"
+        return again and not names.isdisjoint(c.__qualname__ for c in kind.__mro__)
 
     def read(value: Any, name: str, sizes: Sizes) -> Any:
         return value if is_it(value) else _refuse(name, wanted, value)
@@ -282,7 +290,9 @@ def _many(item: _Reader, plural: str, make: Callable[[list], Any] | None) -> _Re
         same = isinstance(value, Sequence) and all(
             a is b for a, b in zip(found, value, strict=True)
         )
-        return make(found) if make else value if same else found
+        if make is None:
+            return value if same else (tuple if type(value) is tuple else list)(found)
+        return make(found)
 
     return _Reader(wanted, read)
 
@@ -319,7 +329,8 @@ def _tuple(items: tuple[_Reader, ...]) -> _Reader:
             r.read(v, f"{name}[{i}]", {})
             for i, (r, v) in enumerate(zip(items, value, strict=True))
         ]
-        return value if hasattr(value, "_fields") else tuple(found)
+        same = all(a is b for a, b in zip(found, value, strict=True))
+        return value if same and isinstance(value, tuple) else tuple(found)
 
     return _Reader(wanted, read)
 

@@ -53,7 +53,9 @@ class PlacedCuts(Cuts):
         cuts.sums = cuts.sums[..., None].repeat(1, 1, len(contrast.window.rows))
         return cuts
 
-    def place(self, edge: Edge, rows: Sequence[int], present: bool) -> None:
+    def place(
+        self, edge: Edge | Sequence[Any], rows: Sequence[int], present: bool
+    ) -> None:
         """Put an edge back at some rows of the window, or cut it there.
 
         Args:
@@ -61,8 +63,8 @@ class PlacedCuts(Cuts):
             rows: Places in the window.
             present: Whether it is there from now on.
         """
-        receiver = self.graph.receiver_index[edge.child]
-        sender = self.graph.sender_index[edge.parent]
+        receiver = self.graph.receiver_index[edge[1]]
+        sender = self.graph.sender_index[edge[0]]
         self.sums[receiver, sender, list(rows)] = present
 
 # %% ../../nbs/library/circuits/refining.ipynb #c008

@@ -416,16 +416,17 @@ class Cuts:
             cuts.set(edge, True)
         return cuts
 
-    def _at(self, edge: Edge) -> tuple[Tensor, Any]:
+    def _at(self, edge: Edge | Sequence[Any]) -> tuple[Tensor, Any]:
         """The table that has an edge, and its place there."""
-        if edge.child in self._direct_index:
-            return self.direct, self._direct_index[edge.child]
+        parent, child = edge[:2]
+        if child in self._direct_index:
+            return self.direct, self._direct_index[child]
         return self.sums, (
-            self.graph.receiver_index[edge.child],
-            self.graph.sender_index[edge.parent],
+            self.graph.receiver_index[child],
+            self.graph.sender_index[parent],
         )
 
-    def set(self, edge: Edge, present: bool) -> None:
+    def set(self, edge: Edge | Sequence[Any], present: bool) -> None:
         """Put an edge back, or cut it.
 
         Args:
@@ -435,7 +436,7 @@ class Cuts:
         table, place = self._at(edge)
         table[place] = present
 
-    def has(self, edge: Edge) -> bool:
+    def has(self, edge: Edge | Sequence[Any]) -> bool:
         """Whether an edge is present.
 
         Args:
