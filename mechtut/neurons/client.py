@@ -518,9 +518,9 @@ class Server:
 
     Example:
         >>> server = Server("some-model", "http://127.0.0.1:1/v1", prices=(0.5, 1.5))
-        >>> ask = [completion(f"What is neuron {i}?", max_tokens=900) for i in range(90)]
+        >>> ask = [completion(f"Neuron {i}?", max_tokens=900) for i in range(90)]
         >>> print(server.estimate(ask * 2))
-        90 new requests (0 answered already), 630 + 81000 tokens, about $0.12
+        90 new requests (0 answered already), 360 + 81000 tokens, about $0.12
     """
 
     model: str

@@ -112,9 +112,8 @@ class NeuronPage:
     def _repr_html_(self) -> str:
         r, s = self.record, self.scored
         highest = max((max(x.activations) for x in r.top), default=0.0)
-        parts = [
-            f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron {escape(r.name)}</h1>"
-        ]
+        heading = f"<h1>Neuron {escape(r.name)}</h1>"
+        parts = [f"<style>{_STYLE}</style><div class='neuron'>{heading}"]
         if s is not None:
             score = "not defined" if math.isnan(s.score) else f"{s.score:.2f}"
             parts.append(
