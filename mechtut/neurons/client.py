@@ -113,13 +113,13 @@ def _shown(answer: Any) -> str:
 def _without(value: Any, secrets: Collection[str], depth: int = 0) -> Any:
     """A JSON value without the secrets that are too long to be there by chance.
 
-    It is refused (`ValueError`) if it is nested too deeply or has a number that JSON
-    cannot hold.
+    It is refused (`ValueError`) if it is nested too deeply or has a number that cannot
+    be. (Minus infinity can: some servers say so of a token that is impossible.)
     """
     if depth > _DEEPEST:
         raise ValueError(f"more than {_DEEPEST} levels of lists and objects")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"a number that JSON cannot hold ({value})")
+    if isinstance(value, float) and not value < math.inf:
+        raise ValueError(f"a number that cannot be ({value})")
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, "***") if len(secret) >= _LONG else value

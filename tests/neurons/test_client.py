@@ -357,6 +357,17 @@ def test_odd_letters_are_paid_for_once(tmp_path):
         assert len(script.asked) == 1
 
 
+def test_an_impossible_token_is_kept_as_it_is(tmp_path):
+    tops = {"tokens": ["x"], "top_logprobs": [{"x": 0.0, "y": -math.inf}]}
+    script = Script(faults=[{"choices": [{"text": "x", "logprobs": tops}]}])
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path)
+        for _ in range(2):
+            (answer,) = parrot.send([completion("a", top_logprobs=2)])
+            assert logprobs(answer)[1] == [[("x", 0.0), ("y", -math.inf)]]
+        assert len(script.asked) == 1
+
+
 def test_what_json_cannot_hold_is_no_request():
     nested = []
     for _ in range(100_000):
