@@ -202,6 +202,13 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(1.0)
         elif isinstance(fault, float):
             time.sleep(fault)
+        elif callable(fault):  # whatever it writes to the socket
+            with suppress(OSError):
+                fault(self)
+            self.close_connection = True
+            return None
+        elif isinstance(fault, dict):  # an answer of its own, with status 200
+            return self.reply(200, json.dumps(fault), **self.echoed())
         elif fault == "truncated":
             return self.reply(200, '{"choices": [{"mess', length=500)
         elif fault == "garbage":
@@ -228,6 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
                 else (404, '{"error": "no such endpoint"}')
             )
         )
+
+    def echoed(self):
+        """The credentials it was sent, as a header of the answer."""
+        return {"x-you-sent": self.headers.get("authorization", "nothing")}
 
     def reply(self, status, text, length=None, **headers):
         data = text.encode()

@@ -2,14 +2,29 @@
 mechtut[dev] needs.
 
 Run it in an environment where the test suite is green: `python tools/constraints.py`.
+
+`python tools/constraints.py pip-audit .github/audit.txt` writes what a single tool
+needs, with the hashes of all files that the index has of these versions, for
+`pip install --require-hashes --no-deps`. constraints.txt itself goes without:
+CONTRIBUTING.md says why.
 """
 
+import json
+import sys
+import urllib.request
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
+from packaging.version import InvalidVersion
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
@@ -59,9 +74,52 @@ def closure(start: list[str]) -> dict[str, str]:
     return found
 
 
+def version_of(file: str) -> str:
+    """The version in the name of a wheel or a source archive, empty for others."""
+    try:
+        if file.endswith(".whl"):
+            return str(parse_wheel_filename(file)[1])
+        return str(parse_sdist_filename(file)[1])
+    except (InvalidVersion, InvalidWheelFilename, InvalidSdistFilename):
+        return ""  # old names that no installer takes
+
+
+def hashes(name: str, version: str) -> list[str]:
+    """SHA-256 of every file of a version, as the package index has them."""
+    request = urllib.request.Request(
+        f"https://pypi.org/simple/{name}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        files = json.load(answer)["files"]
+    mine = [
+        f["hashes"]["sha256"] for f in files if version_of(f["filename"]) == version
+    ]
+    if not mine:
+        raise SystemExit(f"the index has no file of {name} {version}")
+    return sorted(set(mine))
+
+
+def write_hashed(tool: str, file: Path) -> None:
+    """Pin a tool and all that it needs but pip, which is there already, with hashes."""
+    versions = closure([tool])
+    versions.pop("pip", None)
+    lines = [
+        " \\\n    ".join([f"{n}=={v}", *(f"--hash=sha256:{h}" for h in hashes(n, v))])
+        for n, v in sorted(versions.items())
+    ]
+    head = f"# {tool}, written by tools/constraints.py\n"
+    head += "# pip install --require-hashes --no-deps -r this file\n"
+    file.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{file}: {len(lines)} packages")
+
+
 if __name__ == "__main__":
     from configparser import ConfigParser
 
+    if len(sys.argv) == 3:
+        write_hashed(sys.argv[1], Path(sys.argv[2]))
+        sys.exit()
     config = ConfigParser(interpolation=None)
     config.read(ROOT / "settings.ini", encoding="utf-8")
     wanted = [

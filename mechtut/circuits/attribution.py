@@ -37,6 +37,7 @@ from .runs import Ablation, Contrast, Cuts, circuit_metric
 from ..models.loading import Model
 from ..patching.matmul import fast_matmul
 from ..patching.results import Result, provenance
+from ..viz.plots import PLAIN, plain_legend, written
 
 # %% ../../nbs/library/circuits/attribution.ipynb #c004
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -581,12 +582,12 @@ def plot_faithfulness(curves: Sequence[Faithfulness], ax: Any = None) -> Any:
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     for curve in curves:
-        label = f"{curve.name} (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})"
+        label = f"{written(curve.name)} (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})"
         ax.plot(curve.shares, curve.values, marker=".", lw=1.4, label=label)
     for level in (0, 1):
         ax.axhline(level, color="0.7", lw=0.8, zorder=0)
     ax.set(xscale="log", xlabel="share of edges", ylabel="faithfulness")
-    ax.legend(fontsize=8, frameon=False)
+    plain_legend(ax)
     return ax
 
 # %% ../../nbs/library/circuits/attribution.ipynb #p004
@@ -698,8 +699,9 @@ class PositionScores(Result):
         image = ax.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
         edges = [f"{a} → {b}" for a, b in (self.names[i] for i in best)]
         ax.set_yticks(range(len(best)), edges, fontsize=8)
-        labels = [tokens[p] if tokens else str(p) for p in self.positions]
-        ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+        labels = [written(tokens[p]) if tokens else str(p) for p in self.positions]
+        look = {"rotation": 60, "ha": "right", "fontsize": 8, **PLAIN}
+        ax.set_xticks(range(len(labels)), labels, **look)
         ax.figure.colorbar(image, ax=ax, label="score")
         return ax
 

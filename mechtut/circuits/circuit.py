@@ -25,6 +25,7 @@ from .metrics import Metric, Positions
 from .runs import Ablation, Contrast, Cuts, circuit_metric
 from ..models.loading import Model
 from ..patching.results import Result
+from ..viz.plots import plain_legend, written
 
 # %% ../../nbs/library/circuits/circuit.ipynb #c005
 class Step(NamedTuple):
@@ -372,11 +373,11 @@ class Roc(Result):
         if ax is None:
             _, ax = plt.subplots(figsize=(3.2, 3), layout="constrained")
         x, y = zip(*self.edges, strict=True)
-        label = f"{label} (AUC {self.edge_auc:.2f})".strip()
+        label = written(f"{label} (AUC {self.edge_auc:.2f})".strip())
         ax.step(x, y, where="post", marker=".", lw=1.4, label=label)
         ax.set(xlabel="false positive rate", ylabel="true positive rate")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        ax.legend(fontsize=8, frameon=False, loc="lower right")
+        plain_legend(ax, loc="lower right")
         return ax
 
 

@@ -15,6 +15,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from ..arguments import checked
 from .graph import Graph, component, feeds, layer_of, number_of
+from ..viz.plots import PLAIN, written
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c004
 _COLOURS = {"q": "#d1495b", "k": "#2e86c1", "v": "#2a9d5c", "": "#8a8a8a"}
@@ -75,8 +76,9 @@ def in_order(nodes: Iterable[str]) -> list[str]:
     """
 
     def place(node: str) -> tuple:
+        level = _level(node)  # refuses what is no node
         number = number_of(node) if node.startswith("a") else 0
-        return _level(node), node.startswith("pos"), number, node
+        return level, node.startswith("pos"), number, node
 
     return sorted(nodes, key=place)
 
@@ -164,9 +166,9 @@ def plot(
             )
         )
     box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.4", "lw": 0.8}
-    middle = {"ha": "center", "va": "center", "fontsize": 8, "zorder": 2}
+    middle = {"ha": "center", "va": "center", "fontsize": 8, "zorder": 2, **PLAIN}
     for node, (x, y) in at.items():
-        ax.text(x, y, node if labels else "", bbox=box, **middle)
+        ax.text(x, y, written(node) if labels else "", bbox=box, **middle)
     parts = {part for *_, part, _ in found} - {""}
     for part in sorted(parts):
         ax.plot([], [], color=_COLOURS[part], label=_WORDS[part])
@@ -177,7 +179,7 @@ def plot(
     ax.set_ylim(min(ys) - 0.6, max(ys) + 0.5)
     ax.set_axis_off()
     if title:
-        ax.set_title(title, fontsize=10)
+        ax.set_title(written(title), fontsize=10, **PLAIN)
     return ax
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c016
@@ -242,7 +244,11 @@ def to_html(
 
 
 def _id(node: str) -> str:
-    return node.replace(".", "-")
+    """A name for HTML and CSS: letters, digits and signs that mean nothing there."""
+    return "".join(
+        c if (c.isascii() and c.isalnum()) or c == "-" else f"_{ord(c):x}_"
+        for c in node.replace(".", "-")
+    )
 
 
 def _line(spot: dict[str, tuple[float, float]], arrow: _Arrow, largest: float) -> str:
@@ -269,10 +275,10 @@ def _box(node: str, x: float, y: float, found: Sequence[_Arrow]) -> str:
     out = sum(parent == node for parent, *_ in found)
     return (
         f'<g class="n" id="n-{_id(node)}">'
-        f"<title>{node}: {into} edges in, {out} out</title>"
+        f"<title>{html.escape(node)}: {into} edges in, {out} out</title>"
         f'<rect x="{x - 24:.0f}"'
         f' y="{y - 11:.0f}" width="48" height="22" rx="6"/><text x="{x:.0f}"'
-        f' y="{y + 4:.0f}">{node}</text></g>'
+        f' y="{y + 4:.0f}">{html.escape(node)}</text></g>'
     )
 
 # %% ../../nbs/library/circuits/drawing.ipynb #c023
@@ -296,11 +302,17 @@ def to_dot(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> str:
         <BLANKLINE>
     """
     lines = [
-        f'  "{a}" -> "{b}" [color="{_COLOURS[p]}", tooltip="{effect:.4g}"];'
-        for a, b, p, effect in arrows(edges, graph)
+        f'  {_quoted(a)} -> {_quoted(b)} [color="{_COLOURS[p]}", tooltip="{size:.4g}"];'
+        for a, b, p, size in arrows(edges, graph)
     ]
     head = "digraph circuit {\n  rankdir=BT; node [shape=box];\n"
     return head + "\n".join(lines) + "\n}\n"
+
+
+def _quoted(name: str) -> str:
+    """A name as DOT quotes it."""
+    inside = written(name).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{inside}"'
 
 
 @checked

@@ -23,6 +23,7 @@ from .graph import Edge, check_edges
 from .runs import Contrast, Cuts, circuit_metric
 from ..patching.checkpoints import quiet
 from ..patching.results import Result, provenance
+from ..viz.plots import PLAIN, written
 
 # %% ../../nbs/library/circuits/refining.ipynb #c006
 @checked
@@ -139,9 +140,9 @@ class RefinedCircuit(Result):
         top = float(table.abs().max().max())
         image = ax.imshow(table, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
         ax.set_yticks(range(rows), [f"{a} → {b}" for a, b in table.index], fontsize=8)
-        ax.set_xticks(
-            range(columns), table.columns, rotation=60, ha="right", fontsize=8
-        )
+        names = [written(span) for span in table.columns]
+        look = {"rotation": 60, "ha": "right", "fontsize": 8, **PLAIN}
+        ax.set_xticks(range(columns), names, **look)
         ax.figure.colorbar(image, ax=ax, label="rise of the metric without it")
         return ax
 

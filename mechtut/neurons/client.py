@@ -7,25 +7,131 @@ __all__ = ['Messages', 'TopLogprobs', 'ServerError', 'Request', 'chat', 'complet
            'Turnstile', 'Server', 'probe', 'decision', 'expected_levels']
 
 # %% ../../nbs/library/neurons/client.ipynb #c002
+import asyncio
+import base64
+import copy
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cached_property
+from email.utils import parsedate_to_datetime
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, ClassVar
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from tqdm import tqdm
 
-from ..arguments import AnyFloat, Count, Natural, NotNegative, Positive, checked
-from ..models.files import read_json, write_json
+from mechtut.arguments import (
+    AnyFloat,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    checked,
+    warn,
+)
+from ..models.files import read_json, write_file, write_json
 from ..patching.checkpoints import quiet
+
+# %% ../../nbs/library/neurons/client.ipynb #s002
+_PIECE = 8  # a secret's characters in a row that are hidden wherever they stand
+_LONG = 12  # a shorter secret may be a word, and its pieces would be found by chance
+_DEEPEST = 50  # levels of lists and objects in an answer
+
+
+def _key() -> str:
+    """The key as the environment has it, without the line break that files end with."""
+    return (os.environ.get("OPENAI_API_KEY") or "").strip()
+
+
+def _user(url: str) -> str:
+    """User and password of an address, as they stand there."""
+    return urlsplit(url).netloc.rpartition("@")[0]
+
+
+def _basic(url: str) -> str:
+    """User and password as HTTP sends them."""
+    return base64.b64encode(unquote(_user(url)).encode()).decode()
+
+
+def _secrets(url: str = "") -> set[str]:
+    """The key, and an address's password (or its user, if that is all it has), as they
+    may be spelled.
+    """
+    name, _, password = _user(url).partition(":")
+    found = {_key()}
+    if name or password:
+        found |= {password or name, unquote(password or name), _basic(url)}
+    spelled = {
+        spell(secret)
+        for secret in found
+        for spell in (
+            str,
+            quote,
+            lambda t: json.dumps(t)[1:-1],
+            lambda t: repr(t)[1:-1],
+        )
+    }
+    return {secret for secret in spelled if len(secret) >= 4}
+
+
+def _hidden(text: str, secrets: Collection[str], most: int | None = None) -> str:
+    """A text without secrets, and without pieces of long ones, at most `most`
+    characters of it.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = text[:most]
+    pieces = {
+        s[i : i + _PIECE]
+        for s in secrets
+        if len(s) >= _LONG
+        for i in range(len(s) - _PIECE + 1)
+    }
+    spans: list[tuple[int, int]] = []
+    for i in range(len(text)):
+        if text[i : i + _PIECE] in pieces:
+            begin = spans.pop()[0] if spans and i <= spans[-1][1] else i
+            spans.append((begin, i + _PIECE))
+    for begin, end in reversed(spans):
+        text = f"{text[:begin]}***{text[end:]}"
+    return text
+
+
+def _shown(answer: Any) -> str:
+    """The beginning of an answer, for a message."""
+    return _hidden(json.dumps(answer, ensure_ascii=False), _secrets(), 200)
+
+
+def _without(value: Any, secrets: Collection[str], depth: int = 0) -> Any:
+    """A JSON value without the secrets that are too long to be there by chance.
+
+    It is refused (`ValueError`) if it is nested too deeply or has a number that cannot
+    be. (Minus infinity can: some servers say so of a token that is impossible.)
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"more than {_DEEPEST} levels of lists and objects")
+    if isinstance(value, float) and not value < math.inf:
+        raise ValueError(f"a number that cannot be ({value})")
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***") if len(secret) >= _LONG else value
+    elif isinstance(value, list):
+        value = [_without(v, secrets, depth + 1) for v in value]
+    elif isinstance(value, dict):
+        value = {
+            _without(k, secrets): _without(v, secrets, depth + 1)
+            for k, v in value.items()
+        }
+    return value
 
 # %% ../../nbs/library/neurons/client.ipynb #c004
 Messages = Sequence[Mapping[str, str]]  # each with "role" and "content"
@@ -57,10 +163,19 @@ class Request:
     Attributes:
         path: The end of its address.
         body: What is sent, as JSON.
+
+    Raises:
+        ValueError: If JSON cannot hold the body.
     """
 
     path: str
     body: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(self.body, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"body must be what JSON can hold: {error}") from None
 
     @property
     def input_length(self) -> int:
@@ -160,17 +275,15 @@ def texts(answer: Mapping[str, Any]) -> list[str]:
             message = choice.get("message", {})
             refusal = message.get("refusal")
             if refusal or choice.get("finish_reason") == "content_filter":
-                raise ServerError(
-                    f"the server refused: {refusal or 'content filter'};"
-                    " change the prompt"
-                )
+                told = _hidden(str(refusal or "content filter"), _secrets(), 200)
+                raise ServerError(f"the server refused: {told}; change the prompt")
             found.append(message["content"] if "message" in choice else choice["text"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ServerError(
-            f"not an answer of a language model: {json.dumps(answer)[:200]}"
+            f"not an answer of a language model: {_shown(answer)}"
         ) from error
     if not found or not all(isinstance(t, str) for t in found):
-        raise ServerError(f"an answer without text: {json.dumps(answer)[:200]}")
+        raise ServerError(f"an answer without text: {_shown(answer)}")
     return found
 
 
@@ -186,8 +299,25 @@ def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
         the first token of an echo, of which nothing is known.
 
     Raises:
-        ServerError: If the answer has no log-probabilities.
+        ServerError: If the answer has no log-probabilities, or none that are numbers.
     """
+    try:
+        tokens, tops = _alternatives(answer)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ServerError(
+            f"the answer has log-probabilities of an unknown form: {_shown(answer)}"
+        ) from error
+    if not tokens or not tops:
+        raise ServerError(
+            "the answer has no log-probabilities, though they were asked for"
+        )
+    if any(math.isnan(lp) for top in tops for _, lp in top):
+        raise ServerError("the answer has log-probabilities that are not numbers")
+    return tokens, tops
+
+
+def _alternatives(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
+    """Tokens and alternatives, as chat and as plain completions spell them."""
     found = (answer.get("choices") or [{}])[0].get("logprobs") or {}
     if content := found.get("content"):
         pairs = [
@@ -195,15 +325,11 @@ def logprobs(answer: Mapping[str, Any]) -> tuple[list[str], TopLogprobs]:
             for t in content
         ]
         return [t["token"] for t in content], pairs
-    if not found.get("tokens") or not found.get("top_logprobs"):
-        raise ServerError(
-            "the answer has no log-probabilities, though they were asked for"
-        )
     tops = [
         [(text, float(lp)) for text, lp in (top or {}).items()]
-        for top in found["top_logprobs"]
+        for top in found.get("top_logprobs") or []
     ]
-    return list(found["tokens"]), tops
+    return list(found.get("tokens") or []), tops
 
 # %% ../../nbs/library/neurons/client.ipynb #c013
 @checked
@@ -214,7 +340,7 @@ class Cost:
     Tokens are guessed at three characters each, answers at their full length.
 
     Attributes:
-        requests: How many requests there are.
+        requests: How many different requests there are.
         cached: How many of them are answered already.
         input_tokens: Tokens to be sent.
         output_tokens: Tokens to be answered.
@@ -280,35 +406,122 @@ class Turnstile:
             self._next = turn + self.gap
         time.sleep(turn - now)
 
+# %% ../../nbs/library/neurons/client.ipynb #n003
+_LARGEST = 2**25  # bytes of an answer
+_LONGEST = 120.0  # seconds before another try, whatever a server asks for
+_LOGGERS = ["openai._base_client", "httpx", "httpx2"] + [
+    f"{library}.{part}"
+    for library in ("httpcore", "httpcore2")
+    for part in ("connection", "http11", "http2", "proxy", "socks")
+]
+
+
+@cache
+def _loop_of(_process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of this process, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="servers", daemon=True).start()
+    return loop
+
+
+class _Censor(logging.Filter):
+    """Hides the secrets of all servers in what the libraries below log."""
+
+    servers: ClassVar["weakref.WeakSet[Server]"] = weakref.WeakSet()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let the record pass, without secrets."""
+        secrets = _secrets().union(*(s._secrets for s in [*self.servers]))
+        record.msg, record.args = _hidden(record.getMessage(), secrets), ()
+        return True
+
+
+_CENSOR = _Censor()
+
+
+def _fails(code: int) -> dict[str, Any]:
+    """What an HTTP status means: busy and broken servers may recover; a wrong key or
+    address stays wrong.
+    """
+    if code in (408, 409, 425, 429) or code >= 500:
+        return {"retry_after": 0.0}
+    return {"fatal": code in (401, 403, 404) or 300 <= code < 400}
+
+
+def _seconds(retry_after: str) -> float:
+    """How long a server asks to wait, in seconds or as a date; 0 if it makes no
+    sense.
+    """
+    try:
+        wait = float(retry_after)
+    except ValueError:
+        try:
+            wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return 0.0
+    return min(wait, _LONGEST) if wait > 0 else 0.0  # NaN and the past are not above 0
+
+
+def _fault(request: Request, answer: Any) -> tuple[str, dict[str, Any]] | None:
+    """What is wrong with an answer, and whether that may pass; None for nothing.
+
+    Some servers, and those that stand before them, report errors with status 200.
+    """
+    retry = {"retry_after": 0.0}
+    if not isinstance(answer, dict):
+        return "the answer is no JSON object", retry
+    error = answer.get("error")
+    if not error and request.path.endswith("completions"):
+        choices = answer.get("choices")
+        if not isinstance(choices, list):
+            return "the answer has no choices", retry
+        if not all(isinstance(c, dict) for c in choices):
+            return "the answer's choices are no JSON objects", retry
+        bad = [
+            c for c in choices if c.get("error") or c.get("finish_reason") == "error"
+        ]
+        error = bad and (bad[0].get("error") or "a choice that ended with an error")
+    if not error and request.path == "systemone" and "answers" not in answer:
+        return "the answer has no answers", retry
+    if not error:
+        return None
+    code = str(error.get("code", "")) if isinstance(error, dict) else ""
+    known = code.isascii() and code.isdigit() and 300 <= int(code[:4]) < 600
+    return "the answer is an error", _fails(int(code)) if known else retry
+
 # %% ../../nbs/library/neurons/client.ipynb #c018
 @checked
 @dataclass(eq=False)
 class Server:
     """An OpenAI-compatible server, with a memory.
 
-    The key is read from `OPENAI_API_KEY` when it is needed and kept nowhere else. Every
-    answer is written to `cache` at once, so that a stopped run costs nothing twice.
+    The key is read from `OPENAI_API_KEY` when it is needed and kept nowhere else; where
+    a server repeats it, `***` is shown and stored. Every answer is written to `cache`
+    at once, so that a stopped run costs nothing twice. The same request is sent once:
+    for several samples ask with `n`, or with different seeds.
 
     Attributes:
         model: The model's name there.
-        base_url: The address, by default `OPENAI_BASE_URL`.
+        base_url: The address, by default `OPENAI_BASE_URL`. Nobody is followed to
+            another one.
         cache: Folder for the answers, None to keep none.
         concurrency: Requests under way at a time.
         requests_per_minute: Most requests in a minute.
         retries: How often a failure that may pass is tried again.
-        backoff: Seconds before that, twice as long each time, or as the server asks.
-        timeout: Seconds to wait for an answer.
+        backoff: Seconds before that, twice as long each time, or as the server asks;
+            never more than two minutes.
+        timeout: Seconds within which a whole answer must have come.
         prices: Dollars per million tokens in and out.
         budget: Work that is estimated to cost more is refused.
 
     Raises:
-        ValueError: If there is no address, or a number cannot be.
+        ValueError: If there is no address, it is none, or a number cannot be.
 
     Example:
         >>> server = Server("some-model", "http://127.0.0.1:1/v1", prices=(0.5, 1.5))
-        >>> asked = [completion("What is neuron 3.7 about?", max_tokens=1000)] * 100
-        >>> print(server.estimate(asked))
-        100 new requests (0 answered already), 900 + 100000 tokens, about $0.15
+        >>> ask = [completion(f"Neuron {i}?", max_tokens=900) for i in range(90)]
+        >>> print(server.estimate(ask * 2))
+        90 new requests (0 answered already), 360 + 81000 tokens, about $0.12
     """
 
     model: str
@@ -329,11 +542,24 @@ class Server:
                 "no server: give base_url, or set OPENAI_BASE_URL (and OPENAI_API_KEY"
                 " if it needs a key)"
             )
+        _check_address(self.base_url)
         self._turnstile = Turnstile(self.requests_per_minute)
+        _Censor.servers.add(self)
+
+    @property
+    def _secrets(self) -> set[str]:
+        return _secrets(self.base_url or "")
+
+    @property
+    def _address(self) -> str:
+        """The address without user and password."""
+        url = urlsplit(str(self.base_url))
+        host, path = url.netloc.rpartition("@")[2], url.path.rstrip("/")
+        return urlunsplit((url.scheme, host, path, "", ""))
 
     @cached_property
     def client(self) -> Any:
-        """The `openai` client; `ImportError` if that package is missing."""
+        """The HTTP client of `openai`; `ImportError` if that package is missing."""
         try:
             import openai
         except ImportError as error:
@@ -341,11 +567,11 @@ class Server:
                 "talking to servers needs the openai package: pip install"
                 ' "mechtut[servers]"'
             ) from error
-        # local servers want no key, the client wants something
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        return openai.OpenAI(
-            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout
-        )
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_CENSOR)
+        client = openai.DefaultAsyncHttpxClient(follow_redirects=False)
+        weakref.finalize(self, _close, client, _loop_of(os.getpid()))
+        return client
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -361,15 +587,18 @@ class Server:
         Returns:
             The estimate.
         """
-        new = [r for r in requests if not self._is_cached(r)]
+        distinct = self._distinct(requests)
+        new = [r for r in distinct.values() if self._kept(r) is None]
+        return self._cost(len(distinct) - len(new), new)
+
+    def _cost(self, kept: int, new: Sequence[Request]) -> Cost:
         tokens_in = sum(math.ceil(r.input_length / 3) for r in new)
         tokens_out = sum(
             int(r.body.get("max_tokens", 0)) * int(r.body.get("n", 1)) for r in new
         )
         a, b = self.prices or (math.nan, math.nan)
         dollars = (a * tokens_in + b * tokens_out) / 1e6
-        cached = len(requests) - len(new)
-        return Cost(len(requests), cached, tokens_in, tokens_out, dollars)
+        return Cost(kept + len(new), kept, tokens_in, tokens_out, dollars)
 
     def send(
         self, requests: Sequence[Request], *, progress: bool | None = None
@@ -377,7 +606,7 @@ class Server:
         """The answers to requests, several at a time, each cached as it comes.
 
         Args:
-            requests: The requests.
+            requests: The requests; the same one is sent once.
             progress: Whether to show a bar; None decides by where it runs.
 
         Returns:
@@ -386,17 +615,33 @@ class Server:
         Raises:
             ServerError: If requests failed for good. All others have been answered and
                 cached by then, so the same call again asks for the missing ones only.
-            ValueError: If the estimate is over the budget.
+            ValueError: If the estimate is over the budget, or the cache cannot be
+                written or holds answers to other requests; then nothing was asked.
         """
-        cost = self.estimate(requests)
+        distinct = self._distinct(requests)
+        kept = {k: a for k, r in distinct.items() if (a := self._kept(r)) is not None}
+        new = {k: r for k, r in distinct.items() if k not in kept}
+        cost = self._cost(len(kept), list(new.values()))
         if self.budget is not None and not cost.dollars <= self.budget:
             raise ValueError(
                 f"{cost}: not within the budget of ${self.budget:.2f}; give prices, or"
                 " raise the budget"
             )
-        hidden = quiet(progress)
+        if new:
+            self._can_keep()
+            kept |= self._answers(new, len(distinct), quiet(progress))
+        keys = [self._digest(r) for r in requests]
+        if len(keys) == len(distinct):
+            return [kept[k] for k in keys]
+        return [copy.deepcopy(kept[k]) for k in keys]  # so that none shares its parts
+
+    def _answers(
+        self, new: Mapping[str, Request], total: int, hidden: bool
+    ) -> dict[str, dict[str, Any]]:
+        """Ask for answers that are not in the cache."""
+        self.client  # noqa: B018  (made once, before the threads need it)
         with ThreadPoolExecutor(self.concurrency) as pool:
-            jobs = [pool.submit(self._remembered, r) for r in requests]
+            jobs = [pool.submit(self._remembered, r) for r in new.values()]
             done = as_completed(jobs)
             bar = tqdm(done, total=len(jobs), desc="requests", delay=1, disable=hidden)
             try:
@@ -411,13 +656,13 @@ class Server:
                 raise
         failed = [e for job in jobs if not job.cancelled() and (e := job.exception())]
         if failed:
-            good = len(jobs) - len(failed) - sum(job.cancelled() for job in jobs)
+            good = total - len(failed) - sum(job.cancelled() for job in jobs)
             kept = f"; {good} answers are kept, call again for the rest"
             raise ServerError(
-                f"{len(failed)} of {len(jobs)} requests failed"
+                f"{len(failed)} of {total} requests failed"
                 f"{kept if self.cache else ''}. First: {failed[0]}"
             ) from failed[0]
-        return [job.result() for job in jobs]
+        return {k: job.result() for k, job in zip(new, jobs, strict=True)}
 
     def ask(self, request: Request) -> dict[str, Any]:
         """The answer to one request, not cached, retried while the failure may pass.
@@ -439,77 +684,207 @@ class Server:
                 wait = error.retry_after
                 if wait is None or attempt == self.retries:
                     raise
-                time.sleep(max(wait, self.backoff * 2**attempt))
+                time.sleep(max(wait, min(_LONGEST, self.backoff * 2.0**attempt)))
         raise AssertionError("unreachable")
 
     def _post(self, request: Request) -> dict[str, Any]:
-        import openai
-
-        body, where = {"model": self.model, **request.body}, f"/{request.path}"
+        """One try. Nothing of what the libraries below raise goes on from here: it
+        would carry the key along.
+        """
+        client, loop = self.client, _loop_of(os.getpid())
+        asked = asyncio.run_coroutine_threadsafe(self._talk(client, request), loop)
         try:
-            answer = self.client.post(where, body=body, cast_to=object)
-        except openai.APIStatusError as error:
-            # `from None`: the original would show headers, with the key
-            raise _failure(error) from None
-        except (
-            openai.APIConnectionError,
-            openai.APIResponseValidationError,
-            ValueError,
-        ) as error:
-            raise ServerError(
-                f"{request.path}: {type(error).__name__}: {error.__cause__ or error}",
-                retry_after=0.0,
-            ) from None
-        if not isinstance(answer, dict):
-            raise ServerError(
-                f"{request.path}: the answer is not JSON: {str(answer)[:100]!r}",
-                retry_after=0.0,
+            # the loop keeps the time; the rest is for one that does not run any more
+            said = asked.result(self.timeout + 10)
+        except TimeoutError:
+            said = self._late(request)
+        finally:
+            asked.cancel()
+        if isinstance(said, ServerError):
+            raise said
+        return said
+
+    def _late(self, request: Request) -> ServerError:
+        told = f"{request.path}: no whole answer within {self.timeout:g} s"
+        return ServerError(told, retry_after=0.0)
+
+    async def _talk(
+        self, client: Any, request: Request
+    ) -> dict[str, Any] | ServerError:
+        """Send one request and read its answer, or say what went wrong."""
+        body = json.dumps({"model": self.model, **request.body}).encode()
+        where, data = f"{self._address}/{request.path}", bytearray()
+        try:
+            headers = _headers(str(self.base_url))
+            async with (
+                asyncio.timeout(self.timeout),
+                client.stream("POST", where, content=body, headers=headers) as answer,
+            ):
+                async for part in answer.aiter_bytes():
+                    data += part
+                    if len(data) > _LARGEST:
+                        size = f"{_LARGEST / 2**20:.0f} MiB"
+                        return ServerError(f"{request.path}: an answer above {size}")
+            return self._heard(request, answer.status_code, answer.headers, bytes(data))
+        except TimeoutError:
+            return self._late(request)
+        except ServerError as error:
+            return error
+        except Exception as error:  # whatever the libraries below raise
+            told = _hidden(f"{type(error).__name__}: {error}", self._secrets, 300)
+            return ServerError(f"{request.path}: {told}", retry_after=0.0)
+
+    def _heard(
+        self, request: Request, status: int, headers: Mapping[str, str], data: bytes
+    ) -> dict[str, Any] | ServerError:
+        """What a server said, as an answer or as an error."""
+        secrets, text = self._secrets, data.decode(errors="replace")
+        if 300 <= status < 400:
+            target = _hidden(headers.get("location", "nowhere"), secrets, 200)
+            return ServerError(
+                f"the server answers {status} and points to {target}; prompts and key"
+                " are not sent there: if you trust it, give it as base_url",
+                **_fails(status),
+            )
+        if not 200 <= status < 300:
+            told = f"the server answers {status}: {_hidden(text, secrets, 300)}"
+            means = _fails(status)
+            if "retry_after" in means:
+                means["retry_after"] = _seconds(headers.get("retry-after", ""))
+            return ServerError(told, **means)
+        try:
+            answer = _without(json.loads(data), secrets)
+        except (ValueError, RecursionError):
+            told = f"{request.path}: the answer is not JSON that can be read"
+            shown = _hidden(text, secrets, 100)
+            return ServerError(f"{told}: {shown!r}", retry_after=0.0)
+        fault = _fault(request, answer)
+        if fault is None:
+            return answer
+        told = f"{request.path}: {fault[0]}: {_hidden(text, secrets, 200)}"
+        return ServerError(told, **fault[1])
+
+    def _digest(self, request: Request) -> str:
+        """What tells requests apart: address, model and body."""
+        asked = [self._address, self.model, request.path, request.body]
+        text = json.dumps(asked, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _distinct(self, requests: Sequence[Request]) -> dict[str, Request]:
+        return {self._digest(r): r for r in requests}
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        """What is stored beside an answer, to tell whose it is."""
+        asked = {
+            "server": self._address,
+            "model": self.model,
+            "path": request.path,
+            "request": request.body,
+        }
+        found: dict[str, Any] = _without(json.loads(json.dumps(asked)), self._secrets)
+        return found
+
+    def _cache_path(self, request: Request) -> Path:
+        return Path(self.cache or "") / f"{self._digest(request)}.json"
+
+    def _kept(self, request: Request, *, quietly: bool = False) -> Any:
+        """The answer in the cache, None if there is none that can be used."""
+        if self.cache is None:
+            return None
+        path = self._cache_path(request)
+        try:
+            stored = read_json(path, "answer")
+            answer = stored["answer"]
+            fault = _fault(request, answer)
+            reason = fault[0] if fault else ""
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            if not quietly:
+                told = _hidden(reason, self._secrets, 200)
+                warn(f"{path} is damaged ({told}): this request is sent again")
+            return None
+        asked = self._asked(request)
+        # files of earlier versions have the body only
+        if any(stored.get(name, asked[name]) != asked[name] for name in asked):
+            raise ValueError(
+                f"{path} holds the answer to another request: delete it, or use another"
+                " cache folder"
             )
         return answer
 
-    def _cache_path(self, request: Request) -> Path:
-        """Where the answer is kept: address (without user and password), model and body
-        tell requests apart.
-        """
-        url = urlsplit(str(self.base_url))
-        host, path = url.netloc.rpartition("@")[2], url.path.rstrip("/")
-        where = urlunsplit((url.scheme, host, path, "", ""))
-        asked = [where, self.model, request.path, request.body]
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        return Path(self.cache or "") / f"{digest[:32]}.json"
-
-    def _is_cached(self, request: Request) -> bool:
-        return self.cache is not None and self._cache_path(request).exists()
+    def _can_keep(self) -> None:
+        """Whether answers can be written, before any is paid for."""
+        if self.cache is None:
+            return
+        trial = Path(self.cache) / f"trial-{os.getpid()}-{threading.get_ident()}"
+        try:
+            write_file(trial, "can this be written?")
+            trial.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"answers cannot be kept in {self.cache} ({error}), so nothing was"
+                " asked: use a folder that can be written, or cache=None"
+            ) from error
 
     def _remembered(self, request: Request) -> dict[str, Any]:
-        """The answer from the cache, or from the server and into the cache."""
-        path = self._cache_path(request)
-        if self._is_cached(request):
-            kept: dict[str, Any] = read_json(path, "request", "answer")["answer"]
-            return kept
-        answer = self.ask(request)
-        if self.cache is not None:
-            write_json(path, {"request": request.body, "answer": answer})
+        """The answer from the cache (another run may have put it there by now), or from
+        the server and into the cache.
+        """
+        answer = self._kept(request, quietly=True)
+        if answer is None:
+            answer = self.ask(request)
+            if self.cache is not None:
+                stored = {**self._asked(request), "answer": answer}
+                write_json(self._cache_path(request), stored)
         return answer
+
+
+def _check_address(url: str) -> None:
+    """Refuse what is no address of a server; the value may hold a password."""
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname  # a bad port raises here
+    except ValueError:
+        parts, port, host = urlsplit(""), None, None
+    odd = parts.query or parts.fragment or " " in url or not url.isprintable()
+    if parts.scheme not in ("http", "https") or not host or port == 0 or odd:
+        shown = url.rpartition("@")[2]
+        raise ValueError(
+            f"base_url must look like https://host/v1, without a query, not {shown!r}"
+        )
+
+
+def _headers(url: str) -> dict[str, str]:
+    """Who is asking: the user of the address, or the key."""
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if not (_key().isascii() and _key().isprintable()):
+        raise ServerError(
+            "OPENAI_API_KEY has characters that no key can have (it is not shown"
+            " here): set it again",
+            fatal=True,
+        )
+    if _user(url):
+        headers["Authorization"] = f"Basic {_basic(url)}"
+    elif _key():
+        headers["Authorization"] = f"Bearer {_key()}"
+    for name in ("Organization", "Project"):
+        if found := os.environ.get(f"OPENAI_{name[:3].upper()}_ID"):
+            headers[f"OpenAI-{name}"] = found
+    return headers
+
+
+def _close(client: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Close the connections of a server that nobody has any more."""
+    if loop.is_running():
+        asyncio.run_coroutine_threadsafe(client.aclose(), loop)
 
 
 def _cancel(jobs: Sequence[Future]) -> None:
     for job in jobs:
         job.cancel()
-
-
-def _failure(error: Any) -> ServerError:
-    """The error of an HTTP status: busy and broken servers may recover; a wrong key or
-    address stays wrong.
-    """
-    code, key = error.status_code, os.environ.get("OPENAI_API_KEY") or "\0"
-    said = str(error.body or error.message)[:300].replace(key, "***")
-    message = f"the server answers {code}: {said}"
-    if code not in (408, 409, 425, 429) and code < 500:
-        return ServerError(message, fatal=code in (401, 403, 404))
-    after = error.response.headers.get("retry-after", "")
-    number = after.replace(".", "", 1).isdigit()
-    return ServerError(message, retry_after=min(float(after), 120.0) if number else 0.0)
 
 # %% ../../nbs/library/neurons/client.ipynb #c038
 _ASK: Messages = [{"role": "user", "content": "Continue with one number: 1, 2, 3, 4,"}]
@@ -581,7 +956,7 @@ def _believable(answer: dict[str, Any] | None) -> bool:
     """
     try:
         tops = [top for top in logprobs(answer or {})[1] if top]
-    except (ServerError, KeyError, TypeError, ValueError, AttributeError):
+    except ServerError:
         return False
     return bool(tops) and all(
         len(top) > 1
@@ -595,7 +970,7 @@ def _believable(answer: dict[str, Any] | None) -> bool:
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -679,9 +1054,10 @@ def expected_levels(answer: Mapping[str, Any], questions: Sequence[str]) -> list
             p = {int(k): float(v) for k, v in found.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(
-                f"no probabilities for question {name!r}: {json.dumps(answer)[:200]}"
+                f"no probabilities for question {name!r}: {_shown(answer)}"
             ) from error
-        if abs(sum(p.values()) - 1) > 1e-3 or min(p.values()) < 0:
+        # NaN is neither near 1 nor above 0
+        if not abs(sum(p.values()) - 1) <= 1e-3 or not min(p.values()) >= 0:
             raise ServerError(
                 f"the probabilities of question {name!r} sum to {sum(p.values()):.3g},"
                 " not 1"

@@ -17,11 +17,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ..arguments import checked
+from ..arguments import checked, integer
 from ..models.files import write_file
 from .records import NeuronRecord, NeuronRecords
 from .scoring import ScoredExplanation
-from ..viz.plots import layer_ticks
+from ..viz.plots import layer_ticks, plain_legend, written
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c004
 @checked
@@ -113,7 +113,8 @@ class NeuronPage:
     def _repr_html_(self) -> str:
         r, s = self.record, self.scored
         highest = max((max(x.activations) for x in r.top), default=0.0)
-        parts = [f"<style>{_STYLE}</style><div class='neuron'><h1>Neuron {r.name}</h1>"]
+        heading = f"<h1>Neuron {escape(r.name)}</h1>"
+        parts = [f"<style>{_STYLE}</style><div class='neuron'>{heading}"]
         if s is not None:
             score = "not defined" if math.isnan(s.score) else f"{s.score:.2f}"
             parts.append(
@@ -142,7 +143,7 @@ class NeuronPage:
                 _excerpt([("", x.tokens, x.activations)], scale)
                 for x in records[: self.n_excerpts]
             ]
-            parts.append(f"<h2>{name}</h2>{''.join(rows)}" if rows else "")
+            parts.append(f"<h2>{escape(name)}</h2>{''.join(rows)}" if rows else "")
         return "".join([*parts, "</div>"])
 
     def html(self) -> str:
@@ -160,7 +161,7 @@ class NeuronPage:
             Its path.
         """
         path = Path(path)
-        write_file(path, self.html())
+        write_file(path, self.html().encode("utf-8", "replace"))
         return path
 
 
@@ -192,7 +193,7 @@ def _excerpt(
 ) -> str:
     """An excerpt in one or two named rows."""
     lines = [
-        f"<div class='named'>{f'<b>{name}</b>' if name else ''}"
+        f"<div class='named'>{f'<b>{escape(name)}</b>' if name else ''}"
         f"<div>{tokens_html(t, v, highest)}</div></div>"
         for name, t, v in rows
     ]
@@ -227,11 +228,12 @@ def index_html(
     Returns:
         An HTML file with links to `LAYER-NEURON.html`.
     """
-    ranked = sorted((math.isnan(s.score), -s.score, at) for at, s in scored.items())
+    found = {_place(at): s for at, s in scored.items()}
+    ranked = sorted((math.isnan(s.score), -s.score, at) for at, s in found.items())
     rows = "".join(
         f"<tr><td><a href='{layer}-{neuron}.html'>{layer}.{neuron}</a></td>"
-        f"<td>{scored[layer, neuron].score:.2f}</td>"
-        f"<td>{escape(scored[layer, neuron].explanation)}</td></tr>"
+        f"<td>{found[layer, neuron].score:.2f}</td>"
+        f"<td>{escape(found[layer, neuron].explanation)}</td></tr>"
         for _, _, (layer, neuron) in ranked
     )
     return _shell(
@@ -242,6 +244,12 @@ def index_html(
         "<th>score</th><th>explanation</th></tr></thead>"
         f"<tbody>{rows}</tbody></table><script>{_SEARCH}</script></div>",
     )
+
+
+def _place(at: tuple[int, int]) -> tuple[int, int]:
+    """Layer and neuron of a key; they become parts of links and of file names."""
+    layer, neuron = at
+    return integer(layer, "layer", 0), integer(neuron, "neuron", 0)
 
 
 @checked
@@ -263,6 +271,7 @@ def write_pages(
         The index's path.
     """
     folder = Path(folder)
+    scored = {_place(at): s for at, s in scored.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for (layer, neuron), s in scored.items():
         record = records[layer, neuron]
@@ -278,8 +287,9 @@ def write_pages(
     # JSON has no NaN
     clean = [{k: None if v != v else v for k, v in row.items()} for row in table]
     write_file(folder / "scores.json", json.dumps(clean, indent=1))
-    write_file(folder / "index.html", index_html(scored, title))
-    return folder / "index.html"
+    index = folder / "index.html"
+    write_file(index, index_html(scored, title).encode("utf-8", "replace"))
+    return index
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c021
 @checked
@@ -300,14 +310,15 @@ def scores_by_layer(
         _, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     for column in columns:
         q = table.groupby("layer")[column].quantile([0.25, 0.5, 0.75]).unstack()
-        (line,) = ax.plot(q.index, q[0.5], marker=".", lw=1.4, label=column)
+        label = written(column)
+        (line,) = ax.plot(q.index, q[0.5], marker=".", lw=1.4, label=label)
         ax.fill_between(
             q.index, q[0.25], q[0.75], color=line.get_color(), alpha=0.15, lw=0
         )
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     ax.set(xlabel="layer", ylabel="score (correlation)", ylim=(-0.3, 1.02))
     layer_ticks(ax)
-    ax.legend(fontsize=8, frameon=False)
+    plain_legend(ax)
     return ax
 
 

@@ -455,7 +455,7 @@ def parse_json_levels(text: str, n: int, *, max_missing: Share = 0.1) -> list[in
             for i, v in pairs
             if isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 10
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no JSON object with levels in {text[:80]!r}") from error
     if isinstance(found, list) and len(found) != n:
         raise ValueError(f"{len(found)} levels for {n} tokens: the answer is unusable")
@@ -520,7 +520,7 @@ def parse_answers(text: str, n: int) -> list[bool]:
     """
     try:
         answers = json.loads(text[text.index("{") : text.rindex("}") + 1])["answers"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no JSON object with answers in {text[:80]!r}") from error
     if (
         not isinstance(answers, list)

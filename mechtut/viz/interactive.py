@@ -74,9 +74,9 @@ class Interactive:
             '<!doctype html><html lang="en"><meta'
             ' charset="utf-8"><title>mechtut</title>'
         )
-        Path(file).write_text(
-            f"{head}<body>{self.html}</body></html>\n", encoding="utf-8"
-        )
+        page = f"{head}<body>{self.html}</body></html>\n"
+        # half a character, which no file can hold, becomes a question mark
+        Path(file).write_text(page, encoding="utf-8", errors="replace")
         return Path(file)
 
 # %% ../../nbs/library/viz/interactive.ipynb #c007
@@ -174,7 +174,7 @@ def hover_map(
                 f' data-is="{html.escape(told)}"></i>'
             )
     cells = "".join(parts)
-    unique = "m" + hashlib.sha256(cells.encode()).hexdigest()[:10]
+    unique = "m" + hashlib.sha256(cells.encode(errors="replace")).hexdigest()[:10]
     footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
     what, across = html.escape(label), html.escape(xlabel)
     ends = [f"{end:.{digits - 1}f}" for end in (norm.vmin, norm.vmax)]

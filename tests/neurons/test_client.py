@@ -2,9 +2,21 @@
 to do. Loopback only.
 """
 
+import base64
+import gc
 import json
+import logging
 import math
+import os
+import subprocess
+import sys
+import threading
 import time
+import traceback
+import weakref
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 from scripted_server import Script, serving
@@ -14,18 +26,23 @@ pytest.importorskip(
     reason="talking to servers needs the openai package, mechtut's extra 'servers'",
 )
 
+from mechtut.neurons import client
 from mechtut.neurons.client import (
     Capabilities,
+    Request,
     Server,
     ServerError,
     chat,
     completion,
+    expected_levels,
+    logprobs,
     texts,
 )
 from mechtut.neurons.explainer_prompts import (
     SHOTS,
     echo_prompt,
     explain_messages,
+    parse_answers,
     parse_json_levels,
     parse_levels,
     read_echo,
@@ -179,6 +196,548 @@ def test_the_key_is_written_nowhere(tmp_path):
         assert "hunter2" not in "".join(
             p.read_text() for p in tmp_path.rglob("*.json")
         ) + repr(with_password)
+
+
+# ---- what an answer is, and what is remembered
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "the model is loading", "code": 503}},
+        {"error": "busy"},
+        {"error": {"message": "no"}, "choices": []},
+        {"status": "ok"},
+        {"choices": None},
+        {"choices": ["text"]},
+        {"choices": [{"error": {"code": 502}, "message": {"content": ""}}]},
+        {"choices": [{"finish_reason": "error", "message": {"content": "half"}}]},
+        {"choices": [{"message": {"content": "x"}, "score": math.nan}]},
+        {"choices": [{"message": {"content": "x"}, "score": math.inf}]},
+    ],
+    ids=str,
+)
+def test_an_error_with_status_200_is_no_answer(body, tmp_path):
+    """Neither kept nor returned: it is asked for again, and then it is an error."""
+    script = Script(faults=[body])
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path)
+        assert texts(parrot.send(ask())[0]) and len(script.asked) == 2
+        script.faults = [body] * 4
+        with pytest.raises(ServerError, match="the answer"):
+            parrot.send(ask(2))
+        assert parrot.estimate(ask(2)).cached == 1
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("code", "asked"), [(401, 1), (400, 1), (429, 4), ("x", 4)])
+def test_an_error_in_the_body_is_judged_by_its_code(code, asked):
+    script = Script(faults=[{"error": {"code": code, "message": "no"}}] * 9)
+    with serving(script) as url, pytest.raises(ServerError) as caught:
+        server(url).send(ask())
+    assert len(script.asked) == asked
+    assert caught.value.__cause__.fatal == (code == 401)
+
+
+def test_an_error_kept_by_an_earlier_version_is_asked_for_again(tmp_path):
+    with serving(Script()) as url:
+        parrot = server(url, cache=tmp_path)
+        (path,) = (parrot._cache_path(r) for r in ask())
+        path.write_text(
+            json.dumps({"request": ask()[0].body, "answer": {"error": "busy"}})
+        )
+        with pytest.warns(UserWarning, match="damaged.*is an error.*sent again"):
+            assert texts(parrot.send(ask())[0])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_same_request_is_sent_once(cached, tmp_path):
+    script = Script()
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path if cached else None, prices=(1.0, 1.0))
+        batch = [*ask(2), *ask(3), *ask(2)]
+        assert parrot.estimate(batch) == parrot.estimate(ask(3))
+        answers = parrot.send(batch)
+        assert len(script.asked) == 3 and answers[0] == answers[2] == answers[5]
+        answers[0]["choices"].clear()
+        assert answers[2]["choices"], "answers share nothing that can be changed"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"{",
+        b'{"request": {}',
+        b"[]",
+        b"{}",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"request": {}, "answer": null}',
+        b'{"request": {}, "answer": {"choices": 3}}',
+    ],
+    ids=lambda b: repr(b[:40]),
+)
+def test_a_damaged_answer_is_named_and_asked_for_again(damaged, tmp_path):
+    script = Script()
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path, prices=(1.0, 1.0))
+        right = parrot.send(ask())
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=rf"{path.name} is damaged.*sent again"):
+            assert parrot.estimate(ask()).cached == 0
+        with pytest.warns(UserWarning, match=rf"{path.name} is damaged.*sent again"):
+            assert parrot.send(ask()) == right
+        assert len(script.asked) == 2 and parrot.send(ask()) == right
+        assert len(script.asked) == 2 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"request": {"messages": []}},
+        {"model": "another"},
+        {"server": "https://another.example/v1"},
+        {"path": "completions"},
+    ],
+    ids=str,
+)
+def test_the_answer_to_another_request_is_refused(change, tmp_path):
+    script = Script()
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path)
+        parrot.send(ask())
+        (path,) = tmp_path.iterdir()
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(
+            ValueError, match=f"{path.name} holds the answer to another"
+        ):
+            parrot.send(ask(2))
+        assert len(script.asked) == 1, "and nothing new was paid for"
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_anything_is_paid(tmp_path):
+    (tmp_path / "file").write_text("")
+    script = Script()
+    with serving(script) as url:
+        for folder in (tmp_path / "file", tmp_path / "file/below", "/proc/none"):
+            with pytest.raises(ValueError, match="cannot be kept.*nothing was asked"):
+                server(url, cache=folder).send(ask())
+        assert not script.asked
+
+
+def test_a_disk_that_is_full_later_stops_the_asking(tmp_path, monkeypatch):
+    script, real, written = Script(), client._write, []
+
+    def full(path, text):
+        written.append(path)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    with serving(script) as url:
+        monkeypatch.setattr(client, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            server(url, cache=tmp_path, concurrency=1).send(ask(20))
+        assert len(script.asked) < 6
+        monkeypatch.setattr(client, "_write", real)
+        assert server(url, cache=tmp_path).estimate(ask(20)).cached == 2
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("trial*"))
+
+
+def test_odd_letters_are_paid_for_once(tmp_path):
+    odd = [{"role": "user", "content": "\ud800 \u2028 \x00 ü"}]
+    script = Script(faults=[{"choices": [{"text": "\udfff"}]}])
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path)
+        one = parrot.send([chat(odd, max_tokens=3)])
+        assert texts(one[0]) == ["\udfff"] and len(script.asked) == 1
+        assert parrot.send([chat(odd, max_tokens=3)]) == one
+        assert len(script.asked) == 1
+
+
+def test_an_impossible_token_is_kept_as_it_is(tmp_path):
+    tops = {"tokens": ["x"], "top_logprobs": [{"x": 0.0, "y": -math.inf}]}
+    script = Script(faults=[{"choices": [{"text": "x", "logprobs": tops}]}])
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path)
+        for _ in range(2):
+            (answer,) = parrot.send([completion("a", top_logprobs=2)])
+            assert logprobs(answer)[1] == [[("x", 0.0), ("y", -math.inf)]]
+        assert len(script.asked) == 1
+
+
+def test_what_json_cannot_hold_is_no_request():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in (math.nan, math.inf, object(), {1, 2}, b"x", nested):
+        with pytest.raises(ValueError, match="body must be what JSON can hold"):
+            Request("completions", {"prompt": value})
+
+
+# ---- time and size
+
+
+def drip(handler):
+    """The answer, a space now and then before it."""
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(400):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.02)
+
+
+def drip_headers(handler):
+    for letter in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 400:
+        handler.wfile.write(bytes([letter]))
+        handler.wfile.flush()
+        time.sleep(0.02)
+
+
+def silence(_handler):
+    time.sleep(3)
+
+
+@pytest.mark.parametrize("fault", [drip, drip_headers, silence])
+def test_a_try_ends_even_if_a_byte_comes_now_and_then(fault):
+    script = Script(faults=[fault] * 2)
+    with serving(script) as url:
+        started = time.monotonic()
+        with pytest.raises(ServerError, match="no whole answer within 0.3 s"):
+            server(url, timeout=0.3, retries=1).send(ask())
+        assert time.monotonic() - started < 2
+        assert texts(server(url, timeout=2.0).send(ask())[0])
+
+
+def flood(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(1000):
+        handler.wfile.write(b" " * 2**20)
+
+
+def bomb(handler):
+    """Half a gigabyte, compressed."""
+    import zlib
+
+    packer = zlib.compressobj(wbits=31)
+    data = b"".join(packer.compress(b" " * 2**20) for _ in range(512))
+    handler.send_response(200)
+    handler.send_header("content-encoding", "gzip")
+    handler.end_headers()
+    handler.wfile.write(data + packer.flush())
+
+
+@pytest.mark.parametrize("fault", [flood, bomb])
+def test_an_answer_that_is_too_large_is_given_up(fault):
+    script = Script(faults=[fault] * 9)
+    with serving(script) as url:
+        with pytest.raises(ServerError, match="an answer above 32 MiB"):
+            server(url).send(ask())
+        assert len(script.asked) == 1
+
+
+@pytest.mark.parametrize("depth", [60, 900, 100_000])
+def test_deep_json_is_no_answer(depth):
+    def deep(handler):
+        text = '{"choices": ' + "[" * depth + "]" * depth + "}"
+        handler.reply(200, text)
+
+    script = Script(faults=[deep] * 4)
+    with serving(script) as url:
+        with pytest.raises(ServerError, match="not JSON that can be read"):
+            server(url).send(ask())
+        assert len(script.asked) == 4
+
+
+def test_deep_json_inside_a_text_is_unreadable():
+    for read in (lambda t: parse_json_levels(t, 1), lambda t: parse_answers(t, 1)):
+        with pytest.raises(ValueError, match="no JSON object"):
+            read('{"levels": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("0.5", 0.5),
+        ("7", 7.0),
+        ("1e9", 120.0),
+        ("inf", 120.0),
+        *(
+            (bad, 0.0)
+            for bad in ("", "soon", "-1", "nan", "-inf", "²", "1;2", "٣ days")
+        ),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 99 Oct 2015 07:28:00 GMT", 0.0),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=2)), 120.0),
+    ],
+)
+def test_retry_after(said, seconds):
+    assert client._seconds(said) == seconds
+
+
+def test_a_bad_retry_after_stops_nothing():
+    odd = ["soon", "-5", "nan", "\xb2"]
+    script = Script(faults=[(429, {"retry_after": t}) for t in odd])
+    with serving(script) as url:
+        assert server(url, retries=4).send(ask()) and len(script.asked) == 5
+
+
+def test_waiting_is_bounded(monkeypatch):
+    slept = []
+    with serving(Script(faults=[500] * 99)) as url:
+        parrot = server(url, retries=40, backoff=1.0)
+        monkeypatch.setattr(client.time, "sleep", slept.append)
+        with pytest.raises(ServerError):
+            parrot.ask(ask()[0])
+    assert max(slept) == 120 and len(slept) >= 40
+
+
+def test_nobody_is_followed_to_another_address():
+    stranger = Script()
+    with serving(stranger) as there:
+        for status in (301, 302, 303, 307, 308):
+            script = Script(
+                faults=[(status, {"location": f"{there}/chat/completions"})]
+            )
+            with serving(script) as url, pytest.raises(ServerError) as caught:
+                server(url, concurrency=1).send(ask(3))
+            assert f"answers {status} and points to {there}" in str(caught.value)
+            assert len(script.asked) <= 2, "one more may be under way already"
+    assert not stranger.asked
+
+
+def test_connections_end_with_their_server():
+    """Closed within two seconds: nothing is left open on the other side."""
+    ended = threading.Event()
+
+    def watch(handler):
+        handler.reply(200, json.dumps({"choices": [{"text": "x"}]}))
+        handler.connection.settimeout(5)
+        if handler.connection.recv(1) == b"":
+            ended.set()
+
+    with serving(Script(faults=[watch])) as url:
+        parrot = server(url)
+        parrot.send(ask())
+        gone = weakref.ref(parrot)
+        del parrot
+        gc.collect()
+        assert gone() is None and ended.wait(2)
+
+
+def test_asking_inside_a_running_event_loop():
+    import asyncio
+
+    async def notebook(url):
+        return server(url).send(ask(3))
+
+    with serving(Script()) as url:
+        assert len(asyncio.run(notebook(url))) == 3
+
+
+# ---- secrets
+
+KEY = "sk-proj-Zk3_9QpLmN7xVbT2wRy8"
+PASSWORD = "pa$$ w0rd/ü"
+PIECES = {KEY[i : i + 8] for i in range(len(KEY) - 7)}
+
+
+BASIC = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+SPELLED = {PASSWORD, "pa$$%20w0rd", "pa%24%24%20w0rd%2F%C3%BC", BASIC, BASIC[:12]}
+
+
+def leaks(text: str, planted: set[str] = PIECES) -> set[str]:
+    return {piece for piece in planted if piece in text}
+
+
+def told(error: BaseException) -> str:
+    """All that an exception can show: itself, its chain whether or not it is hidden,
+    and the values of variables along the way.
+    """
+    seen, todo = [], [error]
+    while todo:
+        e = todo.pop()
+        if e is None or e in seen:
+            continue
+        seen.append(e)
+        todo += [e.__cause__, e.__context__]
+    shown = [f"{e!r} {e} {e.args} {vars(e)}" for e in seen]
+    for e in seen:
+        shown += traceback.TracebackException.from_exception(
+            e, capture_locals=True
+        ).format()
+    own = [line for line in shown if "test_client.py" not in line]
+    return "".join(own)
+
+
+def echoes(handler):
+    """Everything back, with status 200, whole and cut."""
+    sent = handler.headers["authorization"]
+    text = f"you sent {sent}, that is {sent.split()[-1]}"
+    handler.reply(
+        200, json.dumps({"choices": [{"text": text}]}), **{"x-you-sent": sent}
+    )
+
+
+def cut(status, n):
+    def fault(handler):
+        sent = handler.headers["authorization"].split()[-1]
+        handler.reply(status, "x" * n + sent + "y" + sent[:20] + "z" + sent[3:])
+
+    return fault
+
+
+def bounce(handler):
+    sent = handler.headers["authorization"].split()[-1]
+    handler.reply(307, "", location=f"http://127.0.0.1:9/?key={sent}")
+
+
+MARK = "the secret"  # stands for it in answers
+FAULTS = [
+    *(
+        cut(status, n)
+        for status in (200, 400, 401, 429, 500)
+        for n in (0, 75, 180, 280)
+    ),
+    echoes,
+    bounce,
+    {"error": {"message": f"bad key {MARK}", "code": 400}},
+    {"choices": [{"message": {"refusal": f"{'x' * 190}{MARK}"}}]},
+    {"choices": [{"message": {"content": [MARK]}}]},
+    {"choices": [{"nothing": "x" * 170 + MARK}]},
+    "garbage",
+    "truncated",
+    silence,
+    401,
+    500,
+]
+
+
+@pytest.mark.parametrize("secret", ["key", "password"])
+def test_secrets_are_shown_and_written_nowhere(
+    secret, tmp_path, monkeypatch, caplog, capfd
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n" if secret == "key" else "")
+    planted, sent_as = (PIECES, KEY) if secret == "key" else (SPELLED, BASIC)
+    caplog.set_level(logging.DEBUG)
+    shown = []
+    for i, fault in enumerate(FAULTS):
+        if isinstance(fault, dict):
+            fault = json.loads(json.dumps(fault).replace(MARK, sent_as))
+        script = Script(faults=[fault] * 2)
+        with serving(script) as url:
+            if secret == "password":
+                quoted = "me:pa$$%20w0rd%2F%C3%BC@"
+                url = url.replace("http://", f"http://{quoted}")
+            parrot = server(url, cache=tmp_path / str(i), retries=1, timeout=0.4)
+            for read in (texts, logprobs, lambda a: expected_levels(a, ["q"])):
+                try:
+                    shown.append(str(parrot.send(ask())))
+                    read(parrot.send(ask())[0])
+                except ServerError as error:
+                    shown.append(told(error))
+            shown.append(repr(parrot) + str(parrot.estimate(ask())))
+    assert "".join(shown).count("***") > 20, "secrets did come back"
+    assert leaks("".join(shown), planted) == set()
+    logged = caplog.text + "".join(str(vars(r)) for r in caplog.records)
+    assert "127.0.0.1" in logged and leaks(logged, planted) == set()
+    assert leaks("".join(capfd.readouterr()), planted) == set()
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert files
+    assert leaks("".join(f"{p} {p.read_text()}" for p in files), planted) == set()
+
+
+def test_a_short_word_as_key_does_not_change_answers(tmp_path, monkeypatch):
+    """Local servers are given any word as a key; answers with that word stay."""
+    monkeypatch.setenv("OPENAI_API_KEY", "months")
+    with serving(Script(faults=[{"choices": [{"text": "names of months"}]}])) as url:
+        assert texts(server(url, cache=tmp_path).send(ask())[0]) == ["names of months"]
+
+
+@pytest.mark.parametrize("key", [KEY[:15] + "\n" + KEY[15:], KEY + "ü", KEY + "\x00"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(key, monkeypatch):
+    if "\x00" in key:  # no environment can hold it; a `.env` reader may try
+        monkeypatch.setattr(client, "_key", lambda: key)
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    script = Script()
+    with serving(script) as url:
+        with pytest.raises(
+            ServerError, match="OPENAI_API_KEY has characters"
+        ) as caught:
+            server(url).send(ask(3))
+        assert not script.asked and leaks(told(caught.value)) == set()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"me:{KEY}@host/v1",
+        f"ftp://me:{KEY}@host/v1",
+        f"http://me:{KEY}@",
+        f"http://me:{KEY}@host:port/v1",
+        f"http://me:{KEY}@[::1/v1",
+        f"http://me:{KEY}@host/v1?a=b",
+        f"http://me:{KEY}@host/v1 x",
+        "",
+        "http://",
+    ],
+)
+def test_what_is_no_address_is_refused(url, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ValueError, match="base_url") as caught:
+        server(url)
+    assert not leaks("".join(traceback.format_exception(caught.value)))
+    with pytest.raises((TypeError, ValueError)) as caught:
+        server(f"http://me:{KEY}@host/v1", concurrency=0)
+    assert not leaks("".join(traceback.format_exception(caught.value)))
+
+
+def test_a_crash_shows_no_secret():
+    """A new interpreter that ends with a traceback, logging all there is."""
+    code = (
+        "import logging; logging.basicConfig(level=10)\n"
+        "from mechtut.neurons.client import *\n"
+        "s = Server('m', 'http://127.0.0.1:9/v1', retries=0)\n"
+        "s.send([completion('x')])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_LOG": "debug"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == 1 and "ServerError: 1 of 1" in run.stderr
+    assert leaks(run.stdout + run.stderr) == set()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"logprobs": {"content": [{"token": "x", "top_logprobs": [3]}]}}]},
+        {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": "y"}]}}]},
+        {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": "nan"}]}}]},
+        {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": 3}}]},
+        {"choices": {"logprobs": {}}},
+        {"choices": [{"logprobs": [1]}]},
+        {},
+    ],
+    ids=str,
+)
+def test_log_probabilities_that_are_none(answer):
+    with pytest.raises(ServerError, match="log-probabilities"):
+        logprobs(answer)
+
+
+def test_probabilities_that_are_none():
+    for p in ({"0": math.nan, "1": 1.0}, {"0": math.inf}, {}, {"0": -0.5, "1": 1.5}):
+        with pytest.raises(ServerError, match="question 'q'"):
+            expected_levels({"answers": {"q": {"probabilities": p}}}, ["q"])
 
 
 def test_requests_are_concurrent_and_limited():
