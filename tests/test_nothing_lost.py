@@ -133,7 +133,8 @@ class Answering(Server):
 
     def ask(self, request):
         type(self).asked += 1
-        return {"text": request.body["prompt"][::-1], "logprob": float("-inf")}
+        text = request.body["prompt"][::-1]
+        return {"choices": [{"text": text, "logprob": float("-inf")}]}
 
 
 def run_cache(folder):

@@ -261,7 +261,7 @@ def _line(spot: dict[str, tuple[float, float]], arrow: _Arrow, largest: float) -
         f" {end:.0f},{middle:.0f} {end:.0f},{y1 + 11:.0f}"
     )
     word = f" ({_WORDS[part]})" if part else ""
-    text = html.escape(f"{parent} → {child}{word}: {effect:.4g}")
+    text = html.escape(f"{parent} → {child}{word}: {effect:.3g}")
     width = 1 + 3 * abs(effect) / largest
     return (
         f'<path class="from-{_id(parent)} to-{_id(child)}" d="{path}"'
@@ -302,7 +302,7 @@ def to_dot(edges: Iterable[Sequence[Any]], graph: Graph | None = None) -> str:
         <BLANKLINE>
     """
     lines = [
-        f'  {_quoted(a)} -> {_quoted(b)} [color="{_COLOURS[p]}", tooltip="{size:.4g}"];'
+        f'  {_quoted(a)} -> {_quoted(b)} [color="{_COLOURS[p]}", tooltip="{size:.3g}"];'
         for a, b, p, size in arrows(edges, graph)
     ]
     head = "digraph circuit {\n  rankdir=BT; node [shape=box];\n"

@@ -38,7 +38,7 @@ from mechtut.arguments import (
     checked,
     warn,
 )
-from ..models.files import read_json, write_file, write_json
+from ..models.files import read_json, write_json
 from ..patching.checkpoints import quiet
 
 # %% ../../nbs/library/neurons/client.ipynb #s002
@@ -793,14 +793,16 @@ class Server:
             return None
         path = self._cache_path(request)
         try:
-            stored = read_json(path, "answer")
+            stored = read_json(path, "request", "answer")
             answer = stored["answer"]
             fault = _fault(request, answer)
             reason = fault[0] if fault else ""
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (OSError, ValueError) as error:
+            if "newer mechtut" in str(error):
+                raise
+            reason = str(error).removeprefix(str(path)).strip()
         if reason:
             if not quietly:
                 told = _hidden(reason, self._secrets, 200)
@@ -821,7 +823,7 @@ class Server:
             return
         trial = Path(self.cache) / f"trial-{os.getpid()}-{threading.get_ident()}"
         try:
-            write_file(trial, "can this be written?")
+            write_json(trial, {"written": True})
             trial.unlink()
         except OSError as error:
             raise ValueError(

@@ -161,7 +161,7 @@ class NeuronPage:
             Its path.
         """
         path = Path(path)
-        write_file(path, self.html().encode("utf-8", "replace"))
+        write_file(path, self.html().encode(errors="replace"))
         return path
 
 
@@ -287,8 +287,8 @@ def write_pages(
     # JSON has no NaN
     clean = [{k: None if v != v else v for k, v in row.items()} for row in table]
     write_file(folder / "scores.json", json.dumps(clean, indent=1))
-    index = folder / "index.html"
-    write_file(index, index_html(scored, title).encode("utf-8", "replace"))
+    index, text = folder / "index.html", index_html(scored, title)
+    write_file(index, text.encode(errors="replace"))
     return index
 
 # %% ../../nbs/library/neurons/dashboards.ipynb #c021

@@ -322,8 +322,8 @@ def _check_contrast(before: Tensor, target: Tensor) -> None:
     if bool(flat.any()):
         pair = int(flat.nonzero()[0])
         raise ValueError(
-            f"the metric of pair {pair} is {float(target[pair]) + 0.0:.3g} on both sides,"
-            " so nothing can be recovered: give other prompts, or another metric"
+            f"the metric of pair {pair} is {float(target[pair]) + 0.0:.3g} on both"
+            " sides, so nothing can be recovered: give other prompts, or another metric"
         )
 
 

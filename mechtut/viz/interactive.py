@@ -159,13 +159,14 @@ def hover_map(
         top = float(values.max()) if high is None else high
         # never an empty range
         norm = Normalize(bottom, top if top > bottom else bottom + 1.0, clip=True)
-    # three digits, and more where all values are small
-    digits = max(3, 2 - math.floor(math.log10(largest)))
+    # two digits of the largest value, at least three places: more would tell processors
+    # apart
+    digits = max(3, 1 - math.floor(math.log10(largest)))
     parts = []
     for r, name in enumerate(rows):
         parts.append(f"<b>{html.escape(name)}</b>")
         for c, column in enumerate(columns):
-            number = f"{values[r, c]:.{digits}f}"
+            number = f"{round(values[r, c], digits) + 0.0:.{digits}f}"
             told = f"{name.strip()} · {xlabel} {column} · {label} {number}"
             ring = ' class="marked"' if (r, c) in marked else ""
             colour = to_hex(colormaps[cmap](norm(values[r, c])))

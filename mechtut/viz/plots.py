@@ -352,8 +352,10 @@ def grid(found: Any, ax: Axes | None = None, high: float | None = None) -> Axes:
         if ax is None:
             _, ax = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
         half = found.half_width.float().numpy()
-        ax.errorbar(found.labels[0], mean, half, marker="o", ms=4, capsize=2)
-        ax.set(xlabel=names[0], ylabel=label)
+        ax.errorbar(range(len(mean)), mean, half, marker="o", ms=4, capsize=2)
+        ax.set_xticks(range(len(mean)), [written(t) for t in found.labels[0]], **PLAIN)
+        ax.set_xlabel(written(names[0]), **PLAIN)
+        ax.set_ylabel(label)
         return ax
     if len(names) != 2:
         raise ValueError(

@@ -26,6 +26,7 @@ pytest.importorskip(
     reason="talking to servers needs the openai package, mechtut's extra 'servers'",
 )
 
+from mechtut.models.files import read_json, write_json
 from mechtut.neurons import client
 from mechtut.neurons.client import (
     Capabilities,
@@ -309,12 +310,28 @@ def test_the_answer_to_another_request_is_refused(change, tmp_path):
         parrot = server(url, cache=tmp_path)
         parrot.send(ask())
         (path,) = tmp_path.iterdir()
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        write_json(path, read_json(path) | change)
         with pytest.raises(
             ValueError, match=f"{path.name} holds the answer to another"
         ):
             parrot.send(ask(2))
         assert len(script.asked) == 1, "and nothing new was paid for"
+
+
+def test_an_answer_changed_by_hand_is_asked_for_again(tmp_path):
+    script = Script()
+    with serving(script) as url:
+        parrot = server(url, cache=tmp_path)
+        right = parrot.send(ask())
+        (path,) = tmp_path.iterdir()
+        path.write_text(path.read_text().replace('"content"', '"contant"'))
+        with pytest.warns(UserWarning, match="does not match its checksum.*sent again"):
+            assert parrot.send(ask()) == right
+        write_json(path, read_json(path) | {"request": ask(2)[1].body})
+        text = path.read_text().replace('"format": 1', '"format": 99')
+        path.write_text(text)
+        with pytest.raises(ValueError, match="newer mechtut"):
+            parrot.send(ask())
 
 
 def test_a_cache_that_cannot_be_written_is_noticed_before_anything_is_paid(tmp_path):
@@ -328,20 +345,20 @@ def test_a_cache_that_cannot_be_written_is_noticed_before_anything_is_paid(tmp_p
 
 
 def test_a_disk_that_is_full_later_stops_the_asking(tmp_path, monkeypatch):
-    script, real, written = Script(), client._write, []
+    script, real, written = Script(), client.write_json, []
 
-    def full(path, text):
+    def full(path, value):
         written.append(path)
         if len(written) > 3:
             raise OSError(28, "No space left on device")
-        real(path, text)
+        real(path, value)
 
     with serving(script) as url:
-        monkeypatch.setattr(client, "_write", full)
+        monkeypatch.setattr(client, "write_json", full)
         with pytest.raises(OSError, match="No space left"):
             server(url, cache=tmp_path, concurrency=1).send(ask(20))
         assert len(script.asked) < 6
-        monkeypatch.setattr(client, "_write", real)
+        monkeypatch.setattr(client, "write_json", real)
         assert server(url, cache=tmp_path).estimate(ask(20)).cached == 2
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("trial*"))
 

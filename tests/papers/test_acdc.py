@@ -460,7 +460,7 @@ def test_ways_out(circuit):
         and "http" not in html
     )
     assert "currentColor" in html and all(
-        f"{e.effect:.4g}" in html for e in circuit.edges if e.child == "out"
+        f"{e.effect:.3g}" in html for e in circuit.edges if e.child == "out"
     )
     assert (
         circuit.plot().get_title() == ""

