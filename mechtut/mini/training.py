@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, NotNegative, Positive, Share, checked
 from .card import model_card
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .evaluation import evaluate
@@ -91,30 +91,37 @@ class Recipe:
         (3417, 2204, 0.01)
     """
 
-    n_layer: int = 8
+    n_layer: Count = 8
     d_model: Count = 192
-    n_head: int = 6
-    n_ctx: int = 128
-    batch: int = 48
-    tokens: int = 21_000_000
+    n_head: Count = 6
+    n_ctx: Count = 128
+    batch: Count = 48
+    tokens: Count = 21_000_000
     seed: Natural = 0
-    adam_lr: float = 3e-3
-    muon_lr: float = 0.02
-    warmup: int = 100
-    decay: float = 0.3
-    foundation: float = 0.2
-    variety: float = 0.45
-    masked: float = 0.75
-    gather: int = 2
-    handoff: int = 3
-    sparsity: float = 0.8
-    plant: float = 0.645
-    planted: float = 1.0
-    per_kind: int = 5
-    lens: float = 0.01
-    lens_until: float = 0.85
-    weighting: float = 1.0
+    adam_lr: Positive = 3e-3
+    muon_lr: Positive = 0.02
+    warmup: Natural = 100
+    decay: Share = 0.3
+    foundation: Share = 0.2
+    variety: Share = 0.45
+    masked: Share = 0.75
+    gather: Natural = 2
+    handoff: Natural = 3
+    sparsity: NotNegative = 0.8
+    plant: Share = 0.645
+    planted: NotNegative = 1.0
+    per_kind: Natural = 5
+    lens: NotNegative = 0.01
+    lens_until: Share = 0.85
+    weighting: NotNegative = 1.0
     neighbours: bool = True
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_head:
+            raise ValueError(
+                f"n_head must divide d_model={self.d_model}, which {self.n_head} does"
+                " not"
+            )
 
     @property
     def steps(self) -> int:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import AnyFloat, Count, Natural, checked
+from ..arguments import AnyFloat, Count, Natural, check, checked, same_length
 from mechtut.models.files import (
     damaged,
     read_json,
@@ -68,6 +68,8 @@ class ActivationRecord:
                 "a record has one activation per token and at least one token, not"
                 f" {len(self.tokens)} tokens and {len(self.activations)} activations"
             )
+        if self.ids:
+            same_length(tokens=self.tokens, ids=self.ids)
         bad = [i for i, a in enumerate(self.activations) if not math.isfinite(a)]
         if bad:
             i = bad[0]
@@ -370,7 +372,7 @@ class NeuronRecords(Result):
         return sum(len(self._end(layer)["top_keys"]) for layer in self.kept.states)
 
     def __getitem__(self, where: tuple[int, int]) -> NeuronRecord:
-        layer, neuron = where
+        layer, neuron = check(where, tuple[int, int], "(layer, neuron)")
         state, plan = self._state(layer, neuron), self.plan
         keys, order = state["top_keys"][neuron].sort(descending=True)
         ids = unpack(keys)[1].tolist()
@@ -455,6 +457,7 @@ class NeuronRecords(Result):
             Mean activation by the token's text.
 
         Raises:
+            IndexError: For a layer that was not collected, or no neuron of it.
             ValueError: If `collect` was not called with `token_table=True`.
         """
         if not self.plan.token_table:
@@ -462,7 +465,7 @@ class NeuronRecords(Result):
                 "token statistics were not collected; use collect(...,"
                 " token_table=True)"
             )
-        sums = self._end(layer)["token_sums"][:, neuron]
+        sums = self._state(layer, neuron)["token_sums"][:, neuron]
         counts = self.kept.token_counts
         seen = counts.nonzero()[:, 0].tolist()
         return {self.vocabulary[i]: float(sums[i] / counts[i]) for i in seen}

@@ -157,11 +157,18 @@ def pack(
     Returns:
         The keys, for `unpack`.
 
+    Raises:
+        ValueError: For ids of another shape.
+
     Example:
         >>> values, ids = torch.tensor([1.5, -2.0, 1.5]), torch.tensor([0, 1, 2])
         >>> pack(values, ids).argsort(descending=True).tolist()
         [0, 2, 1]
     """
+    if values.shape[-1:] != ids.shape[-1:]:  # one row of ids may be for all
+        raise ValueError(
+            f"ids must be {tuple(values.shape)} like values, not {tuple(ids.shape)}"
+        )
     # + 0.0 makes -0.0 equal to 0.0
     bits = (values.float() + 0.0).view(torch.int32).long()
     return (torch.where(bits < 0, bits ^ _LAST, bits) << 32) | (_LAST - ids)
@@ -189,7 +196,7 @@ State = dict[str, Tensor]
 
 @checked
 def empty_top(
-    n_neurons: int, n_top: Count, n_tokens: Count, device: torch.device
+    n_neurons: Count, n_top: Count, n_tokens: Count, device: torch.device
 ) -> State:
     """The state of a layer's strongest excerpts before the first batch.
 
@@ -359,7 +366,7 @@ def power_sums(
 
 @checked
 def moments(
-    sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: int
+    sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: Count
 ) -> Float[Tensor, "5 neuron"]:
     """Mean, variance, skewness, kurtosis and density from power sums.
 

@@ -240,11 +240,16 @@ def divergence(
     Returns:
         The divergence at each place.
 
+    Raises:
+        ValueError: For two shapes.
+
     Example:
         >>> logits = torch.tensor([0.0, 1.0])
         >>> float(divergence(logits, logits))
         0.0
     """
+    if a.shape != b.shape:
+        raise ValueError(f"b must be {tuple(a.shape)} like a, not {tuple(b.shape)}")
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     middle = torch.logaddexp(p, q) - math.log(2)
     return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2
