@@ -26,6 +26,7 @@ from mechtut.arguments import (
     Count,
     Natural,
     NotNegative,
+    Seed,
     Share,
     checked,
     same_length,
@@ -382,7 +383,7 @@ def attribution_scores(
 
 
 @checked
-def random_scores(graph: Graph, seed: Natural = 0) -> EdgeScores:
+def random_scores(graph: Graph, seed: Seed = 0) -> EdgeScores:
     """Edges in random order: the baseline that any method must beat.
 
     Args:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from mechtut.arguments import (
     Count,
-    Natural,
     NotNegative,
     Positive,
+    Seed,
     checked,
     same_length,
     shown,
@@ -455,7 +455,7 @@ def subnetwork_probing(
     penalty: NotNegative = 1.0,
     steps: Count = 3000,
     lr: Positive = 1e-3,
-    seed: Natural = 0,
+    seed: Seed = 0,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Subnetwork:

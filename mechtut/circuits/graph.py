@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ..arguments import Count, Natural, checked, integer, one_of, shown
+from ..arguments import Count, Natural, Seed, checked, integer, one_of, shown
 
 # %% ../../nbs/library/circuits/graph.ipynb #c004
 class Edge(NamedTuple):
@@ -135,7 +135,7 @@ class Order:
 
     groups: str = "reverse"
     heads: str = "reverse"
-    seed: Natural = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for value in (self.groups, self.heads):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..arguments import Count, Natural, checked, integer
+from ..arguments import Count, Natural, Seed, checked, integer
 from .graph import Edge
 from ..models.loading import Model, load_model
 
@@ -158,7 +158,7 @@ def induction(
     n_prompts: Count = 20,
     n_tokens: Count = 12,
     n_pos: Count = 10,
-    seed: Natural = 0,
+    seed: Seed = 0,
     negative: bool = False,
 ) -> Handmade:
     """An induction circuit of two layers, each with an idle head as well.
@@ -239,7 +239,7 @@ def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
 @checked
 @torch.no_grad()
 def reverse(
-    n_prompts: Count = 20, n_tokens: Count = 8, n_pos: Count = 8, seed: Natural = 0
+    n_prompts: Count = 20, n_tokens: Count = 8, n_pos: Count = 8, seed: Seed = 0
 ) -> Handmade:
     """One layer that says the first half of a prompt backwards.
 

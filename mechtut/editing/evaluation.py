@@ -19,6 +19,7 @@ from torch import Tensor
 from mechtut.arguments import (
     Count,
     Natural,
+    Seed,
     check,
     checked,
     integer,
@@ -358,7 +359,7 @@ def sample(
 
 @checked
 def generation_scores(
-    model: Model, case: Mapping[str, Any], n_tokens: Count = 60, seed: Natural = 0
+    model: Model, case: Mapping[str, Any], n_tokens: Count = 60, seed: Seed = 0
 ) -> dict[str, float]:
     """Quality of text sampled from a record's `generation_prompts`.
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, Seed, checked
 from .evaluation import sample
 from ..models.loading import Model, document_start
 from ..prompts.facts import fill
@@ -70,7 +70,7 @@ def locate(
 @checked
 def context_templates(
     model: Model,
-    seed: Natural = 0,
+    seed: Seed = 0,
     lengths: Sequence[tuple[Natural, Count]] = ((10, 5), (10, 10)),
     top_k: Count = 5,
 ) -> tuple[str, ...]:

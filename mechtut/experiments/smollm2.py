@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..arguments import Count, Natural, Positive, checked
+from ..arguments import Count, Natural, Positive, Seed, checked
 from ..circuits.attribution import attribution_scores, select
 from ..circuits.circuit import Circuit
 from ..circuits.graph import number_of
@@ -177,7 +177,7 @@ def noise_elsewhere(
     model: Model,
     facts: Sequence[EverydayFact],
     n_samples: Count = 3,
-    seed: Natural = 0,
+    seed: Seed = 0,
     std: Positive | None = None,
 ) -> pd.DataFrame:
     """The answer's probability with noise on the subject, and on other tokens.
@@ -218,7 +218,7 @@ def noise_elsewhere(
 # %% ../../nbs/library/experiments/smollm2.ipynb #c012
 @checked
 def elsewhere(
-    facts: Sequence[EverydayFact], n: Natural = 60, seed: Natural = 0
+    facts: Sequence[EverydayFact], n: Natural = 60, seed: Seed = 0
 ) -> list[str]:
     """Prompts about anything but some facts' relations and subjects.
 
@@ -347,7 +347,7 @@ def vectors(
     k: Count = 10,
     n_random: Natural = 5,
     layers: Sequence[int] | None = None,
-    seed: Natural = 42,
+    seed: Seed = 42,
 ) -> tuple[FunctionVector, pd.DataFrame]:
     """A task's function vector and its accuracy beside every control.
 
@@ -401,7 +401,7 @@ def vectors(
 # %% ../../nbs/library/experiments/smollm2.ipynb #c018
 @checked
 def ioi_batch(
-    model: Model, n: Count, n_held_out: Natural, seed: Natural = 0
+    model: Model, n: Count, n_held_out: Natural, seed: Seed = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Indirect-object prompts of one length, for a search and held out.
 
@@ -448,7 +448,7 @@ def circuits(
     folder: Path,
     *,
     n: Count = 16,
-    seed: Natural = 0,
+    seed: Seed = 0,
 ) -> tuple[list[Circuit], pd.DataFrame]:
     """A circuit per threshold, and how faithful each is on prompts it has not seen.
 
@@ -475,7 +475,7 @@ def circuits(
 
 @checked
 def attributed(
-    model: Model, sizes: Sequence[Natural], *, n: Count = 16, seed: Natural = 0
+    model: Model, sizes: Sequence[Natural], *, n: Count = 16, seed: Seed = 0
 ) -> pd.DataFrame:
     """Circuits of the edges that gradients score highest (EAP-IG), by size.
 
@@ -533,7 +533,7 @@ def _faithfulness(
 
 @checked
 def heads_of(
-    model: Model, circuit: Circuit, n: Count = 32, seed: Natural = 0
+    model: Model, circuit: Circuit, n: Count = 32, seed: Seed = 0
 ) -> pd.DataFrame:
     """The heads of a circuit: where they look, and what cutting each of them does.
 

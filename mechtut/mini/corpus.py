@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..arguments import Natural, Positive, checked
+from ..arguments import Positive, Seed, checked
 from mechtut.mini.world import (
     LIST_OPERATIONS,
     World,
@@ -644,7 +644,7 @@ MIXTURE = {
 
 @checked
 def corpus(
-    world: World, seed: Natural, mixture: dict[str, Positive] | None = None
+    world: World, seed: Seed, mixture: dict[str, Positive] | None = None
 ) -> Iterator[Document]:
     """Endless documents about a world, always the same for the same seed.
 

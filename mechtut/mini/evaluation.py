@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked, integer, same_length
+from ..arguments import Count, Seed, checked, integer, same_length
 from .corpus import corpus, icl_prompt
 from .world import LIST_OPERATIONS, Fact, World, make_pairs
 from ..models.families import find_family
@@ -340,7 +340,7 @@ def trace_roles(
     component: Literal["resid_post", "mlp_out", "attn_out"] = "resid_post",
     window: Count = 1,
     samples: Count = 4,
-    seed: Natural = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Average indirect effect by token role and layer, over facts that the model knows.
 

@@ -25,7 +25,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
-from ..arguments import Count, Natural, Positive, Share, checked
+from ..arguments import Count, Natural, Positive, Seed, Share, checked
 from .corpus import ANSWER, NAME, corpus
 from .world import World
 
@@ -188,7 +188,7 @@ def pack_rows(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    seed: Natural,
+    seed: Seed,
     n_rows: Natural,
     n_ctx: Count,
     mixture: dict[str, Positive],

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from copy import copy
@@ -23,7 +24,15 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, NotNegative, Positive, Share, checked
+from mechtut.arguments import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    checked,
+)
 from .card import model_card
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .evaluation import evaluate
@@ -97,7 +106,7 @@ class Recipe:
     n_ctx: Count = 128
     batch: Count = 48
     tokens: Count = 21_000_000
-    seed: Natural = 0
+    seed: Seed = 0
     adam_lr: Positive = 3e-3
     muon_lr: Positive = 0.02
     warmup: Natural = 100
@@ -641,6 +650,16 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
+    try:
+        _command(args)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"mechtut.mini: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(args: argparse.Namespace) -> None:
+    """Train, or examine."""
     if args.command == "train":
         others = ("command", "out", "stop_at", "device")
         given = {k: v for k, v in vars(args).items() if k not in others}
@@ -656,4 +675,3 @@ def main(argv: list[str] | None = None) -> int:
                 )
     else:
         print(examine_folder(args.folder, n=args.n).to_string(index=False))
-    return 0

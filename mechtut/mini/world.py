@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Any, Literal
 
-from ..arguments import Count, Natural, checked, integer, one_of
+from ..arguments import Count, Natural, Seed, checked, integer, one_of
 
 # %% auto #0
 __all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact', 'Task', 'ListTask', 'World', 'Pair', 'ioi_text',
@@ -425,7 +425,7 @@ class World:
         'Tokyo'
     """
 
-    def __init__(self, seed: Natural = 0) -> None:
+    def __init__(self, seed: Seed = 0) -> None:
         self.seed, self.spec, rng = seed, load_spec(), random.Random(seed)
         self.subjects = _subjects(self.spec, rng)
         self.facts = _facts(self.spec, self.subjects, rng)
@@ -470,7 +470,7 @@ class World:
         name: str,
         n: Natural = 100,
         *,
-        seed: Natural = 0,
+        seed: Seed = 0,
         words: str | None = None,
     ) -> tuple[tuple[str, str], ...]:
         """Different pairs of a task on lists of words.
@@ -691,7 +691,7 @@ _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
 # %% ../../nbs/library/mini/world.ipynb #c058
 @checked
 def make_pairs(
-    world: World, circuit: str, n: Natural, *, seed: Natural = 0, held_out: bool = False
+    world: World, circuit: str, n: Natural, *, seed: Seed = 0, held_out: bool = False
 ) -> list[Pair]:
     """Clean and corrupted prompts for one circuit.
 

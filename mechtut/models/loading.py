@@ -214,7 +214,7 @@ class Model:
             The ids.
 
         Raises:
-            ValueError: If the model has no tokenizer.
+            ValueError: If the model has no tokenizer, or this is not Unicode.
 
         Example:
             >>> from mechtut import load_model
@@ -222,6 +222,13 @@ class Model:
             [0, 1849, 1275]
         """
         tokenizer = self._tokenizer()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text has half a character ({error.object[error.start]!a}) at"
+                f" {error.start}: read it as UTF-8"
+            ) from None
         ids: list[int] = list(tokenizer(text)["input_ids"])
         bos = getattr(tokenizer, "bos_token_id", None)
         if bos is None:
@@ -759,6 +766,8 @@ def _from_pretrained(
         hf, tokenizer = read_gguf(file, dtype, **kwargs)
         return nn.Module.to(hf, target), tokenizer
     ours = source == "mini" or source in WHEELS
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise OSError("it has no config.json")
     if not ours and "config" not in kwargs:
         check_config(path, **kwargs)
     with _no_progress_bar(quiet=ours):

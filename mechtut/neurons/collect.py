@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integer, warn
+from ..arguments import Count, Natural, Seed, checked, integer, warn
 from ..models.files import alone_in, read_json
 from ..models.hooks import Site, Visitor, capture, check_layer
 from ..models.loading import Model, readable_token, weight_fingerprint
@@ -161,7 +161,7 @@ def collect(
     token_table: bool = False,
     both_ends: bool | None = None,
     special_tokens: bool = True,
-    seed: Natural = 0,
+    seed: Seed = 0,
     save_every: Count = 4096,
     progress: bool | None = None,
 ) -> NeuronRecords:

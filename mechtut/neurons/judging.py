@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ..arguments import Natural, checked
+from ..arguments import Seed, checked
 from .records import NeuronRecord
 from .rules import Explanation, Simulator
 from mechtut.neurons.scoring import (
@@ -160,7 +160,7 @@ def fuzzing(
     judge: Judge,
     *,
     split: str = "valid",
-    seed: Natural = 0,
+    seed: Seed = 0,
 ) -> float:
     """Balanced accuracy at telling marked active tokens from as many others marked.
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import AnyFloat, Count, Natural, check, checked, same_length
+from mechtut.arguments import (
+    AnyFloat,
+    Count,
+    Natural,
+    Seed,
+    check,
+    checked,
+    same_length,
+)
 from mechtut.models.files import (
     damaged,
     read_json,
@@ -131,7 +139,7 @@ class NeuronRecord:
     kurtosis: AnyFloat = math.nan
     density: AnyFloat = math.nan
     counter_examples: list[ActivationRecord] = field(default_factory=list)
-    sign: int = 1
+    sign: Literal[1, -1] = 1
 
     @property
     def name(self) -> str:
@@ -176,7 +184,7 @@ class Plan:
     n_quantiles: Natural
     moments: bool
     token_table: bool
-    seed: Natural
+    seed: Seed
     both_ends: bool = False
     special_tokens: bool = True
 
@@ -341,7 +349,7 @@ class NeuronRecords(Result):
     plan: Plan
     kept: Kept = field(repr=False)
     vocabulary: Mapping[int, str] = field(repr=False)
-    sign: int = 1
+    sign: Literal[1, -1] = 1
 
     @property
     def negative(self) -> Self:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import UNBOUNDED, Count, Natural, checked
+from ..arguments import UNBOUNDED, Count, Natural, Seed, checked
 from ..models.hooks import Site, Visitor, hooked, visiting
 from ..models.loading import Model, document_start
 from ..models.precision import widest
@@ -288,7 +288,7 @@ class Reservoir:
         [53, 33]
     """
 
-    def __init__(self, size: int, seed: Natural, ids: Sequence[int] = ()):
+    def __init__(self, size: Natural, seed: Seed, ids: Sequence[int] = ()):
         self.size, self.seed = size, seed
         self.ids = list(ids)  # by slot
         self._worst = [(-self.priority(i), slot) for slot, i in enumerate(self.ids)]
@@ -308,7 +308,7 @@ class Reservoir:
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
 
-    def offer(self, first_id: Natural, n: int) -> dict[int, int]:
+    def offer(self, first_id: Natural, n: Natural) -> dict[int, int]:
         """Let a batch of excerpts compete for the slots.
 
         Args:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integer, one_of, warn
+from ..arguments import Count, Seed, checked, integer, one_of, warn
 from ..models.files import alone_in
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, weight_fingerprint
@@ -290,7 +290,7 @@ def trace(
     window: int = 10,
     noise: float | Noise | Tensor = 3.0,
     n_samples: Count = 10,
-    seed: Natural = 1,
+    seed: Seed = 1,
     tokens: Sequence[int] | str | None = None,
     sever: str | None = None,
     batch_size: Count | None = None,

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integers
+from ..arguments import Count, Natural, Seed, checked, integers
 from ..models.files import alone_in
 from ..models.hooks import Edit, check_layer, intervene
 from ..models.loading import Model, weight_fingerprint
@@ -397,7 +397,7 @@ def evaluate(
     *,
     settings: Sequence[Setting] = ("zero_shot", "shuffled"),
     n_shots: Natural = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
     only_known: bool | Sequence[int] = True,
     mode: Literal["add", "set"] = "add",
     template: Template | None = None,
@@ -513,7 +513,7 @@ def extract(
     n_trials: Count = 25,
     n_shots: Natural = 10,
     k: Count = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
     corrupt: Literal["shuffle", "random"] = "shuffle",
     only_known: bool = True,
     bias_per_head: bool = False,

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Bounds, Natural, NotNegative, Positive, checked
+from ..arguments import Bounds, NotNegative, Positive, Seed, checked
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
@@ -60,7 +60,7 @@ class RomeConfig:
     clamp: Positive = 4.0
     stop_loss: NotNegative = 0.05
     kl_prompt: str = "{} is a"
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from mechtut.arguments import (
     integer,
     integers,
     same_length,
+    shown,
 )
 from ..models.files import alone_in
 from mechtut.models.hooks import (
@@ -549,7 +550,7 @@ def _run(
     plans: list[_Plan | None],
     metric: Metric,
     store: Store | None,
-    shown: tuple[str, bool],
+    title: tuple[str, bool],
 ) -> Tensor:
     unchanged = metric(replay.base_logits()[None])
     if not isinstance(unchanged, Tensor) or unchanged.shape[:1] != (1,):
@@ -558,7 +559,7 @@ def _run(
             f" 1), not {shown(unchanged)}"
         )
     out = unchanged.repeat(len(plans), *[1] * (unchanged.ndim - 1))
-    name, hidden = shown
+    name, hidden = title
     how: dict[str, Any] = {"unit": "run", "delay": 1, "disable": hidden}
     with tqdm(total=len(plans), desc=name, **how) as bar:
         bar.update(sum(plan is None for plan in plans))

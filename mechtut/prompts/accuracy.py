@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked, same_length
+from ..arguments import Count, Natural, Seed, checked, same_length
 from ..models.hooks import check_layer
 from ..models.loading import Model
 from ..patching.last_token import Change, run_changes
@@ -71,7 +71,7 @@ def target_ranks(
 
 
 def _injections(
-    model: Model, vector: Tensor, layers: Sequence[int], mode: str
+    model: Model, vector: Tensor, layers: Sequence[int], mode: Literal["add", "set"]
 ) -> list[Change]:
     if vector.shape not in ((model.d_model,), (model.n_layers, model.d_model)):
         raise ValueError(
@@ -108,8 +108,8 @@ def known_queries(
     part: Literal["valid", "test"],
     *,
     n_shots: Natural = 10,
-    seed: Natural = 42,
-    split_seed: Natural | None = None,
+    seed: Seed = 42,
+    split_seed: Seed | None = None,
 ) -> list[int]:
     """Indices of the queries that the model answers from true demonstrations.
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, Positive, checked, integer, shown
+from ..arguments import Count, Natural, Positive, Seed, checked, integer, shown
 from ..models.loading import Model, evaluating
 from mechtut.prompts.few_shot import (
     ICLPrompt,
@@ -191,7 +191,7 @@ def shot_baselines(
     model: Model,
     task: Task,
     shots: Sequence[Natural] = (0, 1, 2, 5, 10),
-    seed: Natural = 42,
+    seed: Seed = 42,
 ) -> pd.DataFrame:
     """How well a task is answered after each number of true demonstrations.
 
@@ -270,7 +270,7 @@ def reconstruct(
     *,
     steps: Count = 1000,
     lr: Positive = 0.5,
-    seed: Natural = 42,
+    seed: Seed = 42,
 ) -> Float[Tensor, "d_model"]:
     """A vector found from another one's decoded distribution alone.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked, shown
+from ..arguments import Count, Seed, checked, shown
 from ..mini.world import World
 from ..models.files import read_lines
 from ..models.loading import Model
@@ -228,7 +228,7 @@ def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
 # %% ../../nbs/library/prompts/facts.ipynb #c025
 @checked
 def world_cases(
-    world: World, n: Count, seed: Natural = 0, generate: bool = False
+    world: World, n: Count, seed: Seed = 0, generate: bool = False
 ) -> list[dict[str, Any]]:
     """CounterFact-like records about facts of the embedded world.
 

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked, integer
+from ..arguments import Count, Natural, Seed, checked, integer
 from ..models.files import read_lines, write_file
 from ..models.loading import Model
 from ..models.weights import sha256_of
@@ -62,7 +62,7 @@ class Task:
     name: str
     pairs: tuple[Pair, ...]
 
-    def split(self, seed: Natural = 42) -> Split:
+    def split(self, seed: Seed = 42) -> Split:
         """70/9/21 % of the pairs, shuffled by numpy's legacy generator.
 
         Args:
@@ -439,7 +439,7 @@ def sample_prompts(
     task: Task,
     n_prompts: Count,
     n_shots: Natural = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
     corrupt: Literal["shuffle", "random"] | None = None,
     *,
     queries: Sequence[int] | None = None,
@@ -534,12 +534,12 @@ def _check_corrupt(corrupt: str | None) -> None:
 def every_query(
     task: Task,
     n_shots: Natural,
-    seed: Natural = 42,
+    seed: Seed = 42,
     corrupt: Literal["shuffle", "random"] | None = None,
     *,
     part: Literal["valid", "test"] = "test",
     keep: Sequence[int] | None = None,
-    split_seed: Natural | None = None,
+    split_seed: Seed | None = None,
     words: Sequence[str] | None = None,
     template: Template = Template(),
 ) -> list[ICLPrompt]:

@@ -15,14 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechtut.arguments import (
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    checked,
-    warn,
-)
+from ..arguments import Count, Natural, NotNegative, Positive, Seed, checked, warn
 from ..models.hooks import Edit
 from ..models.loading import Model, embedding_std
 from ..models.precision import widest
@@ -235,7 +228,7 @@ class Noise:
         n_samples: Count,
         n_tokens: Count,
         d_model: Count,
-        seed: Natural = 1,
+        seed: Seed = 1,
         skip: Natural = 0,
     ) -> Float[Tensor, "sample token d_model"]:
         """What is added to (or replaces) the embeddings, in float64.
@@ -339,7 +332,7 @@ def corrupt(
     noise: float | Noise | Tensor,
     n_samples: Count,
     span: Span,
-    seed: Natural,
+    seed: Seed,
     skip: Natural = 0,
 ) -> Corruption:
     """Noise for the subject of one prompt.
