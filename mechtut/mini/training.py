@@ -522,7 +522,7 @@ def train(
     *,
     resume: bool = True,
     save_every: Count = 200,
-    stop_at: int | None = None,
+    stop_at: Natural | None = None,
     progress: bool = True,
     device: str | None = None,
 ) -> Trainer:

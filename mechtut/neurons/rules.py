@@ -276,7 +276,7 @@ def induce(
     columns: Int[np.ndarray, "token slot"],
     n_features: Count,
     *,
-    n_terms: int = 5,
+    n_terms: Natural = 5,
     min_count: Natural = 2,
     min_gain: NotNegative = 0.01,
 ) -> tuple[list[int], Float[np.ndarray, "term"]]:
@@ -375,7 +375,7 @@ class RuleExplainer:
     """
 
     category_of: CategoryOf | None = None
-    n_terms: int = 5
+    n_terms: Natural = 5
     min_count: Natural = 2
     min_gain: NotNegative = 0.01
     ahead: bool = False
