@@ -201,7 +201,7 @@ UNBOUNDED = Bounds(finite=False)  # where NaN means "unknown", or infinity is me
 AnyFloat = Annotated[float, UNBOUNDED]
 Count = Annotated[int, Bounds(1)]
 Natural = Annotated[int, Bounds(0)]
-Seed = Annotated[int, Bounds(0, 4 * 10**9)]  # numpy's are below 2³²
+Seed = Annotated[int, Bounds(0, 10**9 - 1)]  # numpy's are below 2³²
 Share = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(0)]

@@ -653,7 +653,8 @@ def circuit_logits(
     Returns:
         The logits.
     """
-    if cuts.graph != contrast.graph:
+    own = contrast.graph
+    if (cuts.graph.receivers, cuts.graph.senders) != (own.receivers, own.senders):
         raise ValueError(
             f"cuts are of another graph ({shown(cuts.graph)}) than the contrast's:"
             " make them with Cuts(contrast.graph)"

@@ -150,7 +150,8 @@ def read_lines(path: str | Path, *needed: str) -> list[dict[str, Any]]:
     for i, record in enumerate(found):
         if not isinstance(record, dict) or not set(needed) <= record.keys():
             raise ValueError(
-                f"record {i} of {path} must have {wanted}, not {shown(record)}"
+                f"{path} must hold a list of records with {wanted}; record {i} is"
+                f" {shown(record)}"
             )
     return found
 

@@ -638,7 +638,7 @@ def load_model(
             "trust_remote_code: mechtut never runs code from a hub; load the model"
             " yourself and give load_model the instance"
         )
-    if tokenizer is not None and not callable(tokenizer):
+    if isinstance(tokenizer, str | Path | bytes | float | int):
         raise TypeError(
             f"tokenizer must be a tokenizer of transformers, not {shown(tokenizer)}"
         )
@@ -766,7 +766,8 @@ def _from_pretrained(
         hf, tokenizer = read_gguf(file, dtype, **kwargs)
         return nn.Module.to(hf, target), tokenizer
     ours = source == "mini" or source in WHEELS
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    known = ("config.json", "adapter_config.json")
+    if Path(path).is_dir() and not any((Path(path) / n).is_file() for n in known):
         raise OSError("it has no config.json")
     if not ours and "config" not in kwargs:
         check_config(path, **kwargs)

@@ -55,7 +55,7 @@ def max_activation(records: Iterable[ActivationRecord]) -> float:
 
 
 @checked
-def discretize(activations: Sequence[float], max_activation: float) -> list[int]:
+def discretize(activations: Sequence[AnyFloat], max_activation: float) -> list[int]:
     """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10.
 
     Args:

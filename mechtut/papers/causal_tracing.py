@@ -516,6 +516,10 @@ def average(
     )
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c049
+_FIXED = ("model", "prompt", "subject", "noise", "folder", "progress")
+_OPTIONS = [name for name in signature(trace).parameters if name not in _FIXED]
+
+
 @checked
 def trace_facts(
     model: Model | str,
@@ -551,11 +555,8 @@ def trace_facts(
         >>> average_trace.n_facts, average_trace.scores.shape
         (2, torch.Size([6, 8]))
     """
-    fixed = ("model", "prompt", "subject", "noise", "folder", "progress")
     for name in options:
-        one_of(
-            name, [n for n in signature(trace).parameters if n not in fixed], "option"
-        )
+        one_of(name, _OPTIONS, "option")
     model, known = load_model(model), [known_fact(fact) for fact in facts]
     if not known:
         raise ValueError("there are no facts to trace")

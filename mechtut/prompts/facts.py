@@ -103,7 +103,7 @@ class Request(NamedTuple):
     Attributes:
         prompt: The prompt with the subject in it.
         new: The object that is wanted.
-        true: The object until now.
+        true: The object until now; empty if the record does not say it.
     """
 
     prompt: str
@@ -138,8 +138,9 @@ def requested(case: Mapping[str, Any]) -> Request:
             raise ValueError(f"a record must have a text in {where}, not {found!r}")
         return found
 
-    prompt = fill(text("prompt"), text("subject"))
-    return Request(prompt, text("target_new", "str"), text("target_true", "str"))
+    prompt, new = fill(text("prompt"), text("subject")), text("target_new", "str")
+    known = "target_true" in case["requested_rewrite"]
+    return Request(prompt, new, text("target_true", "str") if known else "")
 
 
 @checked
