@@ -641,7 +641,7 @@ def _guarded(function: Any) -> Any:
         given, sizes = list(args), _sizes(args, kwargs)
         for i, name in enumerate([*places, *rest * len(args)][: len(args)]):
             given[i] = readers[name].read(args[i], name, sizes)
-        for name in readers.keys() & kwargs.keys():
+        for name in [n for n in readers if n in kwargs]:  # in the signature's order
             kwargs[name] = readers[name].read(kwargs[name], name, sizes)
         return given
 

@@ -212,6 +212,11 @@ def fine_tune(
             adam.step()
             if max_change is not None:
                 delta.data.clamp_(-max_change, max_change)
+    if not torch.isfinite(delta).all():
+        raise ValueError(
+            f"the loss is {losses[-1]} at step {len(losses)}: take a smaller"
+            f" learning_rate than {learning_rate:g}"
+        )
     request = {"prompt": prompt, "subject": subject, "target": target}
     return WeightEdit(
         model=model,

@@ -510,8 +510,8 @@ def _check_intervention(model: Model, edits: Intervention, n_pos: int) -> None:
     for edit in edits:
         if isinstance(edit.pos, Where) and not edit.positions(n_pos):
             raise ValueError(
-                f"pos={edit.pos.rule!r} is nowhere in a prompt of {n_pos} tokens, so the"
-                " edit would do nothing: name positions of the prompt"
+                f"pos={edit.pos.rule!r} is nowhere in a prompt of {n_pos} tokens, so"
+                " the edit would do nothing: name positions of the prompt"
             )
         if edit.site not in _REPLAYABLE:
             raise ValueError(

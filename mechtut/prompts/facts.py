@@ -206,8 +206,8 @@ def load_zsre(path: str | Path, model: Model) -> list[dict[str, Any]]:
         texts = [*(line[name] for name in _ZSRE), *(answers or [None])]
         if not all(isinstance(x, str) for x in texts):
             raise ValueError(
-                f"record {number} of {path} must have texts in {', '.join(_ZSRE)} and at"
-                f" least one in answers, not {shown(texts)}"
+                f"record {number} of {path} must have texts in {', '.join(_ZSRE)} and"
+                f" at least one in answers, not {shown(texts)}"
             )
         near = _token_by_token(model, line["loc"] + "?", line["loc_ans"])
         rewrite = {
