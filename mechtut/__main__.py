@@ -5,6 +5,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,7 +183,7 @@ def new_paper(name: str, folder: Path) -> Path:
     Raises:
         ValueError: For a bad name, a missing folder, or a module that exists.
     """
-    if not (name.isidentifier() and name == name.lower()):
+    if not (name.isidentifier() and name == name.lower()) or iskeyword(name):
         raise ValueError(
             f"{name!r} cannot be a module; use lower-case letters, digits and"
             " underscores, such as logit_lens"
@@ -288,6 +289,8 @@ def check(args: argparse.Namespace) -> None:
             f"--out {args.out}: there is no folder {Path(args.out).parent} to write the"
             " figure into"
         )
+    if Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file for the figure")
     known = ("png", "pdf", "svg", "jpg", "webp")
     if Path(args.out).suffix[1:].lower() not in known:
         raise ValueError(
@@ -382,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(examine_mini(args.folder, n=args.n).to_string(index=False))
         else:
             trace(args)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"mechtut: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

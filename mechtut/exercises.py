@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import checked
+from .arguments import NotNegative, checked
 
 
 @checked
@@ -21,7 +21,7 @@ def check(
     right: Any,
     *,
     given: Iterable[tuple] = (),
-    atol: float = 1e-3,
+    atol: NotNegative = 1e-3,
 ) -> bool:
     """Compare an answer with the right one and print how they differ.
 

@@ -22,7 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import Count, Natural, NotNegative, checked, warn
+from mechtut.arguments import (
+    Count,
+    Natural,
+    NotNegative,
+    Seed,
+    Share,
+    checked,
+    same_length,
+    warn,
+)
 from ._wiring import projector, run
 from mechtut.circuits.graph import (
     Edge,
@@ -63,6 +72,9 @@ class EdgeScores(Result):
     scores: Float[Tensor, "edge"] = field(repr=False)
     direct: tuple[tuple[str, str], ...] = field(repr=False)
     method: str
+
+    def __post_init__(self) -> None:
+        same_length(names=self.names, scores=self.scores)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -114,10 +126,16 @@ def _gradients(
     with torch.enable_grad():
         end = run(wiring, x, leaves, write).out
         logits = contrast.model.unembed(end[:, contrast.metric.columns])
+        value = contrast.metric(logits)
+        if not value.requires_grad:
+            raise ValueError(
+                f"metric {contrast.metric.name!r} has no gradient: it must be made of"
+                " the logits by functions of torch"
+            )
         found = dict(
             zip(
                 leaves,
-                torch.autograd.grad(contrast.metric(logits), list(leaves.values())),
+                torch.autograd.grad(value, list(leaves.values())),
                 strict=True,
             )
         )
@@ -366,7 +384,7 @@ def attribution_scores(
 
 
 @checked
-def random_scores(graph: Graph, seed: Natural = 0) -> EdgeScores:
+def random_scores(graph: Graph, seed: Seed = 0) -> EdgeScores:
     """Edges in random order: the baseline that any method must beat.
 
     Args:
@@ -531,7 +549,7 @@ def faithfulness(
     scores: EdgeScores,
     *,
     greedy: bool = False,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[Share] = SHARES,
 ) -> Faithfulness:
     """How much of the metric the best edges get back, by their share of all edges.
 
@@ -623,6 +641,11 @@ class PositionScores(Result):
     direct: tuple[tuple[str, str], ...] = field(repr=False)
     method: str
 
+    def __post_init__(self) -> None:
+        same_length(names=self.names, scores=self.scores)
+        columns = {"columns of scores": self.scores.T}
+        same_length(positions=self.positions, **columns)
+
     def total(self) -> EdgeScores:
         """The scores of whole edges: sums over positions."""
         return EdgeScores(
@@ -633,7 +656,7 @@ class PositionScores(Result):
             provenance=self.provenance,
         )
 
-    def ranked(self, n: int | None = None) -> list[PlacedEdge]:
+    def ranked(self, n: Natural | None = None) -> list[PlacedEdge]:
         """The best pairs of edge and position, by absolute score.
 
         Args:
@@ -657,7 +680,7 @@ class PositionScores(Result):
             score=self.scores.flatten()[order].numpy()
         )
 
-    def by_span(self, spans: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    def by_span(self, spans: Mapping[str, Sequence[Natural]]) -> pd.DataFrame:
         """Scores per named group of positions.
 
         Args:
@@ -680,7 +703,7 @@ class PositionScores(Result):
         edges = pd.MultiIndex.from_tuples(self.names, names=["parent", "child"])
         return pd.DataFrame(sums, index=edges)
 
-    def plot(self, n: int = 12, tokens: Sequence[str] | None = None) -> plt.Axes:
+    def plot(self, n: Count = 12, tokens: Sequence[str] | None = None) -> plt.Axes:
         """The edges with the largest score at any position, as a table of colours.
 
         Args:
@@ -690,6 +713,11 @@ class PositionScores(Result):
         Returns:
             The axes.
         """
+        if tokens is not None and len(tokens) <= max(self.positions):
+            raise ValueError(
+                f"tokens must name all positions, up to {max(self.positions)}, not"
+                f" {len(tokens)} of them"
+            )
         largest = self.scores.abs().amax(1)
         best = largest.argsort(descending=True, stable=True)[:n].tolist()
         values = self.scores[best]
@@ -771,6 +799,7 @@ def cut_at(contrast: Contrast, edge: Sequence[Any], position: int) -> float:
         [0.0, 1.1]
     """
     graph, places = contrast.graph, contrast.window.rows.tolist()
+    (edge,) = check_edges(graph, [edge])
     if edge[1] not in graph.receiver_index:
         raise ValueError(
             f"{edge[1]!r} reads no sum: edges by position end at nodes such as"

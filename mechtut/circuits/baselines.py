@@ -19,7 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, NotNegative, Positive, checked
+from mechtut.arguments import (
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    checked,
+    same_length,
+    shown,
+)
 from ._wiring import apply_mlp, attend, attention_bias, projector
 from .attribution import EdgeScores
 from .graph import Edge, Graph, feeds, layer_of, number_of
@@ -232,6 +240,9 @@ class NodeScores(Result):
     scores: Float[Tensor, "node"] = field(repr=False)
     method: str
 
+    def __post_init__(self) -> None:
+        same_length(names=self.names, scores=self.scores)
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -273,7 +284,15 @@ def edge_scores(graph: Graph, scores: NodeScores) -> EdgeScores:
 
     Returns:
         For each edge the lower score of its two ends.
+
+    Raises:
+        ValueError: For scores of another graph.
     """
+    if set(scores.names) != set(maskable(graph)):
+        raise ValueError(
+            "scores must be of the nodes of this graph, as maskable(graph) names them,"
+            f" not of {shown(scores.names)}"
+        )
     levels = _levels(graph, dict(scores.items()), float(scores.scores.max()))
     values = torch.tensor(
         [min(levels[s], levels[r]) for s, r in graph.sums], dtype=torch.float64
@@ -367,10 +386,17 @@ def hard_concrete(
     Returns:
         The masks, in [0, 1].
 
+    Raises:
+        ValueError: For random numbers that are not uniform ones.
+
     Example:
         >>> hard_concrete(torch.tensor([-9.0, 0.0, 9.0])).tolist()
         [0.0, 0.5, 1.0]
     """
+    if u is not None and not ((u >= 0) & (u <= 1)).all():
+        raise ValueError(
+            f"u must be from 0 to 1, not from {float(u.min()):g} to {float(u.max()):g}"
+        )
     smooth = theta if u is None else (u.log() - (1 - u).log() + theta) / _BETA
     return (smooth.sigmoid() * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
@@ -429,7 +455,7 @@ def subnetwork_probing(
     penalty: NotNegative = 1.0,
     steps: Count = 3000,
     lr: Positive = 1e-3,
-    seed: Natural = 0,
+    seed: Seed = 0,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Subnetwork:

@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import checked, shown
 from . import drawing
 from .graph import Graph, check_edges, reaches_output
 from .metrics import Metric, Positions
@@ -323,6 +323,9 @@ def node_counts(
 
     Returns:
         The counts.
+
+    Raises:
+        ValueError: For edges that the graph does not have.
     """
 
     def nodes(edges: Iterable[Sequence[Any]]) -> set[str]:
@@ -330,6 +333,7 @@ def node_counts(
         found = {n.removesuffix(".in") if n.startswith("m") else n for n in names}
         return {n.removesuffix("_in") for n in found} if merge_qkv else found
 
+    found, truth = check_edges(graph, found), check_edges(graph, truth)
     mine, true, every = nodes(found), nodes(truth), nodes(graph.edges)
     every |= {h for layer in range(graph.n_layers) for h in graph.writers(layer)}
     every.add("out")
@@ -391,10 +395,18 @@ def pessimistic_auc(points: Sequence[tuple[float, float]]) -> float:
     Returns:
         The area.
 
+    Raises:
+        ValueError: For other points.
+
     Example:
         >>> pessimistic_auc([(0.0, 0.0), (0.0, 0.5), (1.0, 1.0)])
         0.5
     """
+    ends, where = ((0.0, 0.0), (1.0, 1.0)), list(map(tuple, points))
+    if len(where) < 2 or (where[0], where[-1]) != ends or where != sorted(where):
+        raise ValueError(
+            f"points must rise from (0, 0) to (1, 1), not be {shown(where)}"
+        )
     return sum((1 - x1) * (y1 - y0) for (_, y0), (x1, y1) in pairwise(points))
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, Seed, checked, integer, one_of, shown
 
 # %% ../../nbs/library/circuits/graph.ipynb #c004
 class Edge(NamedTuple):
@@ -78,10 +78,15 @@ def number_of(node: str) -> int:
     Returns:
         The number.
 
+    Raises:
+        ValueError: For another node, and what is none.
+
     Example:
         >>> number_of("a3.1.q_in"), number_of("a3.kv2.k")
         (1, 2)
     """
+    if layer_of(node) is None or not node.startswith("a"):
+        raise ValueError(f"{node!r} is no node of attention, such as a3.1.q_in")
     return int(node.split(".")[1].removeprefix("kv"))
 
 
@@ -96,10 +101,14 @@ def component(node: str) -> str:
         A head (or a group of heads that share keys and values), an MLP, an embedding
         or `out`.
 
+    Raises:
+        ValueError: If this is not the name of a node.
+
     Example:
         >>> component("a3.1.q_in"), component("a3.kv0.v"), component("m3.in")
         ('a3.1', 'a3.kv0', 'm3')
     """
+    layer_of(node)  # refuses what is no name
     return ".".join(node.split(".")[: 2 if node.startswith("a") else 1])
 
 # %% ../../nbs/library/circuits/graph.ipynb #c008
@@ -126,7 +135,7 @@ class Order:
 
     groups: str = "reverse"
     heads: str = "reverse"
-    seed: Natural = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for value in (self.groups, self.heads):
@@ -196,6 +205,9 @@ def parse_order(order: str | Order) -> Order:
     return Order(*_ORDERS[name], seed=int(seed or 0))
 
 # %% ../../nbs/library/circuits/graph.ipynb #c012
+_KINDS = ("q", "k", "v", "q_in", "k_in", "v_in", "in")
+
+
 @checked
 @dataclass(frozen=True)
 class Graph:
@@ -220,11 +232,18 @@ class Graph:
 
     n_layers: Count
     n_heads: Count
-    n_kv_heads: int = 0
+    n_kv_heads: Natural = 0
     has_mlp: bool = True
     parallel: bool = False
     split_qkv: bool = True
     split_positions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_heads={self.n_heads}, which"
+                f" {self.n_kv_heads} does not"
+            )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -240,6 +259,8 @@ class Graph:
         Returns:
             The number of heads, or of key/value heads.
         """
+        if kind not in _KINDS:
+            one_of(kind, _KINDS, "kind")
         return self.n_heads if kind[0] == "q" else self.n_kv_heads or self.n_heads
 
     def attention_node(self, layer: int, number: int, kind: str) -> str:
@@ -253,7 +274,10 @@ class Graph:
         Returns:
             Such as `a3.1.q`, and `a3.kv0.k` under grouped-query attention.
         """
-        shared = self.count(kind) < self.n_heads
+        n = self.count(kind)
+        integer(layer, "layer", 0, self.n_layers - 1)
+        integer(number, "number", 0, n - 1)
+        shared = n < self.n_heads
         return f"a{layer}.{'kv' if shared else ''}{number}.{kind}"
 
     def group(self, kv_head: Natural) -> range:
@@ -265,7 +289,8 @@ class Graph:
         Returns:
             Numbers of heads.
         """
-        size = self.n_heads // self.count("k")
+        n = self.count("k")
+        kv_head, size = integer(kv_head, "kv_head", 0, n - 1), self.n_heads // n
         return range(kv_head * size, (kv_head + 1) * size)
 
     @property
@@ -282,6 +307,7 @@ class Graph:
         Returns:
             Its heads, then its MLP.
         """
+        integer(layer, "layer", 0, self.n_layers - 1)
         heads = [f"a{layer}.{h}" for h in range(self.n_heads)]
         return heads + [f"m{layer}"] * self.has_mlp
 
@@ -294,6 +320,7 @@ class Graph:
         Returns:
             Queries, keys and values of its heads, then its MLP.
         """
+        integer(layer, "layer", 0, self.n_layers - 1)
         found = [
             self.attention_node(layer, h, kind)
             for kind in self.kinds
@@ -342,7 +369,15 @@ class Graph:
 
         Returns:
             The number; these are the first that many of `senders`.
+
+        Raises:
+            ValueError: If there is no such reader.
         """
+        if receiver not in self._counts:
+            raise ValueError(
+                f"this graph has no reader {receiver!r}; they have names such as"
+                f" {', '.join(self.receivers[:3])}, out"
+            )
         return self._counts[receiver]
 
     def parents(self, receiver: str, order: Order | None = None) -> list[str]:
@@ -402,6 +437,7 @@ def feeds(graph: Graph, node: str) -> list[str]:
         >>> feeds(Graph(n_layers=1, n_heads=4, n_kv_heads=2), "a0.kv1.k")
         ['a0.2', 'a0.3']
     """
+    layer_of(node)  # refuses what is no name
     where, *rest = node.split(".")
     if node == f"{where}.in":
         return [where]
@@ -440,6 +476,13 @@ def visits(graph: Graph) -> Iterator[str]:
     yield from reversed(graph.embeddings)
 
 
+def _ends(edge: Sequence[Any]) -> Edge:
+    """Where an edge (parent, child, ...) begins and ends."""
+    if isinstance(edge, str) or not isinstance(edge, Sequence) or len(edge) < 2:
+        raise ValueError(f"an edge must be (parent, child, ...), not {shown(edge)}")
+    return Edge(edge[0], edge[1])
+
+
 @checked
 def reaches_output(graph: Graph, edges: Iterable[Sequence[Any]]) -> bool:
     """Whether a path of these edges leads from an embedding to the output.
@@ -459,7 +502,7 @@ def reaches_output(graph: Graph, edges: Iterable[Sequence[Any]]) -> bool:
         False
     """
     onward: dict[str, set[str]] = {}
-    for parent, child, *_ in edges:
+    for parent, child in map(_ends, edges):
         onward.setdefault(parent, set()).update([child, *feeds(graph, child)])
     reached, new = set[str](), set(graph.embeddings)
     while new:
@@ -487,7 +530,7 @@ def check_edges(graph: Graph, edges: Iterable[Sequence[Any]]) -> list[Edge]:
         [Edge(parent='embed', child='out')]
     """
     known, names, found = set(graph.edges), {n for e in graph.edges for n in e}, []
-    for parent, child, *_ in edges:
+    for parent, child in map(_ends, edges):
         for node in (parent, child):
             if node not in names:
                 close = get_close_matches(str(node), sorted(names), n=3)

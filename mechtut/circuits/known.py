@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, Seed, checked, integer
 from .graph import Edge
 from ..models.loading import Model, load_model
 
@@ -68,6 +68,8 @@ def blank(
         >>> sum(int(weight.any()) for weight in hf.parameters())
         0
     """
+    if d_model % n_heads:
+        raise ValueError(f"n_heads must divide d_model={d_model}, not {n_heads}")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -98,7 +100,7 @@ LOUD = 12.0
 
 
 @checked
-def field(d_model: Count, start: Natural, size: int) -> Float[Tensor, "d_model size"]:
+def field(d_model: Count, start: Natural, size: Count) -> Float[Tensor, "d_model size"]:
     """A part of the stream, as a matrix that reads it.
 
     Args:
@@ -109,10 +111,14 @@ def field(d_model: Count, start: Natural, size: int) -> Float[Tensor, "d_model s
     Returns:
         Columns of the identity.
 
+    Raises:
+        ValueError: If the part does not fit into the stream.
+
     Example:
         >>> field(3, 1, 2).tolist()
         [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     """
+    integer(start + size, "start + size", most=d_model)
     return torch.eye(d_model)[:, start : start + size]
 
 
@@ -152,7 +158,7 @@ def induction(
     n_prompts: Count = 20,
     n_tokens: Count = 12,
     n_pos: Count = 10,
-    seed: Natural = 0,
+    seed: Seed = 0,
     negative: bool = False,
 ) -> Handmade:
     """An induction circuit of two layers, each with an idle head as well.
@@ -170,10 +176,14 @@ def induction(
     Returns:
         The model with its prompts and edges.
 
+    Raises:
+        ValueError: For prompts of fewer than 4 tokens, or of more than there are.
+
     Example:
         >>> [edge.parent for edge in induction().truth][:4]
         ['pos', 'pos', 'tok', 'tok']
     """
+    integer(n_pos, "n_pos", 4, n_tokens)  # as many different tokens
     size = max(n_tokens, n_pos)
     # fields: token, position, previous token, answer, and two that nobody reads
     d_model = 6 * size
@@ -229,7 +239,7 @@ def _with_direct(edges: list[tuple[str, str]]) -> tuple[Edge, ...]:
 @checked
 @torch.no_grad()
 def reverse(
-    n_prompts: Count = 20, n_tokens: Count = 8, n_pos: Count = 8, seed: Natural = 0
+    n_prompts: Count = 20, n_tokens: Count = 8, n_pos: Count = 8, seed: Seed = 0
 ) -> Handmade:
     """One layer that says the first half of a prompt backwards.
 
@@ -249,6 +259,8 @@ def reverse(
         >>> len(reverse().truth)
         7
     """
+    integer(n_tokens, "n_tokens", 2)
+    integer(n_pos, "n_pos", 2)
     size = max(n_tokens, n_pos)
     d_model = 4 * size
     hf = blank(1, 2, d_model, n_tokens, n_pos)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import AnyFloat, Count, checked
+from ..arguments import AnyFloat, Count, checked, shown
 
 # %% ../../nbs/library/circuits/metrics.ipynb #c004
 Positions = str | int | Sequence[int] | Tensor
@@ -314,7 +314,7 @@ class BoundMetric:
         named = _named(metric, labels)
         positions = positions if positions is not None else "last" if named else "all"
         self.columns, self.mask = find_positions(positions, tokens)
-        self._all = bool(self.mask.all())
+        self._all, self._n_pos = bool(self.mask.all()), tokens.shape[1]
         self._clean: tuple[Tensor, ...] = ()
         self._score: Callable[..., Tensor] | None = None
         self.labels: list[Tensor] = []
@@ -340,10 +340,27 @@ class BoundMetric:
                 " prompts"
             )
         labels = labels.to(self.mask.device)
+        if labels.numel() and labels.min() < -1:
+            raise ValueError(
+                f"labels are token ids, or -1 where there is none, not"
+                f" {int(labels.min())}"
+            )
         if per_position:
-            return labels[:, self.columns][self.mask]
-        shape = -1, len(self.columns), *labels.shape[1:]
-        return labels[:, None].expand(*shape)[self.mask]
+            if labels.shape[1] != self._n_pos:
+                raise ValueError(
+                    f"there are labels for {labels.shape[1]} positions, but"
+                    f" {self._n_pos} positions"
+                )
+            found = labels[:, self.columns][self.mask]
+        else:
+            shape = -1, len(self.columns), *labels.shape[1:]
+            found = labels[:, None].expand(*shape)[self.mask]
+        if not (found >= 0).reshape(len(found), -1).any(1).all():
+            raise ValueError(
+                "labels must name at least one token wherever the metric looks; where"
+                " there is -1 only, leave the position out of positions=..."
+            )
+        return found
 
     def bind(self, clean: Float[Tensor, "batch read d_vocab"]) -> "BoundMetric":
         """Remember the model's own logits.
@@ -353,7 +370,16 @@ class BoundMetric:
 
         Returns:
             This metric.
+
+        Raises:
+            ValueError: For labels outside the vocabulary.
         """
+        for labels in self.labels:
+            if labels.numel() and labels.max() >= clean.shape[-1]:
+                raise ValueError(
+                    f"label {int(labels.max())} is outside the vocabulary, 0 to"
+                    f" {clean.shape[-1] - 1}"
+                )
         rows = clean[self.mask].detach()
         self._clean = (
             (rows.log_softmax(-1), rows.softmax(-1)) if self._score is _kl else (rows,)
@@ -366,7 +392,12 @@ class BoundMetric:
         if self._score is not None:
             rows = logits.flatten(0, 1) if self._all else logits[self.mask]
             return self._score(rows, *self._clean, *self.labels).mean()
-        value = torch.as_tensor(self._own(logits))
+        found = self._own(logits)
+        if not isinstance(found, Tensor | float | int):
+            raise TypeError(
+                f"metric {self.name!r} must return one number, not {shown(found)}"
+            )
+        value = torch.as_tensor(found)
         if value.numel() != 1:
             raise ValueError(
                 f"metric {self.name!r} returned a tensor of shape {tuple(value.shape)};"
@@ -408,6 +439,10 @@ class BoundMetric:
 
 def _named(metric: Any, labels: Tensor | tuple[Tensor, ...] | None) -> Metric | None:
     """The metric as a `Metric`; `None` for a function."""
+    if labels is not None and not isinstance(metric, str):
+        raise ValueError(
+            "labels are for a metric that is given by its name; this one has its own"
+        )
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):

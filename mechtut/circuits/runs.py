@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import Count, checked
+from ..arguments import Count, checked, shown
 from mechtut.circuits._wiring import (
     Run,
     Wiring,
@@ -418,13 +418,19 @@ class Cuts:
 
     def _at(self, edge: Edge | Sequence[Any]) -> tuple[Tensor, Any]:
         """The table that has an edge, and its place there."""
-        parent, child = edge[:2]
-        if child in self._direct_index:
-            return self.direct, self._direct_index[child]
-        return self.sums, (
-            self.graph.receiver_index[child],
-            self.graph.sender_index[parent],
-        )
+        if edge[1] in self._direct_index:
+            number = self._direct_index[edge[1]]
+            if edge[0] == self.graph.direct[number].parent:
+                return self.direct, number
+        sender = self.graph.sender_index.get(edge[0])
+        receiver = self.graph.receiver_index.get(edge[1])
+        if (
+            receiver is None
+            or sender is None
+            or sender >= self.graph.n_parents(edge[1])
+        ):
+            raise ValueError(f"this graph has no edge {edge[0]} → {edge[1]}")
+        return self.sums, (receiver, sender)
 
     def set(self, edge: Edge | Sequence[Any], present: bool) -> None:
         """Put an edge back, or cut it.
@@ -647,6 +653,12 @@ def circuit_logits(
     Returns:
         The logits.
     """
+    own = contrast.graph
+    if (cuts.graph.receivers, cuts.graph.senders) != (own.receivers, own.senders):
+        raise ValueError(
+            f"cuts are of another graph ({shown(cuts.graph)}) than the contrast's:"
+            " make them with Cuts(contrast.graph)"
+        )
     x = _CircuitRun(contrast, cuts, everything).last_stream()
     return contrast.read(x[:, contrast.window.reads])
 

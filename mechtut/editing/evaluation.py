@@ -16,10 +16,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked
+from mechtut.arguments import (
+    Count,
+    Natural,
+    Seed,
+    check,
+    checked,
+    integer,
+    same_length,
+    shown,
+)
 from .weights import WeightEdit
 from ..models.loading import Model, pad_right
-from ..prompts.facts import target_ids
+from ..prompts.facts import requested, target_ids
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c009
 @checked
@@ -37,8 +46,12 @@ def target_log_probs(
 
     Returns:
         For each prompt a tensor `[token, d_vocab]`.
+
+    Raises:
+        ValueError: For another number of targets, and one without tokens.
     """
     out = []
+    same_length(prompts=prompts, targets=targets)
     for i in range(0, len(prompts), batch_size):
         starts = [model.to_tokens(p) for p in prompts[i : i + batch_size]]
         pairs = zip(
@@ -83,6 +96,21 @@ def target_nll(
     ]
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c015
+def _texts(case: Mapping[str, Any], name: str) -> list[str]:
+    """Texts of a record; none where it has no such part."""
+    return list(check(case.get(name, ()), Sequence[str], name))
+
+
+def _needs(record: Any, what: str, source: str, *names: str) -> None:
+    """Refuse what lacks a part."""
+    for name in names:
+        if not isinstance(record, Mapping) or name not in record:
+            raise ValueError(
+                f"{what} must have {name!r}: give what {source} returned, not"
+                f" {shown(record)}"
+            )
+
+
 @checked
 def counterfact_probs(
     model: Model, case: Mapping[str, Any]
@@ -95,17 +123,20 @@ def counterfact_probs(
 
     Returns:
         For each kind of prompt a list of `{"target_new": nll, "target_true": nll}`.
+
+    Raises:
+        ValueError: If the record lacks its request, or has an empty prompt.
     """
-    rewrite = case["requested_rewrite"]
+    asked = requested(case)
     groups = {
-        "rewrite": [rewrite["prompt"].format(rewrite["subject"])],
-        "paraphrase": case.get("paraphrase_prompts", []),
-        "neighborhood": case.get("neighborhood_prompts", []),
+        "rewrite": [asked.prompt],
+        "paraphrase": _texts(case, "paraphrase_prompts"),
+        "neighborhood": _texts(case, "neighborhood_prompts"),
     }
     prompts = [p for group in groups.values() for p in group]
     new, true = (
-        target_nll(model, prompts, [rewrite[t]["str"]] * len(prompts))
-        for t in ("target_new", "target_true")
+        target_nll(model, prompts, [target] * len(prompts))
+        for target in (asked.new, asked.true)
     )
     both = iter(
         [{"target_new": n, "target_true": t} for n, t in zip(new, true, strict=True)]
@@ -127,11 +158,19 @@ def counterfact_scores(
 
     Returns:
         Efficacy, paraphrase and neighbourhood: `..._success` is the share of prompts
-        whose right object is likelier, `..._diff` the mean difference of probabilities.
+        whose right object is likelier, `..._diff` the mean difference of probabilities;
+        NaN for a kind without prompts.
+
+    Raises:
+        ValueError: If a part is missing.
     """
     out = {}
     for name in ("rewrite", "paraphrase", "neighborhood"):
+        _needs(probs, "probs", "counterfact_probs", f"{name}_prompts_probs")
         rows = probs[f"{name}_prompts_probs"]
+        for row in rows:
+            both = ("target_new", "target_true")
+            _needs(row, "a row of probs", "counterfact_probs", *both)
         should_lose, should_win = (
             ("target_new", "target_true")
             if name == "neighborhood"
@@ -157,20 +196,22 @@ def zsre_correct(model: Model, case: Mapping[str, Any]) -> dict[str, list[bool]]
 
     Returns:
         For each kind of prompt a list with one entry per token.
+
+    Raises:
+        ValueError: If a part of the record is missing.
     """
-    rewrite = case["requested_rewrite"]
-    asked = [rewrite["prompt"].format(rewrite["subject"])]
-    out: dict[str, list[bool]] = {}
+    asked, out = requested(case), dict[str, list[bool]]()
     for name, prompts in (
-        ("rewrite", asked),
-        ("paraphrase", case["paraphrase_prompts"]),
+        ("rewrite", [asked.prompt]),
+        ("paraphrase", _texts(case, "paraphrase_prompts")),
     ):
         out[f"{name}_prompts_correct"] = _argmax_right(
-            model, prompts, [rewrite["target_new"]["str"]] * len(prompts)
+            model, prompts, [asked.new] * len(prompts)
         )
-    near = case[
-        "neighborhood_prompts"
-    ]  # one token each: the prompt holds the answer's tokens before it
+    # one token each: the prompt holds the answer's tokens before it
+    near = case.get("neighborhood_prompts", [])
+    for one in near:
+        _needs(one, "a neighbour", "load_zsre", "prompt", "target")
     out["neighborhood_prompts_correct"] = [_next_is(model, n) for n in near]
     return out
 
@@ -198,7 +239,7 @@ def _words(text: str) -> list[str]:
 
 
 @checked
-def ngram_entropy(text: str, n: int) -> float:
+def ngram_entropy(text: str, n: Count) -> float:
     """Entropy of the n-grams of words in a text.
 
     Args:
@@ -230,7 +271,12 @@ def generation_entropy(texts: Sequence[str]) -> float:
 
     Returns:
         Bits; bigrams weigh 2/3 and trigrams 4/3, averaged.
+
+    Raises:
+        ValueError: Without texts.
     """
+    if not texts:
+        raise ValueError("texts must hold at least one text, not none")
     return float(
         np.mean(
             [
@@ -252,10 +298,15 @@ def reference_score(generated: Sequence[str], references: Sequence[str]) -> floa
     Returns:
         Cosine of the two tf-idf vectors, each of all texts together.
 
+    Raises:
+        ValueError: Without texts.
+
     Example:
         >>> round(reference_score(["the tower is old"], ["the tower is old"]), 6)
         1.0
     """
+    if not generated or not references:
+        raise ValueError("generated and references must hold at least one text each")
     documents = [set(_words(r)) for r in references]
     vocabulary = sorted(set().union(*documents))
     idf = np.array(
@@ -291,7 +342,12 @@ def sample(
 
     Returns:
         The rows with their new tokens.
+
+    Raises:
+        ValueError: If the rows grow beyond the context, or there are fewer tokens than
+            `top_k`.
     """
+    top_k = integer(top_k, "top_k", most=model.d_vocab)
     for _ in range(n_new):
         best = model.logits(tokens)[:, -1].float().cpu().topk(top_k)
         pick = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
@@ -303,7 +359,7 @@ def sample(
 
 @checked
 def generation_scores(
-    model: Model, case: Mapping[str, Any], n_tokens: Count = 60, seed: Natural = 0
+    model: Model, case: Mapping[str, Any], n_tokens: Count = 60, seed: Seed = 0
 ) -> dict[str, float]:
     """Quality of text sampled from a record's `generation_prompts`.
 
@@ -318,7 +374,7 @@ def generation_scores(
         as the authors print them; nothing for a record without generation prompts.
     """
     generator, texts = torch.Generator().manual_seed(seed), []
-    for prompt in case.get("generation_prompts", []):
+    for prompt in _texts(case, "generation_prompts"):
         start = model.to_tokens(prompt)
         room = min(n_tokens, model.n_ctx) - len(start)
         texts.append(
@@ -328,7 +384,8 @@ def generation_scores(
         )
     out = {"ngram_entropy": 100 * generation_entropy(texts)} if texts else {}
     if texts and case.get("reference_texts"):
-        out["reference_score"] = 100 * reference_score(texts, case["reference_texts"])
+        references = _texts(case, "reference_texts")
+        out["reference_score"] = 100 * reference_score(texts, references)
     return out
 
 # %% ../../nbs/library/editing/evaluation.ipynb #c035
@@ -349,7 +406,7 @@ def evaluate_edit(
         `{"pre": {...}, "post": {...}}`.
 
     Raises:
-        ValueError: If the edit is of another model.
+        ValueError: If the edit is of another model, or a part of the record is missing.
 
     Example:
         >>> import torch
@@ -367,7 +424,10 @@ def evaluate_edit(
             f" change nothing in {model.name}: give evaluate_edit the model that the"
             " edit was made with"
         )
-    zsre = any(isinstance(n, Mapping) for n in case.get("neighborhood_prompts", []))
+    near = check(
+        case.get("neighborhood_prompts", ()), Sequence[Any], "neighborhood_prompts"
+    )
+    zsre = any(isinstance(n, Mapping) for n in near)
 
     def measure() -> dict[str, Any]:
         if zsre:
@@ -401,9 +461,18 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     Returns:
         The means, and under `..._score` the harmonic mean of efficacy, paraphrase and
         neighbourhood.
+
+    Raises:
+        ValueError: Without results, and for what is none.
     """
     out: dict[str, float] = {}
+    if not results:
+        raise ValueError("results must hold at least one record's, not none")
+    for result in results:
+        _needs(result, "a result", "evaluate_edit", "pre", "post")
     for when in ("pre", "post"):
+        for result in results:
+            _needs(result[when], when, "evaluate_edit", *results[0][when])
         keys = [
             k
             for k in results[0][when]
@@ -421,6 +490,11 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             for k, v in out.items()
             if k.startswith(when) and k.endswith(("_success", "_acc"))
         ]
+        if not parts:
+            raise ValueError(
+                f"{when!r} must have scores: give what evaluate_edit returned, not"
+                f" {shown(results[0][when])}"
+            )
         out[f"{when}_score"] = (
             len(parts) / sum(1 / p for p in parts) if all(p > 0 for p in parts) else 0.0
         )

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, Seed, checked
 from .evaluation import sample
 from ..models.loading import Model, document_start
+from ..prompts.facts import fill
 from ..prompts.subject_noise import token_spans
 
 # %% ../../nbs/library/editing/requests.ipynb #n001
@@ -45,17 +46,12 @@ def locate(
         >>> locate(load_model("mini"), "{} works as a", "Riley Martin")[1]
         1
     """
-    if template.count("{}") != 1:
-        raise ValueError(
-            "the prompt needs exactly one {} where the subject goes, not"
-            f" {template!r}"
-        )
+    filled = fill(template, subject)
     if not subject.strip() or token not in TOKENS:
         raise ValueError(
             f"need a subject and a token out of {', '.join(TOKENS)}, not"
             f" {subject!r} and {token!r}"
         )
-    filled = template.format(subject)
     text, spans = token_spans(model, filled)
     begin = text.find(filled)  # decoded text may have special tokens around it
     if begin < 0:
@@ -74,8 +70,8 @@ def locate(
 @checked
 def context_templates(
     model: Model,
-    seed: Natural = 0,
-    lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10)),
+    seed: Seed = 0,
+    lengths: Sequence[tuple[Natural, Count]] = ((10, 5), (10, 10)),
     top_k: Count = 5,
 ) -> tuple[str, ...]:
     """The bare `"{}"` and sampled beginnings like `"The report was. {}"`.

@@ -19,7 +19,7 @@ from ..models.families import as_stored
 from ..models.hooks import check_layer, hooked
 from ..models.interrupts import undisturbed
 from ..models.loading import Model, evaluating
-from ..prompts.facts import target_ids
+from ..prompts.facts import fill, target_ids
 
 # %% ../../nbs/library/editing/weights.ipynb #c004
 @checked
@@ -79,6 +79,15 @@ class WeightEdit:
     delta: Float[Tensor, "d_mlp d_model"] = field(repr=False)
     request: Mapping[str, str]
     losses: tuple[float, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        module: Any = mlp_projection(self.model, self.layer)
+        wanted = tuple(as_stored(module, module.weight).shape)
+        if tuple(self.delta.shape) != wanted:
+            raise ValueError(
+                f"delta must be {wanted} for layer {self.layer} of {self.model.name},"
+                f" not {tuple(self.delta.shape)}"
+            )
 
     @property
     def _stack(self) -> list[tuple["WeightEdit", Tensor]]:
@@ -174,9 +183,13 @@ def fine_tune(
 
     Returns:
         An edit that is not applied yet.
+
+    Raises:
+        IndexError: For a layer that does not exist.
+        ValueError: Without exactly one `{}`, or for a target without tokens.
     """
     module = mlp_projection(model, layer)
-    asked = prompt.format(subject)
+    asked = fill(prompt, subject)
     start, goal = model.to_tokens(asked), target_ids(model, target, asked)
     tokens = torch.cat([start, goal])[None]
     weight: Any = module.weight
@@ -199,6 +212,11 @@ def fine_tune(
             adam.step()
             if max_change is not None:
                 delta.data.clamp_(-max_change, max_change)
+    if not torch.isfinite(delta).all():
+        raise ValueError(
+            f"the loss is {losses[-1]} at step {len(losses)}: take a smaller"
+            f" learning_rate than {learning_rate:g}"
+        )
     request = {"prompt": prompt, "subject": subject, "target": target}
     return WeightEdit(
         model=model,

@@ -40,7 +40,7 @@ EDITING = RomeConfig(learning_rate=1.0, steps=30, clamp=15)
 
 @checked
 def rome_scores(
-    model: Model, world: World, n: int = 30, config: RomeConfig = EDITING
+    model: Model, world: World, n: Count = 30, config: RomeConfig = EDITING
 ) -> pd.DataFrame:
     """Success of ROME edits by layer.
 
@@ -180,7 +180,7 @@ def function_vector_lines(who: Candidate, world: World, n: int) -> list[Line]:
 # %% ../../nbs/library/experiments/report_card.ipynb #c011
 @checked
 def evaluate(
-    model: Any, world: World | None = None, *, n: int = 200, tokenizer: Any = None
+    model: Any, world: World | None = None, *, n: Count = 200, tokenizer: Any = None
 ) -> pd.DataFrame:
     """The whole exam with the lines of the papers; a few minutes on one CPU core.
 
@@ -199,7 +199,7 @@ def evaluate(
 
 
 @checked
-def examine_mini(folder: str | Path, *, n: int = 200) -> pd.DataFrame:
+def examine_mini(folder: str | Path, *, n: Count = 200) -> pd.DataFrame:
     """Examine a model folder, and write `evaluation.csv` and `README.md` into it.
 
     Args:

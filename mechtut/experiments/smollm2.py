@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..arguments import Count, Natural, Positive, checked
+from ..arguments import Count, Natural, Positive, Seed, checked
 from ..circuits.attribution import attribution_scores, select
 from ..circuits.circuit import Circuit
 from ..circuits.graph import number_of
@@ -98,7 +98,7 @@ def stored(name: str, kind: type[Result] | None = None) -> Any:
 
 # %% ../../nbs/library/experiments/smollm2.ipynb #c006
 @checked
-def well_known(model: Model, n: int = 60) -> list[EverydayFact]:
+def well_known(model: Model, n: Count = 60) -> list[EverydayFact]:
     """Everyday facts that the model knows, about subjects of several tokens.
 
     Args:
@@ -177,7 +177,7 @@ def noise_elsewhere(
     model: Model,
     facts: Sequence[EverydayFact],
     n_samples: Count = 3,
-    seed: Natural = 0,
+    seed: Seed = 0,
     std: Positive | None = None,
 ) -> pd.DataFrame:
     """The answer's probability with noise on the subject, and on other tokens.
@@ -218,7 +218,7 @@ def noise_elsewhere(
 # %% ../../nbs/library/experiments/smollm2.ipynb #c012
 @checked
 def elsewhere(
-    facts: Sequence[EverydayFact], n: int = 60, seed: Natural = 0
+    facts: Sequence[EverydayFact], n: Natural = 60, seed: Seed = 0
 ) -> list[str]:
     """Prompts about anything but some facts' relations and subjects.
 
@@ -347,7 +347,7 @@ def vectors(
     k: Count = 10,
     n_random: Natural = 5,
     layers: Sequence[int] | None = None,
-    seed: Natural = 42,
+    seed: Seed = 42,
 ) -> tuple[FunctionVector, pd.DataFrame]:
     """A task's function vector and its accuracy beside every control.
 
@@ -401,7 +401,7 @@ def vectors(
 # %% ../../nbs/library/experiments/smollm2.ipynb #c018
 @checked
 def ioi_batch(
-    model: Model, n: int, n_held_out: int, seed: Natural = 0
+    model: Model, n: Count, n_held_out: Natural, seed: Seed = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Indirect-object prompts of one length, for a search and held out.
 
@@ -414,6 +414,9 @@ def ioi_batch(
     Returns:
         Two dictionaries with token ids `clean` and `corrupted` (where a third person
         gives), and the ids of the `right` and the `wrong` name.
+
+    Raises:
+        ValueError: If there are not so many of one length.
     """
     by_length: dict[int, list[dict[str, Any]]] = {}
     for pair in ioi_prompts(20 * (n + n_held_out), seed):
@@ -428,12 +431,12 @@ def ioi_batch(
             giver = max(i for i, token in enumerate(clean) if token == row["wrong"])
             row["corrupted"] = [*clean[:giver], corrupted[giver], *clean[giver + 1 :]]
             by_length.setdefault(len(clean), []).append(row)
-    rows = max(by_length.values(), key=len)
+    rows = max(by_length.values(), key=len, default=[])
     if len(rows) < n + n_held_out:
         raise ValueError(f"only {len(rows)} prompts have the same length")
 
     def batch(some: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([row[key] for row in some]) for key in some[0]}
+        return {key: torch.tensor([row[key] for row in some]) for key in rows[0]}
 
     return batch(rows[:n]), batch(rows[n : n + n_held_out])
 
@@ -444,8 +447,8 @@ def circuits(
     thresholds: Sequence[float],
     folder: Path,
     *,
-    n: int = 16,
-    seed: Natural = 0,
+    n: Count = 16,
+    seed: Seed = 0,
 ) -> tuple[list[Circuit], pd.DataFrame]:
     """A circuit per threshold, and how faithful each is on prompts it has not seen.
 
@@ -472,7 +475,7 @@ def circuits(
 
 @checked
 def attributed(
-    model: Model, sizes: Sequence[int], *, n: int = 16, seed: Natural = 0
+    model: Model, sizes: Sequence[Natural], *, n: Count = 16, seed: Seed = 0
 ) -> pd.DataFrame:
     """Circuits of the edges that gradients score highest (EAP-IG), by size.
 
@@ -530,7 +533,7 @@ def _faithfulness(
 
 @checked
 def heads_of(
-    model: Model, circuit: Circuit, n: int = 32, seed: Natural = 0
+    model: Model, circuit: Circuit, n: Count = 32, seed: Seed = 0
 ) -> pd.DataFrame:
     """The heads of a circuit: where they look, and what cutting each of them does.
 

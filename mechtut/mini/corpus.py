@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..arguments import Natural, checked
+from ..arguments import Positive, Seed, checked
 from mechtut.mini.world import (
     LIST_OPERATIONS,
     World,
@@ -644,7 +644,7 @@ MIXTURE = {
 
 @checked
 def corpus(
-    world: World, seed: Natural, mixture: dict[str, float] | None = None
+    world: World, seed: Seed, mixture: dict[str, Positive] | None = None
 ) -> Iterator[Document]:
     """Endless documents about a world, always the same for the same seed.
 
@@ -669,6 +669,8 @@ def corpus(
         raise ValueError(
             f"unknown kinds of document {unknown}; expected some of {sorted(MAKERS)}"
         )
+    if not mixture:
+        raise ValueError("mixture must name at least one kind of document, not none")
     rng, kinds = random.Random(seed), list(mixture)
     cumulative = list(itertools.accumulate(mixture.values()))
     while True:

@@ -10,14 +10,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Seed, checked, integer, same_length
 from .corpus import corpus, icl_prompt
 from .world import LIST_OPERATIONS, Fact, World, make_pairs
 from ..models.families import find_family
@@ -28,6 +28,12 @@ __all__ = ['Part', 'Candidate', 'Line', 'facts_table', 'trace_roles', 'logit_len
            'evaluate']
 
 # %% ../../nbs/library/mini/evaluation.ipynb #c005
+def _some(texts: list[str], name: str) -> None:
+    """Refuse no texts, and texts without a word."""
+    if not texts or not all(map(str.strip, texts)):
+        raise ValueError(f"{name} must hold at least one text, and none that is empty")
+
+
 @checked
 class Candidate:
     """A language model under examination.
@@ -80,6 +86,8 @@ class Candidate:
         Raises:
             ValueError: If the word has more tokens than one.
         """
+        if not word.strip():
+            raise ValueError(f"{word!r} is no word; the exam needs an answer")
         found = self.ids(" " + word)
         if word.isdigit():
             found = [self.tokenizer.convert_tokens_to_ids(word)]
@@ -91,7 +99,7 @@ class Candidate:
 
     @torch.no_grad()
     def next_logits(
-        self, prompts: list[str], batch: int = 64
+        self, prompts: list[str], batch: Count = 64
     ) -> Float[Tensor, "prompt vocab"]:
         """Logits after the last token of each prompt.
 
@@ -101,8 +109,12 @@ class Candidate:
 
         Returns:
             The logits.
+
+        Raises:
+            ValueError: Without prompts, and for an empty one.
         """
         out = []
+        _some(prompts, "prompts")
         for i in range(0, len(prompts), batch):
             rows = [self.ids(p) for p in prompts[i : i + batch]]
             width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
@@ -136,7 +148,11 @@ class Candidate:
 
         Returns:
             An answer per prompt.
+
+        Raises:
+            ValueError: Without prompts, and for another number of answers.
         """
+        same_length(prompts=prompts, answers=answers)
         best = self.next_logits(prompts).argmax(-1).tolist()
         return [b == self.token(a) for b, a in zip(best, answers, strict=True)]
 
@@ -320,11 +336,11 @@ def trace_roles(
     who: Candidate,
     world: World,
     *,
-    n: int = 50,
-    component: str = "resid_post",
-    window: int = 1,
+    n: Count = 50,
+    component: Literal["resid_post", "mlp_out", "attn_out"] = "resid_post",
+    window: Count = 1,
     samples: Count = 4,
-    seed: Natural = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Average indirect effect by token role and layer, over facts that the model knows.
 
@@ -526,7 +542,12 @@ def logit_lens(who: Candidate, prompts: list[str], answers: list[str]) -> list[f
 
     Returns:
         The probabilities, from before the first layer to after the last.
+
+    Raises:
+        ValueError: Without prompts, and for another number of answers.
     """
+    same_length(prompts=prompts, answers=answers)
+    _some(prompts, "prompts")
     total = torch.zeros(who.hf.config.n_layer + 1)
     for p, a in zip(prompts, answers, strict=True):
         ids = torch.tensor([who.ids(p)], device=who.hf.device)
@@ -566,7 +587,11 @@ def neuron_selectivity(
     Returns:
         The largest correlation of the activation with "this word is of the category" or
         "the next word is".
+
+    Raises:
+        ValueError: Without texts, and for an empty one.
     """
+    _some(texts, "texts")
     kept: list[list[Tensor]] = [[] for _ in who.hf.transformer.h]
     labels: list[tuple[str | None, str | None]] = []
 
@@ -657,12 +682,18 @@ def steering(
 
     Returns:
         A row per coefficient; its attribute `layer` names the layer.
+
+    Raises:
+        ValueError: Without coefficients, and for a layer that does not exist.
     """
+    if not coefficients:
+        raise ValueError("coefficients must hold at least one number, not none")
     if layer is None:
         layers = range(who.hf.config.n_layer - 1)
         tables = [steering(who, world, coefficients, i) for i in layers]
         rises = [float(t["positive"].iloc[-1] - t["positive"].iloc[0]) for t in tables]
         return tables[rises.index(max(rises))]
+    layer = integer(layer, "layer", 0, who.hf.config.n_layer - 1)
     part, block = world.spec["sentiment"], who.hf.transformer.h[layer]
     seen: list[Tensor] = []
 

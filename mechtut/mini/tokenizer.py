@@ -25,7 +25,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
-from ..arguments import Natural, checked
+from ..arguments import Count, Natural, Positive, Seed, Share, checked
 from .corpus import ANSWER, NAME, corpus
 from .world import World
 
@@ -188,11 +188,11 @@ def pack_rows(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    seed: Natural,
-    n_rows: int,
-    n_ctx: int,
-    mixture: dict[str, float],
-    masked: float = 0.0,
+    seed: Seed,
+    n_rows: Natural,
+    n_ctx: Count,
+    mixture: dict[str, Positive],
+    masked: Share = 0.0,
 ) -> Rows:
     """Rows of fresh text, always the same for the same seed.
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from copy import copy
@@ -23,7 +24,15 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked
+from mechtut.arguments import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    checked,
+)
 from .card import model_card
 from .corpus import BEHAVIOURS, FOUNDATION, MIXTURE, UNCLEAR
 from .evaluation import evaluate
@@ -91,30 +100,37 @@ class Recipe:
         (3417, 2204, 0.01)
     """
 
-    n_layer: int = 8
+    n_layer: Count = 8
     d_model: Count = 192
-    n_head: int = 6
-    n_ctx: int = 128
-    batch: int = 48
-    tokens: int = 21_000_000
-    seed: Natural = 0
-    adam_lr: float = 3e-3
-    muon_lr: float = 0.02
-    warmup: int = 100
-    decay: float = 0.3
-    foundation: float = 0.2
-    variety: float = 0.45
-    masked: float = 0.75
-    gather: int = 2
-    handoff: int = 3
-    sparsity: float = 0.8
-    plant: float = 0.645
-    planted: float = 1.0
-    per_kind: int = 5
-    lens: float = 0.01
-    lens_until: float = 0.85
-    weighting: float = 1.0
+    n_head: Count = 6
+    n_ctx: Count = 128
+    batch: Count = 48
+    tokens: Count = 21_000_000
+    seed: Seed = 0
+    adam_lr: Positive = 3e-3
+    muon_lr: Positive = 0.02
+    warmup: Natural = 100
+    decay: Share = 0.3
+    foundation: Share = 0.2
+    variety: Share = 0.45
+    masked: Share = 0.75
+    gather: Natural = 2
+    handoff: Natural = 3
+    sparsity: NotNegative = 0.8
+    plant: Share = 0.645
+    planted: NotNegative = 1.0
+    per_kind: Natural = 5
+    lens: NotNegative = 0.01
+    lens_until: Share = 0.85
+    weighting: NotNegative = 1.0
     neighbours: bool = True
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_head:
+            raise ValueError(
+                f"n_head must divide d_model={self.d_model}, which {self.n_head} does"
+                " not"
+            )
 
     @property
     def steps(self) -> int:
@@ -506,7 +522,7 @@ def train(
     *,
     resume: bool = True,
     save_every: Count = 200,
-    stop_at: int | None = None,
+    stop_at: Natural | None = None,
     progress: bool = True,
     device: str | None = None,
 ) -> Trainer:
@@ -634,6 +650,16 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
+    try:
+        _command(args)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"mechtut.mini: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(args: argparse.Namespace) -> None:
+    """Train, or examine."""
     if args.command == "train":
         others = ("command", "out", "stop_at", "device")
         given = {k: v for k, v in vars(args).items() if k not in others}
@@ -649,4 +675,3 @@ def main(argv: list[str] | None = None) -> int:
                 )
     else:
         print(examine_folder(args.folder, n=args.n).to_string(index=False))
-    return 0

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
-from ..arguments import Natural, checked
+from ..arguments import Count, Natural, Seed, checked, integer, one_of
 
 # %% auto #0
 __all__ = ['LIST_OPERATIONS', 'load_spec', 'with_article', 'capitalised', 'Fact', 'Task', 'ListTask', 'World', 'Pair', 'ioi_text',
@@ -311,7 +311,7 @@ class ListTask:
         operation: "copy", or the name of a word-to-word task.
     """
 
-    position: str
+    position: Literal["first", "last"]
     operation: str
 
     @property
@@ -320,7 +320,12 @@ class ListTask:
         return f"{self.position} {self.operation}"
 
     def pair(
-        self, task: Task, rng: random.Random, *, held_out: bool = False, length: int = 3
+        self,
+        task: Task,
+        rng: random.Random,
+        *,
+        held_out: bool = False,
+        length: Count = 3,
     ) -> tuple[str, str]:
         """A list of words, and the answer.
 
@@ -332,7 +337,11 @@ class ListTask:
 
         Returns:
             The words joined by commas, and the answer.
+
+        Raises:
+            ValueError: If the task has fewer words.
         """
+        length = integer(length, "length", most=len(task.train))
         shown = rng.sample(task.train, length)
         i = 0 if self.position == "first" else length - 1
         if held_out:
@@ -416,7 +425,7 @@ class World:
         'Tokyo'
     """
 
-    def __init__(self, seed: Natural = 0) -> None:
+    def __init__(self, seed: Seed = 0) -> None:
         self.seed, self.spec, rng = seed, load_spec(), random.Random(seed)
         self.subjects = _subjects(self.spec, rng)
         self.facts = _facts(self.spec, self.subjects, rng)
@@ -457,7 +466,12 @@ class World:
         return self._category.get(word.strip())
 
     def list_pairs(
-        self, name: str, n: int = 100, *, seed: Natural = 0, words: str | None = None
+        self,
+        name: str,
+        n: Natural = 100,
+        *,
+        seed: Seed = 0,
+        words: str | None = None,
     ) -> tuple[tuple[str, str], ...]:
         """Different pairs of a task on lists of words.
 
@@ -470,10 +484,16 @@ class World:
         Returns:
             Pairs of list and answer.
 
+        Raises:
+            ValueError: If there is no such task.
+
         Example:
             >>> World().list_pairs("last capital", 1)
             (('Peru, Italy, Germany', 'Berlin'),)
         """
+        one_of(name, self.list_tasks, "name")
+        if words is not None:
+            one_of(words, self.tasks, "words")
         task, rng = self.list_tasks[name], random.Random(f"{name} {seed}")
         found: dict[str, str] = {}
         while len(found) < n:
@@ -671,7 +691,7 @@ _PAIR_MAKERS: dict[str, Callable[[World, random.Random, bool], Pair]] = {
 # %% ../../nbs/library/mini/world.ipynb #c058
 @checked
 def make_pairs(
-    world: World, circuit: str, n: int, *, seed: Natural = 0, held_out: bool = False
+    world: World, circuit: str, n: Natural, *, seed: Seed = 0, held_out: bool = False
 ) -> list[Pair]:
     """Clean and corrupted prompts for one circuit.
 

@@ -75,6 +75,7 @@ class Site:
 
         Raises:
             TypeError: If this is not a string.
+            ValueError: For no name at all, and a layer of `embed`.
 
         Example:
             >>> Site.parse("blocks.3.attn.hook_z")
@@ -82,11 +83,16 @@ class Site:
         """
         if not isinstance(name, str):
             raise TypeError(f"a site is named by a string, such as 'z.4', not {name!r}")
+        if not name:
+            raise ValueError("a site needs a name, such as 'z.4', not ''")
         head, _, tail = name.rpartition(".")
-        if head in SITES and tail.isdigit():
+        if head in SITES and tail.isdecimal():
+            if head == "embed":
+                raise ValueError(f"'embed' has no layers, so not {name!r}: say 'embed'")
             return Site(head, int(tail))
         parts = name.split(".", 2)
-        if len(parts) == 3 and parts[0] == "blocks" and parts[2] in _TRANSFORMER_LENS:
+        numbered = len(parts) == 3 and parts[1].removeprefix("-").isdecimal()
+        if numbered and parts[0] == "blocks" and parts[2] in _TRANSFORMER_LENS:
             return Site(_TRANSFORMER_LENS[parts[2]], int(parts[1]))
         return Site(_TRANSFORMER_LENS.get(name, name))
 
@@ -763,7 +769,7 @@ def intervene(
     edits: Sequence[Edit],
     *,
     must_fire: bool = True,
-    prompt_length: int | None = None,
+    prompt_length: Count | None = None,
 ) -> Iterator[None]:
     """Inside the `with` block every forward pass writes the edits.
 
@@ -945,6 +951,9 @@ def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[S
     Returns:
         The sites, in order.
 
+    Raises:
+        IndexError: For a layer that does not exist.
+
     Example:
         >>> from mechtut import load_model
         >>> len(expand_sites(load_model("mini"), ["embed", "z", "resid_post.3"]))
@@ -956,6 +965,8 @@ def expand_sites(model: Model | nn.Module, sites: str | Sequence[str]) -> list[S
         if site.layer is None and site.name in layered:
             out += [Site(site.name, i) for i in range(model.n_layers)]  # type: ignore
         else:
+            if site.name in layered and isinstance(model, Model):
+                check_layer(model, site.layer, site.name)
             out.append(site)
     return out
 

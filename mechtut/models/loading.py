@@ -9,6 +9,7 @@ __all__ = ['Model', 'evaluating', 'mask_arguments', 'readable_token', 'document_
 # %% ../../nbs/library/models/loading.ipynb #c002
 import copy
 import hashlib
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..arguments import checked
+from ..arguments import checked, integer, shown
 from mechtut.models.families import (
     WHERE_FILES_ARE,
     Family,
@@ -151,8 +152,19 @@ class Model:
 
         Returns:
             The module.
+
+        Raises:
+            ValueError: If there is no such block or module.
         """
-        return self.blocks[layer].get_submodule(path)
+        blocks = self.blocks
+        block = blocks[integer(layer, "layer", 0, len(blocks) - 1)]
+        try:
+            return block.get_submodule(path)
+        except AttributeError:
+            known = ", ".join(name for name, _ in block.named_modules() if name)
+            raise ValueError(
+                f"path {path!r} is no module of a block of {self.name}: it has {known}"
+            ) from None
 
     def to_tokens(self, text: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
         """Token ids of one prompt, special tokens as the tokenizer adds them.
@@ -202,7 +214,7 @@ class Model:
             The ids.
 
         Raises:
-            ValueError: If the model has no tokenizer.
+            ValueError: If the model has no tokenizer, or this is not Unicode.
 
         Example:
             >>> from mechtut import load_model
@@ -210,6 +222,13 @@ class Model:
             [0, 1849, 1275]
         """
         tokenizer = self._tokenizer()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text has half a character ({error.object[error.start]!a}) at"
+                f" {error.start}: read it as UTF-8"
+            ) from None
         ids: list[int] = list(tokenizer(text)["input_ids"])
         bos = getattr(tokenizer, "bos_token_id", None)
         if bos is None:
@@ -317,8 +336,12 @@ class Model:
 
         Returns:
             The text.
+
+        Raises:
+            ValueError: If one of them is not in the vocabulary.
         """
-        return self._tokenizer().decode(list(ids), clean_up_tokenization_spaces=False)
+        ids = [integer(i, "a token id", 0, self.d_vocab - 1) for i in ids]
+        return self._tokenizer().decode(ids, clean_up_tokenization_spaces=False)
 
     @torch.no_grad()
     def logits(
@@ -452,6 +475,9 @@ def mask_arguments(
     Returns:
         `attention_mask` and `position_ids`, or nothing without a mask.
 
+    Raises:
+        ValueError: For other numbers than 0 and 1, and a row of padding only.
+
     Example:
         >>> import torch
         >>> mask_arguments(torch.tensor([[0, 1, 1]]))["position_ids"].tolist()
@@ -459,6 +485,12 @@ def mask_arguments(
     """
     if attention_mask is None:
         return {}
+    real = attention_mask == 1
+    if not (real | (attention_mask == 0)).all():
+        raise ValueError("attention_mask must hold 1 (a token) and 0 (padding) only")
+    if not real.any(-1).all():
+        row = int((~real.any(-1)).nonzero()[0])
+        raise ValueError(f"row {row} of attention_mask is all padding: leave it out")
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"attention_mask": attention_mask, "position_ids": positions}
 
@@ -544,11 +576,19 @@ def pad_right(
     Returns:
         The batch, padded on the right, and its attention mask.
 
+    Raises:
+        ValueError: If there are no rows, or one is empty.
+
     Example:
         >>> import torch
         >>> pad_right([torch.tensor([1, 2]), torch.tensor([3])])[1].tolist()
         [[1, 1], [1, 0]]
     """
+    if not rows or not all(map(len, rows)):
+        raise ValueError(
+            "rows must hold at least one prompt, and each at least one token, not"
+            f" lengths {[len(r) for r in rows]}"
+        )
     tokens = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     lengths = torch.tensor([len(r) for r in rows], device=tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
@@ -598,6 +638,12 @@ def load_model(
             "trust_remote_code: mechtut never runs code from a hub; load the model"
             " yourself and give load_model the instance"
         )
+    if isinstance(tokenizer, str | Path | bytes | float | int):
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers, not {shown(tokenizer)}"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be one of floats, not {dtype}")
     if isinstance(source, Model | nn.Module) and kwargs:
         raise ValueError(
             f"{', '.join(kwargs)} says how files are read, but {type(source).__name__}"
@@ -624,9 +670,23 @@ def load_model(
         hf, name = source, getattr(config, "_name_or_path", "") or type(source).__name__
         hf = hf.to(dtype=dtype, device=device) if dtype or device else hf
     else:
-        hf, own = _from_pretrained(
-            str(source), dtype, device, tokenizer is None, kwargs
-        )
+        if not isinstance(source, str | Path) or not str(source).strip():
+            raise TypeError(
+                "source must be the name of a model, a folder or a model itself, not"
+                f" {shown(source)}"
+            )
+        try:
+            hf, own = _from_pretrained(
+                str(source), dtype, device, tokenizer is None, kwargs
+            )
+        except OSError as error:  # of the hub's client, in several sentences
+            raise OSError(_not_found(str(source), error)) from error
+        except TypeError as error:
+            if not any(repr(name) in str(error) for name in kwargs):
+                raise
+            raise TypeError(
+                f"{', '.join(kwargs)}: {source} is not loaded with that ({error})"
+            ) from None
         hf = plain_model(hf).eval().requires_grad_(False)
         tokenizer, name = tokenizer or own, str(source)
     family = find_family(hf)
@@ -648,6 +708,19 @@ def load_model(
 
     check_family(model)
     return model
+
+
+def _not_found(source: str, error: OSError) -> str:
+    """Why a model cannot be read, and what to do."""
+    if Path(source).exists():
+        why = "is here, but is no model that can be read"
+    elif source.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        why = "is neither a folder nor a name on the hub"
+    else:
+        why = "is no folder, and cannot be fetched from the hub"
+    names = ", ".join(["mini", *WHEELS])
+    first = " ".join(str(error).split())[:300]
+    return f"model {source!r} {why}; there are {names}, or give a folder ({first})"
 
 
 def _unwrap_bridge(bridge: Any) -> tuple[Any, Any]:
@@ -681,7 +754,7 @@ def _from_pretrained(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path: str | Path = source
-    target = torch.device(device) if device else _fastest_device()
+    target = _device(device) if device else _fastest_device()
     if source == "mini":
         path = mini_folder()
         verify_fingerprint(path)
@@ -693,6 +766,9 @@ def _from_pretrained(
         hf, tokenizer = read_gguf(file, dtype, **kwargs)
         return nn.Module.to(hf, target), tokenizer
     ours = source == "mini" or source in WHEELS
+    known = ("config.json", "adapter_config.json")
+    if Path(path).is_dir() and not any((Path(path) / n).is_file() for n in known):
+        raise OSError("it has no config.json")
     if not ours and "config" not in kwargs:
         check_config(path, **kwargs)
     with _no_progress_bar(quiet=ours):
@@ -706,6 +782,19 @@ def _from_pretrained(
             path, trust_remote_code=False, **where
         )
     return nn.Module.to(hf, target), tokenizer
+
+
+def _device(device: Any) -> torch.device:
+    """The device, if this machine has it."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0][:200]
+        raise ValueError(
+            f"device={str(device)!r} is not there ({why}); give 'cpu', or nothing for"
+            " the fastest"
+        ) from None
 
 
 def _fastest_device() -> torch.device:
@@ -818,6 +907,9 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
     Returns:
         The standard deviation.
 
+    Raises:
+        ValueError: If the subjects have no tokens.
+
     Example:
         >>> embedding_std(load_model("mini"), ["Riley Martin"]) < 1
         True
@@ -833,5 +925,7 @@ def embedding_std(model: Model, subjects: Iterable[str] | None = None) -> float:
             return float(model.embed(ids).cpu().double().std()) * scale
         words = (model.encode(s) for s in subjects)
         found = [i for ids in words for i in ids if i not in special]
+        if not found:
+            raise ValueError("subjects have no tokens; give at least one word")
         ids = torch.tensor(found, device=model.device)
         return float(model.embed(ids).std()) * scale

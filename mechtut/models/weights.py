@@ -67,7 +67,13 @@ def verify_fingerprint(folder: Path) -> None:
     Example:
         >>> verify_fingerprint(mini_folder())  # says nothing: all is well
     """
-    recorded = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
+    known = folder / "fingerprint.json"
+    if not known.is_file():
+        raise ValueError(
+            f"{folder} has no fingerprint.json, so its files cannot be checked: give"
+            " the folder of a model that mechtut wrote"
+        )
+    recorded = json.loads(known.read_text(encoding="utf-8"))
     for file, expected in recorded.items():
         path, found = folder / file, "no file"
         if path.is_file():

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, warn
+from ..arguments import Count, Natural, Seed, checked, integer, warn
 from ..models.files import alone_in, read_json
 from ..models.hooks import Site, Visitor, capture, check_layer
 from ..models.loading import Model, readable_token, weight_fingerprint
@@ -161,7 +161,7 @@ def collect(
     token_table: bool = False,
     both_ends: bool | None = None,
     special_tokens: bool = True,
-    seed: Natural = 0,
+    seed: Seed = 0,
     save_every: Count = 4096,
     progress: bool | None = None,
 ) -> NeuronRecords:
@@ -399,7 +399,11 @@ def _about(
 # %% ../../nbs/library/neurons/collect.ipynb #n002
 @checked
 def activations_on(
-    model: Model, layer: int, neuron: Natural, texts: Sequence[str], sign: int = 1
+    model: Model,
+    layer: int,
+    neuron: Natural,
+    texts: Sequence[str],
+    sign: Literal[1, -1] = 1,
 ) -> list[ActivationRecord]:
     """Records of one neuron on given texts, each read alone.
 
@@ -413,6 +417,10 @@ def activations_on(
     Returns:
         A record per text.
 
+    Raises:
+        IndexError: For a layer that does not exist.
+        ValueError: For a neuron that does not exist.
+
     Example:
         >>> from mechtut import load_model
         >>> model = load_model("mini", device="cpu")
@@ -423,7 +431,8 @@ def activations_on(
     found = []
     for text in texts:
         ids = model.to_tokens(text)
-        acts = capture(model, ids[None], site)[site][0, :, neuron]
+        every = capture(model, ids[None], site)[site][0]
+        acts = every[:, integer(neuron, "neuron", 0, every.shape[1] - 1)]
         words = [readable_token(model, int(i)) for i in ids]
         found.append(ActivationRecord(words, (sign * acts).tolist(), ids.tolist()))
     return found
@@ -444,7 +453,7 @@ def token_ids(model: Model, record: ActivationRecord) -> list[int]:
         ValueError: If the text falls into other tokens than the record's.
     """
     if record.ids:
-        return record.ids
+        return model.to_tokens(record.ids).tolist()  # checks their range
     ids = model.tokenizer(record.text, add_special_tokens=False)["input_ids"]
     if [readable_token(model, i) for i in ids] != record.tokens:
         raise ValueError(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..arguments import Count, Natural, Share, checked
+from ..arguments import Count, Natural, Share, checked, same_length
 from .client import TopLogprobs
 from .records import ActivationRecord
 from .scoring import LEVELS, discretize, max_activation
@@ -56,6 +56,7 @@ def show_excerpt(
     Returns:
         The text.
     """
+    same_length(tokens=tokens, levels=levels)
     lines = [
         f"{show_token(t)}\t{v}"
         for t, v in zip(tokens, levels, strict=True)
@@ -289,6 +290,7 @@ def next_level_messages(
 
 
 def _so_far(explanation: str, tokens: Sequence[str], levels: Sequence[int]) -> str:
+    same_length(**{"tokens before the last one": tokens[:-1], "levels": levels})
     lines = [
         f"{show_token(t)}\t{v}" for t, v in zip(tokens, [*levels, ""], strict=True)
     ]

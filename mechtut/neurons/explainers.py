@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..arguments import Count, Share, checked
+from ..arguments import Count, Share, checked, same_length
 from mechtut.neurons.client import (
     Request,
     Server,
@@ -455,6 +455,9 @@ class ServerJudge:
         Returns:
             An answer per excerpt.
         """
+        same_length(excerpts=excerpts, marks=marks)
+        for excerpt, marked in zip(excerpts, marks, strict=True):
+            same_length(excerpt=excerpt, marks=marked)
         pairs = [zip(e, m, strict=True) for e, m in zip(excerpts, marks, strict=True)]
         return self._judge(
             explanation,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ..arguments import Natural, checked
+from ..arguments import Seed, checked, same_length
 from .records import NeuronRecord
 from .rules import Explanation, Simulator
 from mechtut.neurons.scoring import (
@@ -110,6 +110,9 @@ class SimulatorJudge:
             kept = [v for v, m in zip(values, marks, strict=True) if m == on]
             return sum(kept) / max(1, len(kept))
 
+        same_length(excerpts=excerpts, marks=marks)
+        for excerpt, marked in zip(excerpts, marks, strict=True):
+            same_length(excerpt=excerpt, marks=marked)
         rows = self.simulator.simulate(explanation, excerpts)
         pairs = list(zip(rows, marks, strict=True))
         return [mean(v, m, True) > mean(v, m, False) for v, m in pairs]
@@ -160,7 +163,7 @@ def fuzzing(
     judge: Judge,
     *,
     split: str = "valid",
-    seed: Natural = 0,
+    seed: Seed = 0,
 ) -> float:
     """Balanced accuracy at telling marked active tokens from as many others marked.
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import AnyFloat, Count, Natural, checked
+from mechtut.arguments import (
+    AnyFloat,
+    Count,
+    Natural,
+    Seed,
+    check,
+    checked,
+    same_length,
+)
 from mechtut.models.files import (
     damaged,
     read_json,
@@ -68,6 +76,8 @@ class ActivationRecord:
                 "a record has one activation per token and at least one token, not"
                 f" {len(self.tokens)} tokens and {len(self.activations)} activations"
             )
+        if self.ids:
+            same_length(tokens=self.tokens, ids=self.ids)
         bad = [i for i, a in enumerate(self.activations) if not math.isfinite(a)]
         if bad:
             i = bad[0]
@@ -129,7 +139,7 @@ class NeuronRecord:
     kurtosis: AnyFloat = math.nan
     density: AnyFloat = math.nan
     counter_examples: list[ActivationRecord] = field(default_factory=list)
-    sign: int = 1
+    sign: Literal[1, -1] = 1
 
     @property
     def name(self) -> str:
@@ -174,7 +184,7 @@ class Plan:
     n_quantiles: Natural
     moments: bool
     token_table: bool
-    seed: Natural
+    seed: Seed
     both_ends: bool = False
     special_tokens: bool = True
 
@@ -339,7 +349,7 @@ class NeuronRecords(Result):
     plan: Plan
     kept: Kept = field(repr=False)
     vocabulary: Mapping[int, str] = field(repr=False)
-    sign: int = 1
+    sign: Literal[1, -1] = 1
 
     @property
     def negative(self) -> Self:
@@ -370,7 +380,7 @@ class NeuronRecords(Result):
         return sum(len(self._end(layer)["top_keys"]) for layer in self.kept.states)
 
     def __getitem__(self, where: tuple[int, int]) -> NeuronRecord:
-        layer, neuron = where
+        layer, neuron = check(where, tuple[int, int], "(layer, neuron)")
         state, plan = self._state(layer, neuron), self.plan
         keys, order = state["top_keys"][neuron].sort(descending=True)
         ids = unpack(keys)[1].tolist()
@@ -455,6 +465,7 @@ class NeuronRecords(Result):
             Mean activation by the token's text.
 
         Raises:
+            IndexError: For a layer that was not collected, or no neuron of it.
             ValueError: If `collect` was not called with `token_table=True`.
         """
         if not self.plan.token_table:
@@ -462,7 +473,7 @@ class NeuronRecords(Result):
                 "token statistics were not collected; use collect(...,"
                 " token_table=True)"
             )
-        sums = self._end(layer)["token_sums"][:, neuron]
+        sums = self._state(layer, neuron)["token_sums"][:, neuron]
         counts = self.kept.token_counts
         seen = counts.nonzero()[:, 0].tolist()
         return {self.vocabulary[i]: float(sums[i] / counts[i]) for i in seen}

@@ -276,7 +276,7 @@ def induce(
     columns: Int[np.ndarray, "token slot"],
     n_features: Count,
     *,
-    n_terms: int = 5,
+    n_terms: Natural = 5,
     min_count: Natural = 2,
     min_gain: NotNegative = 0.01,
 ) -> tuple[list[int], Float[np.ndarray, "term"]]:
@@ -293,11 +293,21 @@ def induce(
     Returns:
         The features, the most useful first, and their weights.
 
+    Raises:
+        ValueError: Without tokens, and for numbers that are no features.
+
     Example:
         >>> y, columns = np.array([0.0, 2.0, 0.0, 2.0]), np.array([[0], [1], [0], [1]])
         >>> induce(y, columns, n_features=2, n_terms=1, min_gain=0)[0]
         [0]
     """
+    if not len(y):
+        raise ValueError("y must hold at least one activation, not none")
+    if columns.size and not 0 <= columns.min() <= columns.max() <= n_features:
+        raise ValueError(
+            f"columns must hold numbers from 0 to n_features={n_features}, not from"
+            f" {columns.min()} to {columns.max()}"
+        )
     counts = np.bincount(columns.ravel(), minlength=n_features + 1)[:n_features] * 1.0
     chosen: list[int] = []
     weights, residual = np.zeros(0), y - y.mean()
@@ -365,7 +375,7 @@ class RuleExplainer:
     """
 
     category_of: CategoryOf | None = None
-    n_terms: int = 5
+    n_terms: Natural = 5
     min_count: Natural = 2
     min_gain: NotNegative = 0.01
     ahead: bool = False

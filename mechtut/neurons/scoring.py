@@ -18,7 +18,15 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import AnyFloat, Count, Natural, checked, warn
+from mechtut.arguments import (
+    AnyFloat,
+    Count,
+    Natural,
+    check,
+    checked,
+    same_length,
+    warn,
+)
 from .records import ActivationRecord, NeuronRecord
 from ..patching.results import Result
 
@@ -40,11 +48,14 @@ def max_activation(records: Iterable[ActivationRecord]) -> float:
         >>> max_activation([ActivationRecord(["a", "b"], [0.5, 2.0])])
         2.0
     """
-    return max(0.0, max(max(r.activations) for r in records))
+    largest = [max(r.activations) for r in records]
+    if not largest:
+        raise ValueError("records must hold at least one record, not none")
+    return max(0.0, *largest)
 
 
 @checked
-def discretize(activations: Sequence[AnyFloat], max_activation: AnyFloat) -> list[int]:
+def discretize(activations: Sequence[AnyFloat], max_activation: float) -> list[int]:
     """Levels 0 … 10: floor(10 · a / max), nothing below 0 or above 10.
 
     Args:
@@ -199,8 +210,14 @@ class Calibration:
     xs: tuple[float, ...] = ()
     ys: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        same_length(xs=self.xs, ys=self.ys)
+        if self.method == "percentile" and not self.xs:
+            raise ValueError("'percentile' needs the levels and activations of a fit")
+
     def __call__(self, simulated: Sequence[float]) -> list[float]:
         """Calibrated values."""
+        simulated = check(simulated, Sequence[float], "simulated")
         x = np.asarray(simulated, dtype=np.float64)
         if self.method == "percentile":
             return [float(v) for v in np.interp(x, self.xs, self.ys)]
@@ -250,7 +267,12 @@ def _flat_pair(
     true: Sequence[Any], simulated: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both as flat float64 arrays; lists of excerpts are laid end to end."""
-    y, x = _flat(true), _flat(simulated)
+    parts = [_parts(true, "true"), _parts(simulated, "simulated")]
+    if all(len(p) > 1 for p in parts):
+        same_length(true=parts[0], simulated=parts[1])
+        for one, other in zip(*parts, strict=True):
+            same_length(**{"an excerpt": one, "its simulation": other})
+    y, x = (np.concatenate(p) for p in parts)
     if len(y) != len(x) or not len(y):
         raise ValueError(
             "need as many simulated as true activations, and at least one, not"
@@ -263,13 +285,13 @@ def _flat_pair(
     return y, x
 
 
-def _flat(values: Sequence[Any]) -> np.ndarray:
-    nested = len(values) > 0 and np.ndim(values[0]) > 0
-    return (
-        np.concatenate([np.asarray(part, np.float64) for part in values])
-        if nested
-        else np.asarray(values, np.float64)
-    )
+def _parts(values: Sequence[Any], name: str) -> list[np.ndarray]:
+    """A list of excerpts as arrays; a flat list as one."""
+    nested = len(values) > 0 and isinstance(values[0], Sequence | np.ndarray | Tensor)
+    nested = nested and not isinstance(values[0], str) and np.ndim(values[0]) > 0
+    kind = Sequence[Sequence[AnyFloat]] if nested else Sequence[AnyFloat]
+    found = check(values, kind, name)
+    return [np.asarray(p, np.float64) for p in (found if nested else [found])]
 
 # %% ../../nbs/library/neurons/scoring.ipynb #c024
 @checked

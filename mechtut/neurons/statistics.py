@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import UNBOUNDED, Count, Natural, checked
+from ..arguments import UNBOUNDED, Count, Natural, Seed, checked
 from ..models.hooks import Site, Visitor, hooked, visiting
 from ..models.loading import Model, document_start
 from ..models.precision import widest
@@ -157,11 +157,18 @@ def pack(
     Returns:
         The keys, for `unpack`.
 
+    Raises:
+        ValueError: For ids of another shape.
+
     Example:
         >>> values, ids = torch.tensor([1.5, -2.0, 1.5]), torch.tensor([0, 1, 2])
         >>> pack(values, ids).argsort(descending=True).tolist()
         [0, 2, 1]
     """
+    if values.shape[-1:] != ids.shape[-1:]:  # one row of ids may be for all
+        raise ValueError(
+            f"ids must be {tuple(values.shape)} like values, not {tuple(ids.shape)}"
+        )
     # + 0.0 makes -0.0 equal to 0.0
     bits = (values.float() + 0.0).view(torch.int32).long()
     return (torch.where(bits < 0, bits ^ _LAST, bits) << 32) | (_LAST - ids)
@@ -189,7 +196,7 @@ State = dict[str, Tensor]
 
 @checked
 def empty_top(
-    n_neurons: int, n_top: Count, n_tokens: Count, device: torch.device
+    n_neurons: Count, n_top: Count, n_tokens: Count, device: torch.device
 ) -> State:
     """The state of a layer's strongest excerpts before the first batch.
 
@@ -281,7 +288,7 @@ class Reservoir:
         [53, 33]
     """
 
-    def __init__(self, size: int, seed: Natural, ids: Sequence[int] = ()):
+    def __init__(self, size: Natural, seed: Seed, ids: Sequence[int] = ()):
         self.size, self.seed = size, seed
         self.ids = list(ids)  # by slot
         self._worst = [(-self.priority(i), slot) for slot, i in enumerate(self.ids)]
@@ -301,7 +308,7 @@ class Reservoir:
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
 
-    def offer(self, first_id: Natural, n: int) -> dict[int, int]:
+    def offer(self, first_id: Natural, n: Natural) -> dict[int, int]:
         """Let a batch of excerpts compete for the slots.
 
         Args:
@@ -359,7 +366,7 @@ def power_sums(
 
 @checked
 def moments(
-    sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: int
+    sums: Float[Tensor, "5 neuron"], shift: Float[Tensor, "neuron"], n: Count
 ) -> Float[Tensor, "5 neuron"]:
     """Mean, variance, skewness, kurtosis and density from power sums.
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integer, warn
+from ..arguments import Count, Seed, checked, integer, one_of, warn
 from ..models.files import alone_in
 from ..models.hooks import Edit, capture
 from ..models.loading import Model, embedding_std, load_model, weight_fingerprint
@@ -120,7 +121,7 @@ def _table(
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c020
 @checked
-def window_layers(layer: int, window: int, n_layers: Count) -> range:
+def window_layers(layer: int, window: Count, n_layers: Count) -> range:
     """The layers restored together around one; fewer at the ends of the model.
 
     Args:
@@ -131,10 +132,14 @@ def window_layers(layer: int, window: int, n_layers: Count) -> range:
     Returns:
         The layers.
 
+    Raises:
+        ValueError: For a layer that does not exist, and no window.
+
     Example:
         >>> list(window_layers(1, 4, n_layers=8))
         [0, 1, 2]
     """
+    layer = integer(layer, "layer", 0, n_layers - 1)
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
 
@@ -279,13 +284,13 @@ def _scores(
 def trace(
     model: Model | str,
     prompt: str | Sequence[int] | Tensor,
-    subject: str | Sequence[int],
+    subject: str | Span,
     *,
     component: str = "resid_post",
     window: int = 10,
     noise: float | Noise | Tensor = 3.0,
     n_samples: Count = 10,
-    seed: Natural = 1,
+    seed: Seed = 1,
     tokens: Sequence[int] | str | None = None,
     sever: str | None = None,
     batch_size: Count | None = None,
@@ -474,7 +479,17 @@ def average(
 
     Returns:
         The average.
+
+    Raises:
+        ValueError: Without traces, and for traces of different things.
     """
+    kinds = {(t.component, t.window, t.sever, t.scores.shape[1]) for t in traces}
+    if len(kinds) != 1:
+        found = "; ".join(sorted(map(str, kinds))) or "none"
+        raise ValueError(
+            "traces must be at least one, and of one component, window, sever and"
+            f" number of layers, not {found}"
+        )
     pooled: list[list[Tensor]] = [[] for _ in ROLES]
     nothing, best = torch.full_like(traces[0].scores[:1], float("nan")), []
     for t in traces:
@@ -501,6 +516,10 @@ def average(
     )
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c049
+_FIXED = ("model", "prompt", "subject", "noise", "folder", "progress")
+_OPTIONS = [name for name in signature(trace).parameters if name not in _FIXED]
+
+
 @checked
 def trace_facts(
     model: Model | str,
@@ -527,7 +546,8 @@ def trace_facts(
         The average.
 
     Raises:
-        ValueError: If there are no facts, or none that the model answers.
+        ValueError: If there are no facts, or none that the model answers, and for an
+            option that `trace` does not have.
 
     Example:
         >>> from mechtut import World
@@ -535,6 +555,8 @@ def trace_facts(
         >>> average_trace.n_facts, average_trace.scores.shape
         (2, torch.Size([6, 8]))
     """
+    for name in options:
+        one_of(name, _OPTIONS, "option")
     model, known = load_model(model), [known_fact(fact) for fact in facts]
     if not known:
         raise ValueError("there are no facts to trace")

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integers
+from ..arguments import Count, Natural, Seed, checked, integers
 from ..models.files import alone_in
 from ..models.hooks import Edit, check_layer, intervene
 from ..models.loading import Model, weight_fingerprint
@@ -154,13 +154,15 @@ def top_heads(effects: Float[Tensor, "trial layer head"], k: Count = 10) -> list
         (layer, head), best first.
 
     Raises:
-        ValueError: If there are fewer heads.
+        ValueError: If there are fewer heads, or no trials.
 
     Example:
         >>> import torch
         >>> top_heads(torch.tensor([[[0.0, 0.2], [0.1, 0.0]]]), k=2)
         [(0, 1), (1, 0)]
     """
+    if not len(effects):
+        raise ValueError("effects must have at least one trial, not none")
     average = effects.double().mean(0)
     if not 1 <= k <= average.numel():
         raise ValueError(f"there are {average.numel()} heads, so k cannot be {k}")
@@ -201,8 +203,13 @@ def indirect_effect_by_class(
 
     Returns:
         Change of p(answer) for each prompt, head and class of `CLASSES`.
+
+    Raises:
+        ValueError: Without prompts, or if the means have other slots.
     """
     hidden, trials = quiet(progress), []
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, not none")
     shape = (model.n_layers, model.n_heads, len(CLASSES))
     for prompt in tqdm(prompts, desc="classes", unit="prompt", disable=hidden, delay=1):
         where, target = layout(model, prompt), encode(model, prompt).target
@@ -390,7 +397,7 @@ def evaluate(
     *,
     settings: Sequence[Setting] = ("zero_shot", "shuffled"),
     n_shots: Natural = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
     only_known: bool | Sequence[int] = True,
     mode: Literal["add", "set"] = "add",
     template: Template | None = None,
@@ -418,7 +425,7 @@ def evaluate(
 
     Raises:
         NoFunction: If `only_known` leaves no query.
-        ValueError: For an unknown setting.
+        ValueError: For an unknown setting, and for none.
     """
     keep: Sequence[int] | None = None
     if not isinstance(only_known, bool):
@@ -431,6 +438,8 @@ def evaluate(
             f" {n_shots} examples; only_known=False"
         )
     layers, tables = list(range(model.n_layers) if layers is None else layers), []
+    if not settings or not layers:
+        raise ValueError("settings and layers must each hold at least one, not none")
     for setting in settings:
         if setting not in _SETTINGS:
             raise ValueError(
@@ -504,7 +513,7 @@ def extract(
     n_trials: Count = 25,
     n_shots: Natural = 10,
     k: Count = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
     corrupt: Literal["shuffle", "random"] = "shuffle",
     only_known: bool = True,
     bias_per_head: bool = False,

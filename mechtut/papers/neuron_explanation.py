@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import Count, checked
+from ..arguments import Count, Natural, checked, integer, shown
 from ..models.hooks import Site, visiting
 from ..models.loading import Model
 from ..neurons.client import Server
@@ -240,11 +240,16 @@ def divergence(
     Returns:
         The divergence at each place.
 
+    Raises:
+        ValueError: For two shapes.
+
     Example:
         >>> logits = torch.tensor([0.0, 1.0])
         >>> float(divergence(logits, logits))
         0.0
     """
+    if a.shape != b.shape:
+        raise ValueError(f"b must be {tuple(a.shape)} like a, not {tuple(b.shape)}")
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     middle = torch.logaddexp(p, q) - math.log(2)
     return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2
@@ -281,7 +286,8 @@ def ablation_score(
 
         def write(x: Tensor) -> Tensor:
             out = x.clone()
-            out[..., record.neuron] = record.sign * x.new_tensor(values)
+            neuron = integer(record.neuron, "neuron", 0, x.shape[-1] - 1)
+            out[..., neuron] = record.sign * x.new_tensor(values)
             return out
 
         return write
@@ -311,7 +317,7 @@ def revise(
     simulator: Simulator | None = None,
     *,
     texts: Sequence[str] | None = None,
-    n: int = 5,
+    n: Natural = 5,
 ) -> tuple[ScoredExplanation, ScoredExplanation]:
     """Look for counter-examples, explain again, keep the better one (section 4.1).
 
@@ -330,6 +336,13 @@ def revise(
         The better explanation and the other, scored on the valid split; the old one is
         the better one in a draw.
     """
+    needed = ("explain",) if texts is not None else ("explain", "counter_examples")
+    for name in needed:
+        if not hasattr(explainer, name):
+            raise TypeError(
+                f"explainer must have {name!r} here, which {shown(explainer)} lacks;"
+                " give texts=..., or an explainer such as ServerExplainer"
+            )
     wanted = explainer.counter_examples(explanation) if texts is None else texts
     where = record.layer, record.neuron
     tried = activations_on(model, *where, wanted, record.sign)

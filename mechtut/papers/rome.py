@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Bounds, Natural, NotNegative, Positive, checked
+from ..arguments import Bounds, NotNegative, Positive, Seed, checked
 from ..editing.covariance import check_covariance, mlp_keys
 from ..editing.requests import context_templates, locate
 from ..editing.weights import WeightEdit, mlp_projection
@@ -29,7 +29,7 @@ from mechtut.patching.partial import (
     resume,
     resume_at,
 )
-from ..prompts.facts import target_ids
+from ..prompts.facts import fill, target_ids
 
 # %% ../../nbs/papers/11_rome.ipynb #c025
 @checked
@@ -60,7 +60,7 @@ class RomeConfig:
     clamp: Positive = 4.0
     stop_loss: NotNegative = 0.05
     kl_prompt: str = "{} is a"
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,9 @@ def _problem(
     kl_prompt: str,
     token: str,
 ) -> _Problem:
-    filled = [t.format(prompt) for t in templates]
+    filled = [fill(t, prompt) for t in templates]
     found = [locate(model, p, subject, token) for p in [*filled, kl_prompt]]
-    goal = target_ids(model, target, prompt.format(subject))
+    goal = target_ids(model, target, fill(prompt, subject))
     lead = goal[:-1]  # all but the last token of the target are given
     rows = [torch.cat([ids, lead]) for ids, _ in found[:-1]]
     tokens, mask = pad_right([*rows, found[-1][0]])
@@ -244,7 +244,7 @@ def edit_fact(
     templates = templates or context_templates(model, config.seed)
     kl_prompt = config.kl_prompt
     problem = _problem(model, prompt, subject, target, templates, kl_prompt, token)
-    filled = [t.format(prompt) for t in templates]
+    filled = [fill(t, prompt) for t in templates]
     u = _left_vector(model, filled, subject, layer, covariance, token)
     with fast_matmul(model):
         value, losses = _optimise(model, problem, layer, config)

@@ -36,6 +36,7 @@ from ..arguments import checked
 from mechtut.models.files import (
     bytes_of,
     damaged,
+    make_folder,
     read_json,
     read_tensors,
     write_json,
@@ -237,7 +238,7 @@ class Store:
     ) -> None:
         self.folder, self.device, self.key = Path(folder), str(device), key
         self._forced = time.monotonic()  # when a piece was last forced to the disk
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         manifest = self.folder / "sweep.json"
         if not manifest.exists():
             self._check_writable()

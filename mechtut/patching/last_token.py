@@ -8,13 +8,13 @@ __all__ = ['Metric', 'GROUP', 'Change', 'naive_changes', 'side_by_side', 'run_ch
 # %% ../../nbs/library/patching/last_token.ipynb #c002
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Natural, checked, integer, same_length
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -40,10 +40,10 @@ class Change:
         mode: Without a head: `"add"` to the block's output, or `"set"` it.
     """
 
-    layer: int
+    layer: Natural
     value: Float[Tensor, "d"]
-    head: int | None = None
-    mode: str = "add"
+    head: Natural | None = None
+    mode: Literal["add", "set"] = "add"
 
     def edit(self) -> Edit:
         """The same change for `intervene`."""
@@ -81,6 +81,7 @@ def naive_changes(
     Returns:
         `metric(logits, prompt)`, one row per prompt.
     """
+    _check_changes(model, tokens, last, changes)
     rows = []
     for i, end in enumerate(last.tolist()):
         ids, logits = tokens[i : i + 1, : end + 1], []
@@ -91,6 +92,24 @@ def naive_changes(
     return torch.stack(rows)
 
 # %% ../../nbs/library/patching/last_token.ipynb #c014
+def _check_changes(
+    model: Model, tokens: Tensor, last: Tensor, changes: Sequence[Change]
+) -> None:
+    """Refuse ends outside the prompts, and values of another width than the site's."""
+    same_length(tokens=tokens, last=last)
+    n_pos = tokens.shape[1]
+    for end in last.tolist():
+        integer(end, "last", 0, n_pos - 1)
+    check_edits(model, [c.edit() for c in changes])
+    for change in changes:
+        width = model.d_model if change.head is None else model.d_head
+        if len(change.value) != width:
+            raise ValueError(
+                f"the value of a change must have {width} numbers here, not"
+                f" {len(change.value)}"
+            )
+
+
 @checked
 def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
     """The attention mask for several versions of each prompt's last token.
@@ -231,7 +250,7 @@ def run_changes(
         >>> run_changes(model, tokens, torch.tensor([4]), heads).shape
         torch.Size([1, 6, 2965])
     """
-    check_edits(model, [c.edit() for c in changes])
+    _check_changes(model, tokens, last, changes)
     if not model.family.attention_interface:
         return naive_changes(model, tokens, last, changes, metric)
     with evaluating(model.hf), fast_matmul(model), torch.no_grad():

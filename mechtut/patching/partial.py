@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import checked
-from ..models.hooks import attention_tap, hooked, refuse_open_edits
+from ..models.hooks import attention_tap, check_layer, hooked, refuse_open_edits
 from ..models.loading import Model, evaluating
 
 # %% ../../nbs/library/patching/partial.ipynb #c003
@@ -129,8 +129,18 @@ def resume(
 
     Returns:
         The residual stream that leaves the last block.
+
+    Raises:
+        IndexError: For a layer that does not exist.
+        ValueError: If the stream has another shape than the recorded one.
     """
     refuse_open_edits(model, "a run from one block on")
+    layer = check_layer(model, layer, "resid_pre")
+    if x.shape != inputs.resid[layer].shape:
+        raise ValueError(
+            f"x must be {tuple(inputs.resid[layer].shape)} as in the recorded run, not"
+            f" {tuple(x.shape)}"
+        )
     rest = zip(model.blocks[layer:], inputs.arguments[layer:], strict=True)
     with evaluating(model.hf):
         for block, arguments in rest:
@@ -161,8 +171,20 @@ def resume_at(
 
     Returns:
         The residual stream that leaves the last block at these positions.
+
+    Raises:
+        IndexError: For a layer that does not exist.
+        ValueError: Without recorded keys, and for positions outside the prompt.
     """
     refuse_open_edits(model, "a run at some positions")
+    layer = check_layer(model, layer, "resid_pre")
+    if not inputs.keys:
+        raise ValueError("inputs must be recorded with record_blocks(..., keys=True)")
+    last = inputs.resid[0].shape[1] - 1
+    if positions.numel() and not 0 <= positions.min() <= positions.max() <= last:
+        raise ValueError(
+            f"positions must be from 0 to {last}, not {positions.flatten().tolist()}"
+        )
     rows, n_pos = (
         torch.arange(len(positions), device=x.device),
         inputs.resid[0].shape[1],

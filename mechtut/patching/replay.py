@@ -19,12 +19,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Natural, checked, integers
+from mechtut.arguments import (
+    Count,
+    Natural,
+    checked,
+    integer,
+    integers,
+    same_length,
+    shown,
+)
 from ..models.files import alone_in
 from mechtut.models.hooks import (
     Edit,
     Site,
     Visitor,
+    Where,
     attention_tap,
     check_edits,
     intervene,
@@ -62,6 +71,8 @@ def naive_replay(
         The logits, one row per intervention.
     """
     rows = []
+    if not interventions:
+        raise ValueError("interventions must hold at least one list of edits")
     for edits in interventions:
         with intervene(model, [*base_edits, *edits]):
             rows.append(model.logits(tokens)[:, -1])
@@ -341,7 +352,9 @@ def _read_out(
         chunk = live[i : i + per_pass]
         streams = [torch.cat([untouched, b.x], dim=1) for b in chunk]
         logits = replay.model.unembed(torch.stack(streams))
-        for branch, value in zip(chunk, metric(logits), strict=True):
+        values = metric(logits)
+        same_length(**{"logits of the metric": logits, "its values": values})
+        for branch, value in zip(chunk, values, strict=True):
             results.update(dict.fromkeys(branch.members, value))
     return torch.stack([results[i] for i in order])
 
@@ -394,6 +407,8 @@ class Replay:
         self.model, self.tokens = model, model.to_batch(tokens)
         self.n_pos_full = n = self.tokens.shape[1]
         reads = [Edit("embed", None, 0.0, pos=p) for p in integers(readout, "readout")]
+        if not reads:
+            raise ValueError("readout must name at least one position, not none")
         self.readout = sorted({p for e in reads for p in e.positions(n)})
         # nothing after the last readout position can be seen
         self.n_pos = self.readout[-1] + 1
@@ -456,7 +471,7 @@ class Replay:
         refuse_open_edits(self.model, "the replay engine")
         interventions = [list(edits) for edits in interventions]
         for edits in interventions:
-            _check_intervention(self.model, edits)
+            _check_intervention(self.model, edits, self.n_pos_full)
         n_layers, n_pos = self.model.n_layers, self.n_pos_full
         plans = [_plan(e, n_pos, n_layers, self.readout) for e in interventions]
         key = _key(self, interventions, metric) if folder else ""
@@ -490,9 +505,14 @@ def _check_base(base_edits: Intervention) -> None:
         )
 
 
-def _check_intervention(model: Model, edits: Intervention) -> None:
+def _check_intervention(model: Model, edits: Intervention, n_pos: int) -> None:
     check_edits(model, edits)
     for edit in edits:
+        if isinstance(edit.pos, Where) and not edit.positions(n_pos):
+            raise ValueError(
+                f"pos={edit.pos.rule!r} is nowhere in a prompt of {n_pos} tokens, so"
+                " the edit would do nothing: name positions of the prompt"
+            )
         if edit.site not in _REPLAYABLE:
             raise ValueError(
                 f"the engine cannot edit {edit.site!r}, only {', '.join(_REPLAYABLE)};"
@@ -530,11 +550,16 @@ def _run(
     plans: list[_Plan | None],
     metric: Metric,
     store: Store | None,
-    shown: tuple[str, bool],
+    title: tuple[str, bool],
 ) -> Tensor:
     unchanged = metric(replay.base_logits()[None])
+    if not isinstance(unchanged, Tensor) or unchanged.shape[:1] != (1,):
+        raise ValueError(
+            "metric must give a tensor whose first axis is that of the logits (here"
+            f" 1), not {shown(unchanged)}"
+        )
     out = unchanged.repeat(len(plans), *[1] * (unchanged.ndim - 1))
-    name, hidden = shown
+    name, hidden = title
     how: dict[str, Any] = {"unit": "run", "delay": 1, "disable": hidden}
     with tqdm(total=len(plans), desc=name, **how) as bar:
         bar.update(sum(plan is None for plan in plans))
@@ -564,10 +589,15 @@ def cone_token_layers(n_layers: Count, n_pos: Count, layer: int, pos: int) -> in
     Returns:
         Layers above times positions from `pos` on.
 
+    Raises:
+        ValueError: For a layer or position that does not exist.
+
     Example:
         >>> cone_token_layers(8, 9, layer=6, pos=7)
         2
     """
+    layer = integer(layer, "layer", 0, n_layers - 1)
+    pos = integer(pos, "pos", 0, n_pos - 1)
     return (n_layers - 1 - layer) * (n_pos - pos)
 
 # %% ../../nbs/library/patching/replay.ipynb #c050

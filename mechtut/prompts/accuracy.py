@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, Seed, checked, same_length
 from ..models.hooks import check_layer
 from ..models.loading import Model
 from ..patching.last_token import Change, run_changes
@@ -71,7 +71,7 @@ def target_ranks(
 
 
 def _injections(
-    model: Model, vector: Tensor, layers: Sequence[int], mode: str
+    model: Model, vector: Tensor, layers: Sequence[int], mode: Literal["add", "set"]
 ) -> list[Change]:
     if vector.shape not in ((model.d_model,), (model.n_layers, model.d_model)):
         raise ValueError(
@@ -108,8 +108,8 @@ def known_queries(
     part: Literal["valid", "test"],
     *,
     n_shots: Natural = 10,
-    seed: Natural = 42,
-    split_seed: Natural | None = None,
+    seed: Seed = 42,
+    split_seed: Seed | None = None,
 ) -> list[int]:
     """Indices of the queries that the model answers from true demonstrations.
 
@@ -140,11 +140,24 @@ def accuracies(ranks: Int[Tensor, "prompt run"], layers: Sequence[int]) -> pd.Da
     Returns:
         A row per layer: n, `clean`, `top1`, `top2`, `top3`, and a 95 % Wilson interval
         of `top1` (`low`, `high`).
+
+    Raises:
+        ValueError: Without prompts, and for another number of layers.
     """
+    if not len(ranks):
+        raise ValueError("ranks must have at least one prompt, not none")
+    same_length(**{"columns of ranks behind the first": ranks[0, 1:], "layers": layers})
     n, clean = len(ranks), float((ranks[:, 0] == 0).double().mean())
     top = {f"top{k}": (ranks[:, 1:] < k).double().mean(0).tolist() for k in (1, 2, 3)}
     table = pd.DataFrame({"layer": list(layers), "n": n, "clean": clean, **top})
     return with_interval(table)
+
+
+def _has(table: pd.DataFrame, *columns: str) -> None:
+    if missing := [c for c in columns if c not in table]:
+        raise ValueError(
+            f"the table must have a column {missing[0]!r}; it has {list(table.columns)}"
+        )
 
 
 @checked
@@ -158,11 +171,15 @@ def with_interval(table: pd.DataFrame, column: str = "top1") -> pd.DataFrame:
     Returns:
         The table with two more columns, `low` and `high`.
 
+    Raises:
+        ValueError: If it lacks a column.
+
     Example:
         >>> table = pd.DataFrame({"n": [40], "top1": [1.0]})
         >>> with_interval(table).low.round(2).tolist()
         [0.91]
     """
+    _has(table, "n", column)
     z, n, p = 1.96, table.n, table[column]
     middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
@@ -178,9 +195,16 @@ def pooled(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         A row per setting and layer.
+
+    Raises:
+        ValueError: Without tables, and for one that lacks a column.
     """
-    rows = pd.concat(tables, ignore_index=True)
     parts = ["clean", "top1", "top2", "top3"]
+    if not tables:
+        raise ValueError("tables must hold at least one table, not none")
+    for table in tables:
+        _has(table, "setting", "layer", "n", *parts)
+    rows = pd.concat(tables, ignore_index=True)
     rows[parts] = rows[parts].mul(rows.n, axis=0)
     sums = rows.groupby(["setting", "layer"], sort=False)[["n", *parts]].sum()
     sums[parts] = sums[parts].div(sums.n, axis=0)

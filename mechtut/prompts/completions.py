@@ -17,9 +17,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, Positive, checked
+from ..arguments import Count, Natural, Positive, Seed, checked, integer, shown
 from ..models.loading import Model, evaluating
-from .few_shot import Prompt, Task, answer_ids, encode, every_query
+from mechtut.prompts.few_shot import (
+    ICLPrompt,
+    Prompt,
+    Task,
+    answer_ids,
+    encode,
+    every_query,
+)
 
 # %% ../../nbs/library/prompts/completions.ipynb #c004
 @checked
@@ -151,7 +158,7 @@ def mentions(written: str, answer: str) -> float:
 @checked
 @torch.no_grad()
 def answer_nll(
-    model: Model, prompt: Any, change: Callable[[int], Any] | None = None
+    model: Model, prompt: ICLPrompt, change: Callable[[int], Any] | None = None
 ) -> float:
     """Mean negative log-likelihood of a prompt's answer, per token.
 
@@ -170,7 +177,10 @@ def answer_nll(
     if change is None:
         logits = model.logits(tokens, torch.ones_like(tokens))
     else:
-        with change(len(ids) - 1):
+        block = change(len(ids) - 1)
+        if not hasattr(block, "__enter__"):
+            raise TypeError(f"change must give a context manager, not {shown(block)}")
+        with block:
             logits = model.logits(tokens, torch.ones_like(tokens))
     losses = -logits[0, len(ids) - 1 : -1].log_softmax(-1)[range(len(answer)), answer]
     return float(losses.mean())
@@ -180,8 +190,8 @@ def answer_nll(
 def shot_baselines(
     model: Model,
     task: Task,
-    shots: Sequence[int] = (0, 1, 2, 5, 10),
-    seed: Natural = 42,
+    shots: Sequence[Natural] = (0, 1, 2, 5, 10),
+    seed: Seed = 42,
 ) -> pd.DataFrame:
     """How well a task is answered after each number of true demonstrations.
 
@@ -239,12 +249,13 @@ def decode_vector(
         Columns `token` and `probability`.
 
     Raises:
-        ValueError: If the vector has another width.
+        ValueError: If the vector has another width, or there are fewer tokens.
     """
     if tuple(vector.shape) != (model.d_model,):
         raise ValueError(
             f"the vector must have shape ({model.d_model},), not {tuple(vector.shape)}"
         )
+    k = integer(k, "k", most=model.d_vocab)
     p, ids = model.unembed(vector.to(model.device, model.dtype)).softmax(-1).topk(k)
     return pd.DataFrame(
         {"token": [model.decode([i]) for i in ids.tolist()], "probability": p.tolist()}
@@ -259,7 +270,7 @@ def reconstruct(
     *,
     steps: Count = 1000,
     lr: Positive = 0.5,
-    seed: Natural = 42,
+    seed: Seed = 42,
 ) -> Float[Tensor, "d_model"]:
     """A vector found from another one's decoded distribution alone.
 
@@ -275,10 +286,14 @@ def reconstruct(
 
     Returns:
         The found vector, scaled to the length of `vector`.
+
+    Raises:
+        ValueError: If the vocabulary has fewer tokens than `k`.
     """
     with torch.no_grad():
         wanted = model.unembed(vector).softmax(-1)
         if k is not None:
+            k = integer(k, "k", most=model.d_vocab)
             wanted = torch.where(wanted >= wanted.topk(k).values[-1], wanted, 0)
             wanted = wanted / wanted.sum()
     start = torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))

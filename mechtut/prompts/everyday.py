@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import Count, Natural, checked
+from ..arguments import Count, Natural, Seed, checked, same_length
 from ..mini.world import Pair
 from ..models.loading import Model, evaluating, mask_arguments, pad_right
 from .facts import target_ids
@@ -68,7 +68,7 @@ class EverydayFact:
 # %% ../../nbs/library/prompts/everyday.ipynb #c005
 @checked
 def everyday_facts(
-    relation: str | None = None, seed: Natural = 0
+    relation: str | None = None, seed: Seed = 0
 ) -> tuple[EverydayFact, ...]:
     """Facts of everyday knowledge, written for this package.
 
@@ -205,7 +205,7 @@ def sentence_pairs(name: str = "sentiment") -> tuple[tuple[str, str], ...]:
 
 # %% ../../nbs/library/prompts/everyday.ipynb #c017
 @checked
-def ioi_prompts(n: int, seed: Natural = 0) -> list[Pair]:
+def ioi_prompts(n: Natural, seed: Seed = 0) -> list[Pair]:
     """Indirect-object prompts, each with a corrupted one of equal length.
 
     Args:
@@ -289,6 +289,7 @@ def answered(
         >>> answered(load_model("mini"), [prompt, prompt], ["singer", "pilot"])
         [True, False]
     """
+    same_length(prompts=prompts, answers=answers)
     shared = model.encode(start) if start else []
     rows, ends = [], []
     for prompt, answer in zip(prompts, answers, strict=True):

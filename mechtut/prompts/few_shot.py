@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..arguments import Count, Natural, checked
-from ..models.files import write_file
+from ..arguments import Count, Natural, Seed, checked, integer
+from ..models.files import read_lines, write_file
 from ..models.loading import Model
 from ..models.weights import sha256_of
 
@@ -62,7 +62,7 @@ class Task:
     name: str
     pairs: tuple[Pair, ...]
 
-    def split(self, seed: Natural = 42) -> Split:
+    def split(self, seed: Seed = 42) -> Split:
         """70/9/21 % of the pairs, shuffled by numpy's legacy generator.
 
         Args:
@@ -138,16 +138,14 @@ def load_task(source: str | Path) -> Task:
 
 
 def _read_pairs(path: Path) -> tuple[Pair, ...]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and {"input", "output"} <= r.keys() for r in rows
-    ):
-        raise ValueError(f'{path} must hold a list of {{"input": ..., "output": ...}}')
+    rows = read_lines(path, "input", "output")
     wrong = [
         r
         for r in rows
         if not all(
-            isinstance(r[k], str | int) and str(r[k]).strip()
+            isinstance(r[k], str | int)
+            and not isinstance(r[k], bool)
+            and str(r[k]).strip()
             for k in ("input", "output")
         )
     ]
@@ -441,7 +439,7 @@ def sample_prompts(
     task: Task,
     n_prompts: Count,
     n_shots: Natural = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
     corrupt: Literal["shuffle", "random"] | None = None,
     *,
     queries: Sequence[int] | None = None,
@@ -466,7 +464,7 @@ def sample_prompts(
         The prompts.
 
     Raises:
-        ValueError: If there are not enough pairs.
+        ValueError: If there are not enough pairs, and for a query that is not there.
 
     Example:
         >>> prompts = sample_prompts(load_task("antonym"), 2, n_shots=5)
@@ -475,11 +473,11 @@ def sample_prompts(
     """
     _check_corrupt(corrupt)
     split, random = task.split(seed), np.random.RandomState(seed)
-    allowed = (
-        np.arange(len(split.valid))
-        if queries is None
-        else np.asarray(queries, dtype=int)
-    )
+    n_valid = len(split.valid)
+    allowed = [
+        integer(i, "a query", 0, n_valid - 1)
+        for i in (range(n_valid) if queries is None else queries)
+    ]
     if len(allowed) == 0:
         raise ValueError(f"there is no query to draw from (task {task.name!r})")
     out = []
@@ -511,7 +509,10 @@ def _corrupted(
     if corrupt == "shuffle":
         labels = random.permutation(labels).tolist() if labels else []
     elif corrupt == "random":
-        labels = random.choice(list(words or _world_words()), len(labels)).tolist()
+        words = _world_words() if words is None else words
+        if not words:
+            raise ValueError("words must hold at least one word for random labels")
+        labels = random.choice(list(words), len(labels)).tolist()
     return tuple((x, str(y)) for (x, _), y in zip(shown, labels, strict=True))
 
 
@@ -533,12 +534,12 @@ def _check_corrupt(corrupt: str | None) -> None:
 def every_query(
     task: Task,
     n_shots: Natural,
-    seed: Natural = 42,
+    seed: Seed = 42,
     corrupt: Literal["shuffle", "random"] | None = None,
     *,
     part: Literal["valid", "test"] = "test",
     keep: Sequence[int] | None = None,
-    split_seed: Natural | None = None,
+    split_seed: Seed | None = None,
     words: Sequence[str] | None = None,
     template: Template = Template(),
 ) -> list[ICLPrompt]:
@@ -557,6 +558,9 @@ def every_query(
 
     Returns:
         The prompts.
+
+    Raises:
+        ValueError: If there are not enough pairs, and for a query that is not there.
     """
     _check_corrupt(corrupt)
     split, random = (
@@ -564,8 +568,12 @@ def every_query(
         np.random.RandomState(seed),
     )
     pairs = getattr(split, part)
+    kept = range(len(pairs)) if keep is None else keep
+    kept = [integer(i, "an index of keep", 0, len(pairs) - 1) for i in kept]
+    if len(set(kept)) < len(kept):
+        raise ValueError(f"keep must name each query once, not {kept}")
     out = []
-    for i in range(len(pairs)) if keep is None else keep:
+    for i in kept:
         shown = _corrupted(
             _draw(split.train, n_shots, random, task.name), corrupt, random, words
         )
@@ -613,7 +621,7 @@ def encode(model: Model, prompt: Prompt) -> Encoded:
         ValueError: For words without tokens.
     """
     if isinstance(prompt, tuple):
-        ids, target = model.to_tokens(prompt[0]).tolist(), int(prompt[1])
+        ids, target = model.to_tokens(prompt[0]).tolist(), integer(prompt[1], "target")
         model.to_tokens([target])  # checks the range
         return Encoded(ids, target)
     _tokenizer(model)

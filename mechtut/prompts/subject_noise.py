@@ -15,15 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechtut.arguments import (
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    checked,
-    integer,
-    warn,
-)
+from ..arguments import Count, Natural, NotNegative, Positive, Seed, checked, warn
 from ..models.hooks import Edit
 from ..models.loading import Model, embedding_std
 from ..models.precision import widest
@@ -102,11 +94,21 @@ def _overlap(spans: Sequence[Span], start: int, stop: int) -> Span:
     return inside[0], inside[-1] + 1
 
 
+def _inside(span: Span, n_pos: int) -> Span:
+    start, stop = span
+    if not 0 <= start < stop <= n_pos:
+        raise ValueError(
+            f"subject range ({start}, {stop}) is empty or outside the prompt's"
+            f" {n_pos} tokens"
+        )
+    return start, stop
+
+
 @checked
 def find_subject(
     model: Model,
     prompt: str | Sequence[int] | Int[Tensor, "pos"],
-    subject: str | Sequence[int],
+    subject: str | Span,
 ) -> Span:
     """Token range of the first occurrence of a subject; a given range is checked.
 
@@ -131,14 +133,7 @@ def find_subject(
         (4, 6)
     """
     if not isinstance(subject, str):
-        start, stop = (integer(i, "subject range") for i in subject)
-        n_pos = len(model.to_tokens(prompt))
-        if not 0 <= start < stop <= n_pos:
-            raise ValueError(
-                f"subject range ({start}, {stop}) is empty or outside the prompt's"
-                f" {n_pos} tokens"
-            )
-        return start, stop
+        return _inside(subject, len(model.to_tokens(prompt)))
     text, spans = token_spans(model, prompt)
     if not subject.strip():
         raise ValueError(
@@ -210,7 +205,15 @@ class Noise:
 
         Returns:
             The noise.
+
+        Raises:
+            ValueError: For fewer than two embeddings.
         """
+        if len(embeddings) < 2:
+            raise ValueError(
+                "embeddings must have at least 2 rows for a covariance, not"
+                f" {len(embeddings)}"
+            )
         x = embeddings.double()
         u, s, _ = torch.linalg.svd(torch.cov(x.T))
         return Noise(
@@ -225,7 +228,7 @@ class Noise:
         n_samples: Count,
         n_tokens: Count,
         d_model: Count,
-        seed: Natural = 1,
+        seed: Seed = 1,
         skip: Natural = 0,
     ) -> Float[Tensor, "sample token d_model"]:
         """What is added to (or replaces) the embeddings, in float64.
@@ -277,6 +280,14 @@ def _check_noise(noise: Noise) -> None:
             f"{noise.kind!r} noise needs the embeddings' statistics: use"
             " Noise.like_embeddings"
         )
+    if (
+        noise.kind in ("gaussian", "uniform")
+        and (noise.mean, noise.root) != (None,) * 2
+    ):
+        raise ValueError(
+            f"{noise.kind!r} noise has no use for mean and root: leave them out, or use"
+            " kind='embedding'"
+        )
     if noise.kind == "student_t" and noise.scale <= 2:
         raise ValueError(
             "Student's t needs more than 2 degrees of freedom to have a variance, not"
@@ -318,10 +329,10 @@ class Corruption:
 @checked
 def corrupt(
     model: Model,
-    noise: Any,
+    noise: float | Noise | Tensor,
     n_samples: Count,
     span: Span,
-    seed: Natural,
+    seed: Seed,
     skip: Natural = 0,
 ) -> Corruption:
     """Noise for the subject of one prompt.
@@ -338,8 +349,9 @@ def corrupt(
         The corruption.
 
     Raises:
-        ValueError: If a tensor does not fit the subject.
+        ValueError: If a tensor does not fit the subject, or there is no subject.
     """
+    span = _inside(span, model.n_ctx)
     if isinstance(noise, Tensor):
         wanted = (noise.shape[0] if noise.ndim else 0, span[1] - span[0], model.d_model)
         if tuple(noise.shape) != wanted or skip or not wanted[0]:
@@ -352,7 +364,7 @@ def corrupt(
             noise.to(model.device), False, span, float(noise.double().std())
         )
     if not isinstance(noise, Noise):
-        noise = Noise(float(noise), std=embedding_std(model))
+        noise = Noise(noise, std=embedding_std(model))
     values = noise.draw(n_samples, span[1] - span[0], model.d_model, seed, skip)
     std = noise.scale * noise.std if noise.kind == "gaussian" else float(values.std())
     values = values.to(model.device, widest(model.device))
@@ -380,11 +392,14 @@ def token_roles(subject_range: Span, n_pos: Count) -> list[list[int]]:
     Returns:
         A list of positions per role.
 
+    Raises:
+        ValueError: For a range that is empty or outside the prompt.
+
     Example:
         >>> token_roles((1, 4), 8)
         [[1], [2], [3], [4], [5, 6], [7]]
     """
-    first, after = subject_range
+    first, after = _inside(subject_range, n_pos)
     inner, last = list(range(first + 1, after - 1)), n_pos - 1
     following = [[], [], [last]]
     if after <= last:

@@ -278,7 +278,7 @@ def test_original_file_formats(tmp_path):
     (tmp_path / "cf.json").write_text(json.dumps([record]))
     assert facts.load_counterfact(tmp_path / "cf.json") == [record]
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="no CounterFact file"):
+    with pytest.raises(ValueError, match="must hold a list"):
         facts.load_counterfact(tmp_path / "bad.json")
 
 
