@@ -173,7 +173,10 @@ class Bounds:
 
     def __repr__(self) -> str:
         told = [("at least", self.least), ("above", self.above), ("at most", self.most)]
-        return " and ".join(f"{word} {n:g}" for word, n in told if n is not None)
+        known = [(word, n) for word, n in told if n is not None]
+        return " and ".join(
+            f"{word} {n if isinstance(n, int) else f'{n:g}'}" for word, n in known
+        )
 
     def hold(self, number: float) -> bool:
         """Whether a number is in the range.
@@ -201,7 +204,7 @@ UNBOUNDED = Bounds(finite=False)  # where NaN means "unknown", or infinity is me
 AnyFloat = Annotated[float, UNBOUNDED]
 Count = Annotated[int, Bounds(1)]
 Natural = Annotated[int, Bounds(0)]
-Seed = Annotated[int, Bounds(0, 10**9 - 1)]  # numpy's are below 2³²
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # as many as numpy has
 Share = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(0)]

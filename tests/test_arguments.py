@@ -185,7 +185,7 @@ def _outside(bounds: Bounds, kind: Any) -> list[Any]:
     if bounds.above is not None:
         found += [int(bounds.above) if whole else bounds.above]
     if bounds.most is not None:
-        found += [int(bounds.most) + 1 if whole else bounds.most + step, 10**9]
+        found += [int(bounds.most) + 1 if whole else bounds.most + step, 10**12]
     return found
 
 

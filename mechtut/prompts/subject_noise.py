@@ -266,7 +266,7 @@ def _shape_like(
     z = noise.mean.double().cpu() + z @ noise.root.double().cpu().T
     if noise.kind == "embedding":
         return z
-    u = np.random.RandomState(seed + 1).chisquare(noise.scale, 1000)[
+    u = np.random.RandomState((seed + 1) % 2**32).chisquare(noise.scale, 1000)[
         : z.shape[0] * z.shape[1]
     ]
     return z * torch.tensor(np.sqrt((noise.scale - 2) / u)).reshape(*z.shape[:2], 1)
