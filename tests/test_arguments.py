@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import mechtut
-from mechtut.arguments import Bounds, checked
+from mechtut.arguments import Bounds, Like, checked
 from mechtut.patching.results import Result
 
 NAN, INF = float("nan"), float("inf")
@@ -177,6 +177,8 @@ def _within(item: Any) -> list[Any]:
 
 
 def _outside(bounds: Bounds, kind: Any) -> list[Any]:
+    if kind not in (int, float):
+        return [[]] if bounds.least else []
     whole = kind is int
     found: list[Any] = [] if whole or not bounds.finite else [NAN, INF, -INF]
     step = 1 if whole else 1e-6
@@ -211,11 +213,18 @@ def stand_in(annotation: Any) -> Any:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if len(members := _members(annotation)) > 1:
         return stand_in(members[0])
+    if origin is Annotated and isinstance(parts[1], Like):
+        return type("StandIn", (), dict.fromkeys(parts[1].attributes))()
     if origin is Annotated:
         bounds = next((p for p in parts[1:] if isinstance(p, Bounds)), Bounds())
         limits = (bounds.most, bounds.least, 1)
         number = next(n for n in limits if n is not None and bounds.hold(n))
-        return number if parts[0] in (int, float) else stand_in(parts[0])
+        if parts[0] in (int, float):
+            return number
+        one = stand_in(typing.get_args(parts[0])[-1]) if bounds.least else None
+        of_kind = {Sequence: [one], Mapping: {"text": one}}
+        origin = typing.get_origin(parts[0])
+        return of_kind.get(origin) if bounds.least else stand_in(parts[0])
     if hasattr(annotation, "dim_str"):
         axes = [a for a in annotation.dim_str.split() if a[:1] not in "*."]
         x = torch.zeros([int(a) if a.isdigit() else 2 for a in axes])

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechtut.arguments import (
@@ -587,7 +588,7 @@ def faithfulness(
 
 
 @checked
-def plot_faithfulness(curves: Sequence[Faithfulness], ax: Any = None) -> Any:
+def plot_faithfulness(curves: Sequence[Faithfulness], ax: Axes | None = None) -> Any:
     """Faithfulness by circuit size, one line per method.
 
     Args:

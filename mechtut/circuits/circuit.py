@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from ..arguments import checked, shown
@@ -164,7 +165,7 @@ class Circuit(Result):
             {**numbers, "settings": self.settings, "nodes": self.nodes, "edges": edges}
         )
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(self, ax: Axes | None = None, **options: Any) -> Any:
         """A matplotlib drawing: heads and MLPs by layer.
 
         Args:
@@ -364,7 +365,7 @@ class Roc(Result):
         """The same for nodes."""
         return pessimistic_auc(self.nodes)
 
-    def plot(self, ax: Any = None, label: str = "") -> Any:
+    def plot(self, ax: Axes | None = None, label: str = "") -> Any:
         """The edges' curve as steps.
 
         Args:

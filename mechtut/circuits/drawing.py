@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch
 
 from ..arguments import checked
@@ -123,7 +124,7 @@ def places(nodes: Iterable[str]) -> dict[str, tuple[float, float]]:
 @checked
 def plot(
     edges: Iterable[Sequence[Any]],
-    ax: Any = None,
+    ax: Axes | None = None,
     title: str | None = None,
     labels: bool = True,
     graph: Graph | None = None,
@@ -173,7 +174,8 @@ def plot(
     for part in sorted(parts):
         ax.plot([], [], color=_COLOURS[part], label=_WORDS[part])
     if parts:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 3}
+        below: dict[str, Any] = {"loc": "upper center", "ncols": 3}
+        below["bbox_to_anchor"] = (0.5, 0.02)
         ax.legend(fontsize=7, frameon=False, **below)
     ax.set_xlim(min(xs) - 0.6, max(xs) + 0.5)
     ax.set_ylim(min(ys) - 0.6, max(ys) + 0.5)

@@ -37,6 +37,7 @@ from mechtut.prompts.subject_noise import (
     find_subject,
     token_roles,
 )
+from matplotlib.axes import Axes
 from ..viz import plots
 
 # %% ../../nbs/papers/10_causal_tracing.ipynb #c017
@@ -98,7 +99,7 @@ class CausalTrace(Result):
         where = [(p, tokens[p], layer) for p in self.positions for layer in layers]
         return _table(where, ["position", "token", "layer"], self, "standard_error")
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Any:
         """The paper's heat map.
 
         Args:
@@ -455,7 +456,7 @@ class AverageTrace(Result):
         where = [(role, n, layer) for role, n in rows for layer in layers]
         return _table(where, ["role", "n", "layer"], self, "half_width")
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Any:
         """Heat map of roles by layers.
 
         Args:

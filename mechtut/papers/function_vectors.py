@@ -49,6 +49,7 @@ from mechtut.prompts.few_shot import (
     sample_prompts,
 )
 from ..prompts.mean_activations import at_last_slot, mean_head_activations
+from matplotlib.axes import Axes
 from ..viz import plots
 
 # %% ../../nbs/papers/20_function_vectors.ipynb #c017
@@ -490,7 +491,7 @@ class FunctionVector(Result):
         table["standard_error"] = error.flatten().tolist()
         return table.assign(selected=[cell in chosen for cell in cells])
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Any:
         """The paper's heat map of heads.
 
         Args:

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from ..arguments import Count, Natural, checked, shown
@@ -167,7 +168,7 @@ class Grid(Result):
         flat = {k: v.flatten().tolist() for k, v in columns.items()}
         return pd.DataFrame(flat | {"n": len(self.values)}, index=index).reset_index()
 
-    def plot(self, ax: Any = None, high: float | None = None) -> Any:
+    def plot(self, ax: Axes | None = None, high: float | None = None) -> Any:
         """A heat map of two axes, or a line of one with its interval.
 
         Args:

@@ -196,7 +196,7 @@ def hover_map(
 
 # %% ../../nbs/library/viz/interactive.ipynb #c016
 @checked
-def explore_trace(trace: Any) -> Interactive:
+def explore_trace(trace: plots.TraceLike) -> Interactive:
     """A trace to point at: every restored state with its token, layer and p(answer).
 
     Args:

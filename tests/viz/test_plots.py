@@ -96,3 +96,19 @@ def test_ticks_are_layers(n_layers):
     assert all(float(t).is_integer() for t in ax.get_xticks())
     below = {t.get_text(): t.get_verticalalignment() for t in ax.texts}
     assert below == {"high": "top", "low": "bottom"}, "a name is not cut off"
+
+
+def test_what_cannot_be_drawn_is_told():
+    values = np.zeros((2, 3))
+    with pytest.raises(ValueError, match="2 rows, but there are 1 row names"):
+        plots.heat_map(values, ["a"], low=0.0, label="x")
+    with pytest.raises(ValueError, match=r"\(1, 4\) is not a range of 3 tokens"):
+        plots.starred(["a", "b", "c"], (1, 4))
+    with pytest.raises(IndexError, match="no head 3 in layer 0"):
+        plots.head_effects(values, [(0, 3)])
+    with pytest.raises(ValueError, match="at least 1 of them, not \\[\\]"):
+        plots.causal_traces([])
+    with pytest.raises(ValueError, match="at least 1 of them, not \\[\\]"):
+        plots.average_lines([])
+    with pytest.raises(TypeError, match="trace must be a CausalTrace, not 3"):
+        plots.causal_trace(3)
