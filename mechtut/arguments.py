@@ -686,18 +686,17 @@ def _guarded(function: Any) -> Any:
     by_place = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     places = [n for n, p in parameters.items() if p.kind in by_place]
     rest = [n for n, p in parameters.items() if p.kind is kinds.VAR_POSITIONAL]
-    readers: dict[str, _Reader] = {}
-    plain: list[frozenset[type] | None] = []  # by place; `None` takes everything
 
-    def find() -> None:  # at the first call, when every name of the module is there
+    @cache  # at the first call, when every name of the module is there
+    def known() -> tuple[dict[str, _Reader], list[frozenset[type] | None]]:
         hints = typing.get_type_hints(function, include_extras=True)
-        for name, parameter in parameters.items():
-            known = parameter.kind is not kinds.VAR_KEYWORD
-            readers[name] = _reader(hints.get(name, Any) if known else Any)
-        found = [readers[name] for name in places]
-        plain.extend(None if reader is _ANY else reader.plain for reader in found)
+        named = [n for n, p in parameters.items() if p.kind is not kinds.VAR_KEYWORD]
+        readers = {name: _reader(hints.get(name, Any)) for name in named}
+        by_place = [readers[name] for name in places]  # `None` takes everything
+        return readers, [None if r is _ANY else r.plain for r in by_place]
 
     def read(args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        readers, _ = known()
         given, sizes = list(args), _sizes(args, kwargs)
         for i, name in enumerate([*places, *rest * len(args)][: len(args)]):
             given[i] = readers[name].read(args[i], name, sizes)
@@ -706,8 +705,7 @@ def _guarded(function: Any) -> Any:
         return given
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not readers:
-            find()
+        _, plain = known()
         easy = not kwargs and len(args) <= len(plain)
         for value, types_ in zip(args, plain, strict=False):
             if types_ is not None and type(value) not in types_:
