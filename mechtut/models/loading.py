@@ -680,7 +680,9 @@ def load_model(
                 str(source), dtype, device, tokenizer is None, kwargs
             )
         except OSError as error:  # of the hub's client, in several sentences
-            raise OSError(_not_found(str(source), error)) from error
+            missing = isinstance(error, FileNotFoundError)
+            kind = FileNotFoundError if missing else OSError
+            raise kind(_not_found(str(source), error)) from error
         except TypeError as error:
             if not any(repr(name) in str(error) for name in kwargs):
                 raise
