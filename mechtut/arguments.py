@@ -463,16 +463,18 @@ def _union(members: list[_Reader]) -> _Reader:
         certain = next((m for m in members if m.is_it(value)), None)
         if certain is not None:
             return certain.read(value, name, sizes)
-        nearest: Exception | None = None
+        nearest, wrong = list[TypeError](), None
         for member in members:
             try:
                 return member.read(value, name, sizes)
             except TypeError as error:
                 if str(error).startswith(f"{name}["):  # of an element
-                    nearest = nearest or error
+                    nearest.append(error)
             except ValueError as error:  # the type was right
-                nearest = error
-        raise nearest or TypeError(f"{name} must be {wanted}, not {shown(value)}")
+                wrong = error
+        if wrong or len(nearest) == 1:
+            raise wrong or nearest[0]
+        raise TypeError(f"{name} must be {wanted}, not {shown(value)}")
 
     plain = frozenset().union(*(m.plain for m in members))
     return _Reader(wanted, read, lambda v: any(m.is_it(v) for m in members), plain)
