@@ -579,7 +579,15 @@ def _path(value: Any, name: str, sizes: Sizes) -> Path:
     return Path(_instance("a path", str, Path).read(value, name, sizes))
 
 
+def _any_tensor(value: Any, name: str, sizes: Sizes) -> Tensor:
+    found = _as_tensor(value) if isinstance(value, Tensor | np.ndarray) else None
+    return _refuse(name, "a tensor", value) if found is None else found
+
+
 _SIMPLE: dict[Any, _Reader] = {
+    Tensor: _Reader(
+        "a tensor", _any_tensor, lambda v: isinstance(v, Tensor), frozenset({Tensor})
+    ),
     Any: _ANY,
     object: _ANY,
     inspect.Parameter.empty: _ANY,

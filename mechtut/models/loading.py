@@ -270,7 +270,7 @@ class Model:
         return both[len(before) :]
 
     def to_batch(
-        self, prompts: str | Sequence[str] | Sequence[int] | Tensor
+        self, prompts: str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
     ) -> Int[Tensor, "batch pos"]:
         """Token ids of one or more prompts of equal length, as a batch.
 
