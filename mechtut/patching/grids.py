@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -259,25 +258,11 @@ def patch_grid(
         for layer in cells.layers
         for positions, head in cells.places
     ]
-    how = {"batch_size": batch_size, "folder": folder, "progress": progress}
-    values, before = _sweep(model, tokens, edits, metric, name=f"patch {site}", **how)
-    _check_contrast(before, target)
-    labels = cells.labels(model, tokens)
-    return Grid(
-        values=values.reshape(len(tokens), *map(len, labels.values())),
-        before=before,
-        target=target,
-        axes=tuple(labels),
-        labels=tuple(labels.values()),
-        site=site,
-        how=direction,
-        provenance=provenance(
-            model,
-            prompts=fingerprint(lender, tokens),
-            metric=getattr(metric, "name", getattr(metric, "__name__", "metric")),
-            window=window,
-        ),
-    )
+    run = {"batch_size": batch_size, "folder": folder, "progress": progress}
+    run["name"] = f"patch {site}"
+    made = {"prompts": fingerprint(lender, tokens), "window": window}
+    kind = {"site": site, "how": direction}
+    return _filled(model, tokens, cells, edits, metric, target, kind, run, made)
 
 
 def _lent(x: Tensor, positions: tuple[int, ...], head: int | None) -> Tensor:
@@ -392,19 +377,36 @@ def _around(layer: int, window: int, n_layers: int) -> range:
     return range(max(0, first), min(n_layers, first + window))
 
 
-def _sweep(
+def _filled(
     model: Model,
     tokens: Tensor,
+    cells: _Cells,
     interventions: list[list[Edit]],
     metric: Any,
-    **how: Any,
-) -> tuple[Float[Tensor, "prompt cell"], Float[Tensor, "prompt"]]:
-    """The metric of each prompt after each intervention, and without any."""
-    replay = Replay(model, tokens, batch_size=how.pop("batch_size"))
-    measure = _AtTheEnd(metric)
+    target: Tensor | None,
+    kind: dict[str, str],
+    run: dict[str, Any],
+    made: dict[str, Any],
+) -> Grid:
+    """The grid with the metric after each intervention: `kind` says what was changed,
+    `run` how the engine runs, `made` what the provenance keeps.
+    """
+    replay = Replay(model, tokens, batch_size=run.pop("batch_size"))
+    measure, labels = _AtTheEnd(metric), cells.labels(model, tokens)
     before = measure(replay.base_logits()[None])[0]
-    values = replay.run(interventions, measure, **how)
-    return rearrange(values, "cell prompt -> prompt cell"), before
+    values = replay.run(interventions, measure, **run)
+    if target is not None:
+        _check_contrast(before, target)
+    made["metric"] = getattr(metric, "name", getattr(metric, "__name__", "metric"))
+    return Grid(
+        values=values.T.reshape(len(tokens), *map(len, labels.values())),
+        before=before,
+        target=torch.full_like(before, torch.nan) if target is None else target,
+        axes=tuple(labels),
+        labels=tuple(labels.values()),
+        provenance=provenance(model, **made),
+        **kind,
+    )
 
 # %% ../../nbs/library/patching/grids.ipynb #c012
 @checked
@@ -479,26 +481,11 @@ def ablate_grid(
         for layer in cells.layers
         for where, head in cells.places
     ]
-    sweep = {"batch_size": batch_size, "folder": folder, "progress": progress}
-    values, before = _sweep(
-        model, tokens, edits, metric, name=f"ablate {site}", **sweep
-    )
-    labels = cells.labels(model, tokens)
-    return Grid(
-        values=values.reshape(len(tokens), *map(len, labels.values())),
-        before=before,
-        target=torch.full_like(before, torch.nan),
-        axes=tuple(labels),
-        labels=tuple(labels.values()),
-        site=site,
-        how=how,
-        provenance=provenance(
-            model,
-            prompts=fingerprint(lender, tokens),
-            metric=getattr(metric, "name", getattr(metric, "__name__", "metric")),
-            seed=seed,
-        ),
-    )
+    run = {"batch_size": batch_size, "folder": folder, "progress": progress}
+    run["name"] = f"ablate {site}"
+    made = {"prompts": fingerprint(lender, tokens), "seed": seed}
+    kind = {"site": site, "how": how}
+    return _filled(model, tokens, cells, edits, metric, None, kind, run, made)
 
 
 def _replacement(
