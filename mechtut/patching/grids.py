@@ -258,7 +258,11 @@ def patch_grid(
         for layer in cells.layers
         for positions, head in cells.places
     ]
-    run = {"batch_size": batch_size, "folder": folder, "progress": progress}
+    run: dict[str, Any] = {
+        "batch_size": batch_size,
+        "folder": folder,
+        "progress": progress,
+    }
     run["name"] = f"patch {site}"
     made = {"prompts": fingerprint(lender, tokens), "window": window}
     kind = {"site": site, "how": direction}
@@ -481,7 +485,11 @@ def ablate_grid(
         for layer in cells.layers
         for where, head in cells.places
     ]
-    run = {"batch_size": batch_size, "folder": folder, "progress": progress}
+    run: dict[str, Any] = {
+        "batch_size": batch_size,
+        "folder": folder,
+        "progress": progress,
+    }
     run["name"] = f"ablate {site}"
     made = {"prompts": fingerprint(lender, tokens), "seed": seed}
     kind = {"site": site, "how": how}
