@@ -265,7 +265,7 @@ def patch_grid(
     }
     run["name"] = f"patch {site}"
     made = {"prompts": fingerprint(lender, tokens), "window": window}
-    kind = {"site": site, "how": direction}
+    kind: dict[str, Any] = {"site": site, "how": direction}
     return _filled(model, tokens, cells, edits, metric, target, kind, run, made)
 
 
@@ -388,7 +388,7 @@ def _filled(
     interventions: list[list[Edit]],
     metric: Any,
     target: Tensor | None,
-    kind: dict[str, str],
+    kind: dict[str, Any],
     run: dict[str, Any],
     made: dict[str, Any],
 ) -> Grid:
@@ -492,7 +492,7 @@ def ablate_grid(
     }
     run["name"] = f"ablate {site}"
     made = {"prompts": fingerprint(lender, tokens), "seed": seed}
-    kind = {"site": site, "how": how}
+    kind: dict[str, Any] = {"site": site, "how": how}
     return _filled(model, tokens, cells, edits, metric, None, kind, run, made)
 
 
