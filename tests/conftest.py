@@ -3,11 +3,14 @@ hypothesis examples in every CI run.
 """
 
 import os
+import signal
 
 import pytest
 
 pytest_plugins = ["browser"]  # the fixtures for tests in a browser
 ONLINE = os.environ.get("MECHTUT_ONLINE") == "1"
+# a shell may have switched Ctrl-C off for what it runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 if not ONLINE:

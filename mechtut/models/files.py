@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -482,15 +483,17 @@ def _lock(folder: Path) -> int | None:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:  # nobody can write here
         return None
+    end = time.monotonic() + 5
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(descriptor, 20).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise RuntimeError(
-            f"another process ({owner or 'unknown'}) works in {folder}: wait for it, or"
-            " use another folder"
-        ) from None
+        while owner := _taken_by(descriptor):
+            # what a killed process was about to start holds its lock for a moment more
+            if not owner.isdigit() or _alive(int(owner)) or time.monotonic() > end:
+                os.close(descriptor)
+                raise RuntimeError(
+                    f"another process ({owner}) works in {folder}: wait for it, or use"
+                    " another folder"
+                )
+            time.sleep(0.02)
     except OSError:  # some network disks know no locks
         os.close(descriptor)
         return None
@@ -503,6 +506,15 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _taken_by(descriptor: int) -> str:
+    """Take a lock; if it is taken, who has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+    return ""
 
 
 def _sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechtut.__main__ import main
+from mechtut.models import files
 from mechtut.models.files import (
     FORMAT,
+    alone_in,
     read_json,
     read_tensors,
     write_file,
@@ -158,3 +161,18 @@ def test_the_shipped_results_are_whole(capsys):
 
     assert main(["check", str(files("mechtut") / "data")]) == 0
     assert " 0 damaged" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_killed_process_was_starting_is_waited_for(tmp_path):
+    """Between fork and exec a child has its parent's lock, whatever became of that."""
+    child = os.fork()
+    if not child:
+        files._lock(tmp_path)
+        if not os.fork():
+            time.sleep(0.5)
+        os._exit(0)
+    os.waitpid(child, 0)
+    began = time.monotonic()
+    with alone_in(tmp_path):
+        assert 0.2 < time.monotonic() - began < 5
