@@ -606,7 +606,8 @@ def plot_faithfulness(curves: Sequence[Faithfulness], ax: Axes | None = None) ->
     for level in (0, 1):
         ax.axhline(level, color="0.7", lw=0.8, zorder=0)
     ax.set(xscale="log", xlabel="share of edges", ylabel="faithfulness")
-    plain_legend(ax)
+    # above the axes: the curves fill them
+    plain_legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax
 
 # %% ../../nbs/library/circuits/attribution.ipynb #p004
