@@ -246,6 +246,14 @@ def write_json(
     write_file(path, f"{head}{rest}\n", force=force)
 
 
+def _refuse_newer(path: Path, version: int) -> None:
+    if version > FORMAT:
+        raise ValueError(
+            f"{path} was written by a newer mechtut (format {version}, this one reads"
+            f" up to {FORMAT}): update mechtut, or use another folder"
+        )
+
+
 def _digest(version: int, rest: str) -> str:
     return hashlib.sha256(f"{version} {rest}".encode()).hexdigest()
 
@@ -283,11 +291,8 @@ def read_json(path: str | Path, *needed: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise damaged(path, "holds no names and values")
     version = found.setdefault("format", 0)
-    if isinstance(version, int) and version > FORMAT:
-        raise ValueError(
-            f"{path} was written by a newer mechtut (format {version}, this one reads"
-            f" up to {FORMAT}): update mechtut, or use another folder"
-        )
+    if isinstance(version, int):
+        _refuse_newer(path, version)
     head = _HEAD.match(text)
     if head or "sha256" in found or version:
         rest = text[head.end() : -1] if head else ""
@@ -406,11 +411,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         raise damaged(path, "cannot be read whole") from None
     version = words.get("mechtut", "0")
-    if version.isdigit() and int(version) > FORMAT:
-        raise ValueError(
-            f"{path} was written by a newer mechtut (format {version}, this one reads"
-            f" up to {FORMAT}): update mechtut, or use another folder"
-        )
+    if version.isdigit():
+        _refuse_newer(path, int(version))
     if "sha256" not in words:
         raise damaged(path, "has no checksum")
     if words.pop("sha256") != digest_of(tensors, words):
