@@ -100,10 +100,10 @@ def test_colab_and_source_links(visit, path):
 
 def test_interactive_figure_tells_the_cell_that_is_pointed_at(visit):
     page = visit("nbs/library/viz/interactive.html")
-    cell = page.locator("[data-is]").first
+    cell = page.locator("[title][tabindex]").first
     cell.hover()
     shown = cell.evaluate("e => getComputedStyle(e, '::after').content")
-    assert shown == json.dumps(cell.get_attribute("data-is"), ensure_ascii=False)
+    assert shown == json.dumps(cell.get_attribute("title"), ensure_ascii=False)
 
 
 def test_chart_leads_to_the_methods(visit):

@@ -196,7 +196,14 @@ font:12px system-ui,sans-serif;max-width:100%;overflow:auto}
 .mt-circuit path:hover{opacity:1;stroke-width:6}
 .mt-circuit g.e:hover path{opacity:1} \
 .mt-circuit svg:has(g.n:hover) path{opacity:.15}
+.mt-circuit [hidden]{display:block!important} .mt-circuit .untrusted{display:none}
 """
+# A notebook that is not trusted drops <style> and <svg>: then the drawing's loose words
+# stay hidden, and this is read in their place.
+_UNTRUSTED = (
+    '<p class="untrusted">A drawing that answers to the pointer. It is shown once this'
+    " cell was run, or the notebook is trusted.</p>"
+)
 
 
 @checked
@@ -237,11 +244,11 @@ def to_html(
         for p, c in _COLOURS.items()
     )
     return (
-        f'<div class="mt-circuit"><style>{_STYLE}{light}</style>{caption}'
-        f'<div>{key}</div><svg width="{width:.0f}" height="{height:.0f}"'
+        f'<div class="mt-circuit"><style>{_STYLE}{light}</style>{_UNTRUSTED}{caption}'
+        f'<div hidden><div>{key}</div><svg width="{width:.0f}" height="{height:.0f}"'
         f' viewBox="0 0 {width:.0f} {height:.0f}" role="img"'
         f' aria-label="{html.escape(title) or "circuit"}: {len(found)} edges">'
-        f"{''.join(lines)}{''.join(boxes)}</svg></div>"
+        f"{''.join(lines)}{''.join(boxes)}</svg></div></div>"
     )
 
 

@@ -28,7 +28,7 @@ from mechtut.circuits._wiring import (
 from .graph import Edge, Graph, check_edges
 from .metrics import BoundMetric, Metric, Positions
 from ..models.hooks import refuse_open_edits
-from ..models.loading import Model
+from ..models.loading import Model, padded_row
 from ..models.precision import rounding
 from ..patching.partial import record_blocks
 
@@ -55,7 +55,7 @@ def _check_prompts(
         if low < 0 or high >= model.embed.weight.shape[0]:
             wrong, last = low if low < 0 else high, model.embed.weight.shape[0] - 1
             raise ValueError(f"{name} has token id {wrong}, outside 0..{last}")
-        if row := _padded_row(model, ids):
+        if (row := padded_row(model, ids)) is not None:
             raise ValueError(
                 f"{name} has padding in row {row}: circuits take prompts of equal"
                 " length without padding, so group yours by their number of tokens"
@@ -68,19 +68,6 @@ def _check_prompts(
     if ablation not in ("resample", "zero"):
         raise ValueError(f"ablation must be 'resample' or 'zero', not {ablation!r}")
     return clean.to(model.device), corrupted.to(model.device)
-
-
-def _padded_row(model: Model, ids: Tensor) -> int | None:
-    """The first row that begins or ends with more padding tokens than another one."""
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    if pad is None:
-        return None
-    inside = (ids != pad).int()
-    for side in (inside, inside.flip(1)):
-        padding = (side.cumsum(1) == 0).sum(1)
-        if padding.max() > padding.min():
-            return int(padding.argmax())
-    return None
 
 
 def _only_biases(wiring: Wiring, like: Tensor) -> Run:

@@ -183,15 +183,17 @@ class Edit:
             None)` is everything from position 3 on.
         head: One head, or `None` for all (head sites and `pattern` only).
         mode: `"set"` replaces, `"add"` adds.
+        neuron: One neuron, or `None` for all (`mlp_act` only); its value is `[batch,
+            pos]`.
 
     Raises:
         TypeError: If layer, position or head is not a whole number.
-        ValueError: For an unknown mode, no position or one given twice, or a layer
-            that contradicts the name.
+        ValueError: For an unknown mode, no position or one given twice, a layer that
+            contradicts the name, or a neuron where there are none.
 
     Example:
         >>> Edit("blocks.3.attn.hook_z", None, 0.0, pos=-1, head=2)
-        Edit(site='z', layer=3, value=0.0, pos=(-1,), head=2, mode='set')
+        Edit(site='z', layer=3, value=0.0, pos=(-1,), head=2, mode='set', neuron=None)
     """
 
     site: str
@@ -200,6 +202,7 @@ class Edit:
     pos: int | Sequence[int] | slice | str | Where | None = None
     head: int | None = None
     mode: Literal["set", "add"] = "set"
+    neuron: int | None = None
 
     def __post_init__(self) -> None:
         site = Site.parse(self.site)
@@ -215,6 +218,13 @@ class Edit:
         object.__setattr__(self, "pos", _parse_positions(self.pos))
         if self.head is not None:
             object.__setattr__(self, "head", integer(self.head, "head"))
+        if self.neuron is not None:
+            object.__setattr__(self, "neuron", integer(self.neuron, "neuron", least=0))
+            if self.site != "mlp_act":
+                raise ValueError(
+                    f"site {self.site!r} has no neurons, so not neuron={self.neuron}:"
+                    " they are at 'mlp_act'"
+                )
 
     def at(self, pos: Any) -> "Edit":
         """The same edit at other positions.
@@ -276,6 +286,13 @@ def write_into(x: Tensor, edit: Edit, columns: Sequence[int | None]) -> None:
         index = (slice(None), heads, [c for _, c in here])
     elif edit.head is not None:
         index = (*index, edit.head)
+    elif edit.neuron is not None:
+        if edit.neuron >= x.shape[-1]:
+            raise IndexError(
+                f"neuron {edit.neuron} does not exist in layer {edit.layer}, which has"
+                f" neurons 0..{x.shape[-1] - 1}"
+            )
+        index = (*index, edit.neuron)
     old = x[index]
     value = torch.as_tensor(edit.value, device=x.device)
     axis = 1 - old.ndim  # of the positions, counted from the end
@@ -529,7 +546,12 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     taps = _acting(config)
     if any(tap.explicit_mask for tap in taps):
         kwargs["allow_is_causal_skip"] = False
-    return _mask_registry()[_delegate(config, taps)](*args, **kwargs)
+    mask = _mask_registry()[_delegate(config, taps)](*args, **kwargs)
+    if isinstance(mask, Tensor) and mask.dtype == torch.float64:
+        # eager attention takes its softmax in float32, where float64's lowest number is
+        # minus infinity, and a padded query that sees nothing gets NaN
+        return mask.clamp(min=torch.finfo(torch.float32).min)
+    return mask
 
 
 def _acting(config: Any, module: Any = None) -> list[AttentionTap]:

@@ -164,7 +164,9 @@ def _split(
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
     for i in branch.members:
         edits = getattr(plans[i], where).get(layer, [])
-        same = tuple((e.site, e.pos, e.head, e.mode, _identity(e.value)) for e in edits)
+        same = tuple(
+            (e.site, e.pos, e.head, e.neuron, e.mode, _identity(e.value)) for e in edits
+        )
         groups.setdefault(same, (edits, []))[1].append(i)
     return list(groups.values())
 
@@ -611,5 +613,5 @@ def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) 
     for edits in [replay._edits, *interventions]:
         parts.append(len(edits))
         for e in edits:
-            parts += [(e.site, e.layer, e.pos, e.head, e.mode), e.value]
+            parts += [(e.site, e.layer, e.pos, e.head, e.neuron, e.mode), e.value]
     return fingerprint(*parts)

@@ -80,22 +80,15 @@ class Interactive:
         return Path(file)
 
 # %% ../../nbs/library/viz/interactive.ipynb #c007
+# What the map looks like at all is written at its elements: a notebook that is not
+# trusted loses <style>, and keeps style="..." and titles. Here is what a pointer does.
 _STYLE = """<style>
-#{id} {{display: inline-block; position: relative; max-width: 100%; \
-overflow-x: auto; font: 12px/1.5 sans-serif
-  ; padding-bottom: 2.4em}}
-#{id} .map {{display: grid; \
-grid-template-columns: max-content repeat({columns}, minmax(14px, 30px)); gap: 1px}}
-#{id} b {{font-weight: normal; text-align: right; padding-right: 6px; white-space: pre}}
-#{id} u {{text-decoration: none; text-align: center}}
-#{id} i {{height: 18px; outline-offset: -2px}}
-#{id} i.marked {{box-shadow: inset 0 0 0 2px currentColor}}
+#{id} i {{outline-offset: -2px}}
 #{id} i:hover, #{id} i:focus {{outline: 2px solid #ff9500}}
-#{id} i:hover::after, #{id} i:focus::after {{content: attr(data-is); \
-position: absolute; left: 0; bottom: 0.3em
-  ; font-style: normal; white-space: nowrap}}
-#{id} p {{margin: 4px 0 0}}
+#{id} i:hover::after, #{id} i:focus::after {{content: attr(title); \
+position: absolute; left: 0; bottom: 0.3em; font-style: normal; white-space: nowrap}}
 </style>"""
+_FRAME = "box-shadow: inset 0 0 0 2px currentColor"
 
 
 @checked
@@ -136,7 +129,7 @@ def hover_map(
 
     Example:
         >>> figure = hover_map(np.array([[0.25]]), ["Riley"], ["0"], label="p")
-        >>> 'data-is="Riley · layer 0 · p 0.250"' in figure.html
+        >>> 'title="Riley · layer 0 · p 0.250"' in figure.html
         True
     """
     values = np.asarray(values, dtype=float)
@@ -164,25 +157,34 @@ def hover_map(
     digits = max(3, 1 - math.floor(math.log10(largest)))
     parts = []
     for r, name in enumerate(rows):
-        parts.append(f"<b>{html.escape(name)}</b>")
+        parts.append(
+            '<b style="font-weight: normal; text-align: right; padding-right: 6px;'
+            f' white-space: pre">{html.escape(name)}</b>'
+        )
         for c, column in enumerate(columns):
             number = f"{round(values[r, c], digits) + 0.0:.{digits}f}"
             told = f"{name.strip()} · {xlabel} {column} · {label} {number}"
-            ring = ' class="marked"' if (r, c) in marked else ""
+            ring = f"; {_FRAME}" if (r, c) in marked else ""
             colour = to_hex(colormaps[cmap](norm(values[r, c])))
             parts.append(
-                f'<i{ring} tabindex="0" style="background:{colour}"'
-                f' data-is="{html.escape(told)}"></i>'
+                f'<i tabindex="0" style="height: 18px; background: {colour}{ring}"'
+                f' title="{html.escape(told)}"></i>'
             )
     cells = "".join(parts)
     unique = "m" + hashlib.sha256(cells.encode(errors="replace")).hexdigest()[:10]
-    footer = "<b></b>" + "".join(f"<u>{html.escape(c)}</u>" for c in columns)
+    under = '<u style="text-decoration: none; text-align: center">'
+    footer = "<b></b>" + "".join(f"{under}{html.escape(c)}</u>" for c in columns)
+    grid = f"max-content repeat({len(columns)}, minmax(14px, 30px))"
     what, across = html.escape(label), html.escape(xlabel)
     ends = [f"{end:.{digits - 1}f}" for end in (norm.vmin, norm.vmax)]
     text = (
-        f'<div id="{unique}" role="group" aria-label="{what} by {across}">'
-        + _STYLE.format(id=unique, columns=len(columns))
-        + f'<div class="map">{cells}{footer}</div><p>{across}; colour: {what},'
+        f'<div id="{unique}" role="group" aria-label="{what} by {across}"'
+        ' style="display: inline-block; position: relative; max-width: 100%;'
+        ' overflow-x: auto; padding-bottom: 2.4em; font: 12px/1.5 sans-serif">'
+        + _STYLE.format(id=unique)
+        + '<div style="display: grid; gap: 1px; grid-template-columns:'
+        f' {grid}">{cells}{footer}</div>'
+        f'<p style="margin: 4px 0 0">{across}; colour: {what},'
         f" {' to '.join(ends)}. Point at a cell to read it.</p></div>"
     )
 
@@ -243,7 +245,7 @@ def explore_heads(
 
     Example:
         >>> figure = explore_heads(np.array([[0.1, -0.2]]), [(0, 1)])
-        >>> figure.html.count('class="marked"')
+        >>> figure.html.count("inset")
         1
     """
     effects = np.asarray(effects, dtype=float)

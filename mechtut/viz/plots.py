@@ -361,7 +361,9 @@ def head_effects(
 # %% ../../nbs/library/viz/plots.ipynb #g001
 @checked
 def grid(found: GridLike, ax: Axes | None = None, high: float | None = None) -> Axes:
-    """A grid of patching or ablation: a heat map of two axes, a line of one.
+    """A grid of patching or ablation: a heat map of two or three axes, a line of one.
+
+    Of many heads or neurons those with the largest effects are shown.
 
     Args:
         found: The grid, with `mean`, `half_width`, `axes` and `labels`.
@@ -382,25 +384,39 @@ def grid(found: GridLike, ax: Axes | None = None, high: float | None = None) -> 
             _, ax = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
         half = found.half_width.float().numpy()
         ax.errorbar(range(len(mean)), mean, half, marker="o", ms=4, capsize=2)
-        ax.set_xticks(range(len(mean)), [written(t) for t in found.labels[0]], **PLAIN)
+        every = 1 + len(mean) // 16
+        ticks = [written(t) for t in found.labels[0][::every]]
+        ax.set_xticks(range(0, len(mean), every), ticks, **PLAIN)
         ax.set_xlabel(written(names[0]), **PLAIN)
         ax.set_ylabel(label)
         return ax
-    if len(names) != 2:
+    if len(names) > 3:
         raise ValueError(
             f"a grid of {len(names)} axes ({', '.join(names)}) has no plot"
         )
     end = float(np.abs(mean).max()) if high is None else high
-    return heat_map(
-        mean.T,
-        found.labels[1],
-        low=-end,
-        high=end,
-        label=label,
-        xlabel=names[0],
-        cmap="RdBu",
-        ax=ax,
-    )
+    what: dict[str, Any] = {"low": -end, "high": end, "label": label, "cmap": "RdBu"}
+    if len(names) == 2:
+        some = _largest(np.abs(mean).max(0), 40)
+        rows = [found.labels[1][i] for i in some]
+        ax = heat_map(mean.T[some], rows, xlabel=names[0], ax=ax, **what)
+        cut = len(some) < mean.shape[1]
+        ax.set_ylabel(names[1] + (", largest effects" if cut else ""))
+        return ax
+    flat = mean.reshape(-1, mean.shape[-1])
+    some = _largest(np.abs(flat).max(1), 24)
+    places = [f"{i}.{j}" for i in found.labels[0] for j in found.labels[1]]
+    rows = [places[i] for i in some]
+    ax = heat_map(flat[some], rows, xlabel=names[2], ax=ax, **what)
+    ticks = [written(t) for t in found.labels[2]]
+    ax.set_xticks(range(len(ticks)), ticks, rotation=90, **PLAIN)
+    ax.set_ylabel(f"layer.{names[1]}, largest effects")
+    return ax
+
+
+def _largest(size: Float[np.ndarray, "row"], n: int) -> list[int]:
+    """The numbers of the `n` largest, in their own order."""
+    return sorted(np.argsort(-size, kind="stable")[:n].tolist())
 
 # %% ../../nbs/library/viz/plots.ipynb #c019
 @checked

@@ -48,3 +48,17 @@ def test_a_box_escapes_whatever_it_is_named(text):
     same_page(
         line, drawing._line({"x": (0, 0), "out": (0, 1)}, ("x", "out", "", 1.0), 1)
     )
+
+
+def test_a_notebook_that_is_not_trusted_shows_a_sentence_instead_of_loose_words():
+    """Its sanitiser drops <style> and <svg> tags, and keeps `hidden` (JupyterLab)."""
+    page = drawing.to_html([("m0", "out", 1.0)], title="one edge")
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    assert "[hidden]{display:block!important}" in style, "with the style it is there"
+    assert ".untrusted{display:none}" in style
+    bare = page.replace(f"<style>{style}</style>", "")
+    hidden = re.search(r"<div hidden>(.*)</div></div>", bare, re.DOTALL)[1]
+    assert "m0 → out: 1" in hidden
+    seen = re.sub(r"<[^>]*>", " ", bare.replace(hidden, ""))
+    assert seen.split()[:4] == ["A", "drawing", "that", "answers"]
+    assert "m0" not in seen and "one edge" in seen

@@ -191,3 +191,19 @@ def test_activations_by_name_and_layer():
     assert torch.equal(acts["resid_post", 1], acts["resid_post.1"])
     assert torch.equal(acts["blocks.1.hook_resid_post"], acts["resid_post.1"])
     assert repr(acts) == "Activations: resid_post (layer 0, 1, 2) [2, 6, 32]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_patterns_of_padded_prompts_are_finite_and_change_nothing(dtype):
+    """Float64's lowest number, in the softmax of float32, made NaN of all states."""
+    model = load_model(tiny("llama").to(dtype))
+    ids, mask = torch.arange(5, 23).view(3, 6), torch.ones(3, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    plain = capture(model, ids, "resid_post", attention_mask=mask)
+    seen = capture(model, ids, ["pattern", "resid_post"], attention_mask=mask)
+    alone = capture(model, ids[:1, 2:], "pattern")["pattern"]
+    real = mask.bool()
+    assert seen["pattern"].isfinite().all()
+    assert torch.allclose(seen["pattern"][:, :1, :, 2:, 2:], alone, atol=1e-6)
+    for one, other in zip(seen["resid_post"], plain["resid_post"], strict=True):
+        assert torch.allclose(one[real], other[real], atol=1e-5, rtol=1e-4)

@@ -6,7 +6,14 @@ from families import tiny
 
 from mechtut.models.hooks import Edit, capture, intervene
 from mechtut.models.loading import load_model
-from mechtut.patching.grids import AnswerMetric, Grid, ablate_grid, patch_grid
+from mechtut.patching.grids import (
+    AnswerMetric,
+    Grid,
+    KLMetric,
+    ablate_grid,
+    ablate_in_order,
+    patch_grid,
+)
 
 QUIET = {"progress": False}
 DRAW = torch.Generator().manual_seed(0)
@@ -61,6 +68,227 @@ def test_heads_equal_plain_hooks(kind, site):
             edit = Edit(site, layer, acts[site, layer][:, :, head], head=head)
             found = plain(model, [edit], OTHER)
             assert torch.allclose(grid.values[:, layer, head], found, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("by", ["head", "head_position"])
+def test_patterns_equal_plain_hooks(kind, by):
+    model = model_of(kind)
+    acts = capture(model, CLEAN, "pattern")
+    grid = patch_grid(model, CLEAN, OTHER, METRIC, "pattern", by=by, **QUIET)
+    for layer in range(model.n_layers):
+        for head in range(model.n_heads):
+            value = acts["pattern", layer][:, head]
+            for pos in range(6) if by == "head_position" else [None]:
+                rows = value if pos is None else value[:, [pos]]
+                edit = Edit("pattern", layer, rows, pos=pos, head=head)
+                found = plain(model, [edit], OTHER)
+                told = grid.values[:, layer, head]
+                told = told if pos is None else told[:, pos]
+                assert torch.allclose(told, found, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("site", ["z", "q", "k"])
+def test_heads_at_positions_equal_plain_hooks(kind, site):
+    model = model_of(kind)
+    acts = capture(model, CLEAN, site)
+    grid = patch_grid(model, CLEAN, OTHER, METRIC, site, by="head_position", **QUIET)
+    assert grid.axes == ("layer", "head", "position")
+    for layer, head, pos in [(0, 0, 1), (1, 1, 5), (2, 1, 0), (0, 1, 4)]:
+        value = acts[site, layer][:, [pos], head]
+        found = plain(model, [Edit(site, layer, value, pos=pos, head=head)], OTHER)
+        assert torch.allclose(grid.values[:, layer, head, pos], found, atol=1e-10)
+    assert grid.plot().get_xlabel() == "position"
+
+
+ATTENTION = {"gpt2": "attn", "llama": "self_attn", "opt": "self_attn"}
+
+
+@pytest.mark.parametrize("kind", list(ATTENTION))
+def test_the_middle_of_a_block_equals_plain_hooks(kind):
+    """Torch hooks alone: attention's output is made what the stream lacks."""
+    model = model_of(kind)
+    mids = {}
+
+    def run(tokens, layer, then):
+        block, stream = model.blocks[layer], {}
+        attention = getattr(block, ATTENTION[kind])
+        hooks = [
+            block.register_forward_pre_hook(
+                lambda _, args: stream.update(x=args[0])  # its input
+            ),
+            attention.register_forward_hook(
+                lambda _, args, out: (then(out[0], stream["x"]), *out[1:])
+            ),
+        ]
+        logits = model.logits(tokens)
+        for hook in hooks:
+            hook.remove()
+        return logits
+
+    for layer in range(model.n_layers):
+
+        def keep(out, x, layer=layer):
+            mids[layer] = out + x
+            return out
+
+        run(CLEAN, layer, keep)
+    grid = patch_grid(model, CLEAN, OTHER, METRIC, "resid_mid", **QUIET)
+    for layer in range(model.n_layers):
+        for pos in range(6):
+
+            def put(out, x, layer=layer, pos=pos):
+                out = out.clone()
+                out[:, pos] = mids[layer][:, pos] - x[:, pos]
+                return out
+
+            found = difference(run(OTHER, layer, put))
+            assert torch.allclose(grid.values[:, layer, pos], found, atol=1e-10)
+
+
+NEURONS = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "opt": "fc2"}
+
+
+@pytest.mark.parametrize("kind", list(NEURONS))
+def test_neurons_equal_plain_hooks(kind):
+    model = model_of(kind)
+    chosen, acts = [3, 0, 17], capture(model, CLEAN, "mlp_act")
+    many = {"by": "neuron", "neurons": chosen}
+    grid = patch_grid(model, CLEAN, OTHER, METRIC, "mlp_act", **many, **QUIET)
+    late = patch_grid(
+        model, CLEAN, OTHER, METRIC, "mlp_act", **many, positions=[-1, 2], **QUIET
+    )
+    assert grid.labels[1] == ("3", "0", "17")
+    for layer in range(model.n_layers):
+        for i, neuron in enumerate(chosen):
+            for told, where in ((grid, range(6)), (late, [5, 2])):
+
+                def change(_, args, layer=layer, neuron=neuron, where=where):
+                    x = args[0].clone().view(3, 6, -1)
+                    value = acts["mlp_act", layer][:, :, neuron]
+                    x[:, list(where), neuron] = value[:, list(where)]
+                    return (x.view_as(args[0]),)
+
+                module = model.blocks[layer].get_submodule(NEURONS[kind])
+                hook = module.register_forward_pre_hook(change)
+                found = difference(model.logits(OTHER))
+                hook.remove()
+                assert torch.allclose(told.values[:, layer, i], found, atol=1e-10)
+
+
+def test_left_padding_is_refused_or_right():
+    """Rows of five and six tokens give what each gives alone."""
+    model = model_of("llama")
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[0, 0] = 0
+    short = AnswerMetric("logit_diff", RIGHT[:1], WRONG[:1])
+    for site, by in (("resid_pre", "position"), ("z", "head"), ("pattern", "head")):
+        given = {"site": site, "by": by, "attention_mask": mask}
+        grid = patch_grid(model, CLEAN, OTHER, METRIC, **given, **QUIET)
+        alone = patch_grid(
+            model, CLEAN[:1, 1:], OTHER[:1, 1:], short, site, by=by, **QUIET
+        )
+        told = grid.values[:1, :, 1:] if by == "position" else grid.values[:1]
+        assert torch.allclose(told, alone.values, atol=1e-8)
+    lost = ablate_grid(model, CLEAN, METRIC, how="mean", attention_mask=mask, **QUIET)
+    acts = capture(model, CLEAN, "z", attention_mask=mask)["z"]
+    means = acts.flatten(1, 2)[:, mask.flatten().bool()].mean(1)
+    with intervene(model, [Edit("z", 1, means[1, 2], head=2)]):
+        found = difference(model.logits(CLEAN, mask))
+    assert torch.allclose(lost.values[:, 1, 2], found, atol=1e-10)
+
+
+class _Pad:
+    pad_token_id = 0
+
+
+def test_padding_without_a_mask_is_refused(monkeypatch):
+    """Also where the first row has most of it."""
+    model = model_of("llama")
+    for row in (0, 1):
+        ids = CLEAN.clone()
+        ids[row, 0] = 0
+        padded = load_model(model.hf, _Pad())
+        with pytest.raises(
+            ValueError, match=f"clean prompts have padding in row {row}"
+        ):
+            patch_grid(padded, ids, OTHER, METRIC, **QUIET)
+
+
+def test_any_position_can_be_read():
+    model, acts = model_of("gpt2"), capture(model_of("gpt2"), CLEAN, "resid_pre")
+    grid = patch_grid(model, CLEAN, OTHER, METRIC, read_at=3, **QUIET)
+    for layer, pos in ((0, 2), (2, 3), (1, 0)):
+        value = acts["resid_pre", layer][:, [pos]]
+        with intervene(model, [Edit("resid_pre", layer, value, pos=pos)]):
+            logits = model.logits(OTHER)[:, 3]
+        found = logits[range(3), RIGHT] - logits[range(3), WRONG]
+        assert torch.allclose(grid.values[:, layer, pos], found, atol=1e-10)
+    assert torch.equal(grid.values[:, :, 4], grid.before[:, None].expand(3, 3))
+
+
+def test_divergence_from_the_clean_prediction(tmp_path):
+    model = model_of("gpt2")
+    metric = KLMetric.of(model, CLEAN)
+    grid = patch_grid(model, CLEAN, OTHER, metric, folder=tmp_path / "kl", **QUIET)
+    ours, theirs = (model.logits(x)[:, -1].log_softmax(-1) for x in (CLEAN, OTHER))
+    wanted = -torch.nn.functional.kl_div(
+        theirs, ours, reduction="none", log_target=True
+    )
+    assert torch.allclose(grid.before, wanted.sum(-1), atol=1e-10)
+    assert torch.allclose(grid.target, torch.zeros(3).double(), atol=1e-12)
+    other = KLMetric.of(model, OTHER)  # another reference is another sweep
+    with pytest.raises(ValueError, match="another"):
+        patch_grid(model, CLEAN, OTHER, other, folder=tmp_path / "kl", **QUIET)
+    with pytest.raises(ValueError, match="the reference is"):
+        metric(torch.zeros(1, 2, 97))
+
+
+@pytest.mark.parametrize("how", ["zero", "mean_by_position", "mean"])
+def test_one_more_goes_in_every_cell(how):
+    model, places = model_of("llama"), [(1, 2), (0, 0), (2, 3), (1, 0)]
+    grid = ablate_in_order(model, CLEAN, METRIC, places, how=how, **QUIET)
+    assert grid.axes == ("removed",) and grid.labels[0] == ("1.2", "0.0", "2.3", "1.0")
+    acts = capture(model, CLEAN, "z")["z"]
+    over = {"mean_by_position": 1, "mean": (1, 2)}
+    means = torch.zeros_like(acts) if how == "zero" else acts.mean(over[how], True)
+    for n in range(4):
+        edits = [Edit("z", i, means[i][:, :, h], head=h) for i, h in places[: n + 1]]
+        assert torch.allclose(grid.values[:, n], plain(model, edits, CLEAN), atol=1e-10)
+
+
+def test_neurons_go_in_order():
+    model, places = model_of("gpt2"), [(1, 2), (0, 100)]
+    grid = ablate_in_order(model, CLEAN, METRIC, places, "mlp_act", how="zero", **QUIET)
+    alone = ablate_grid(
+        model, CLEAN, METRIC, "mlp_act", how="zero", by="neuron", neurons=[2], **QUIET
+    )
+    assert torch.allclose(grid.values[:, 0], alone.values[:, 1, 0], atol=1e-12)
+    edits = [Edit("mlp_act", i, 0.0, neuron=n) for i, n in places]
+    assert torch.allclose(grid.values[:, 1], plain(model, edits, CLEAN), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([], "at least one"),
+        ([(0, 1), (0, 1)], "different"),
+        ([(9, 0)], "layer 9 does not exist"),
+        ([(0, 4)], "head must be .*3.* not 4"),
+    ],
+)
+def test_places_that_are_not_there(places, words):
+    with pytest.raises((ValueError, IndexError), match=words):
+        ablate_in_order(model_of("llama"), CLEAN, METRIC, places, **QUIET)
+
+
+def test_cells_by_their_size():
+    grid = ablate_grid(model_of("gpt2"), CLEAN, METRIC, **QUIET)
+    ranked = grid.ranked(largest=False)
+    means = [float(grid.mean[place]) for place in ranked]
+    assert means == sorted(means) and len(set(ranked)) == 12
+    assert grid.ranked()[0] == ranked[-1]
 
 
 def test_windows_and_chosen_places():
@@ -175,7 +403,14 @@ def entropy(logits):
             r"one number per prompt, .* \(1, 3\)",
         ),
         ({"site": "mlp_out", "by": "head"}, "has no heads"),
-        ({"site": "pattern"}, "site must be one of"),
+        ({"site": "resid_middle"}, "site must be one of"),
+        ({"site": "mlp_out", "by": "neuron"}, "has no neurons"),
+        ({"site": "mlp_act", "neurons": [1]}, "neurons are for by='neuron', not by="),
+        ({"site": "mlp_act", "by": "neuron", "neurons": [0, 500]}, "0..127"),
+        ({"site": "mlp_act", "by": "neuron", "neurons": []}, "at least one"),
+        ({"site": "pattern", "window": 2}, "takes window=1, not 2"),
+        ({"read_at": 6}, "position 6 is outside"),
+        ({"attention_mask": torch.ones(3, 5).long()}, r"attention_mask is \(3, 5\)"),
         ({"layers": [9]}, "layer 9 does not exist"),
         ({"layers": []}, "at least one"),
         ({"positions": [6]}, "position 6 is outside"),

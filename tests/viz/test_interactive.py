@@ -26,7 +26,7 @@ class Cells(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         if tag == "i":
-            self.told.append(dict(attrs)["data-is"])
+            self.told.append(dict(attrs)["title"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,6 +56,26 @@ def test_nothing_comes_from_elsewhere_and_two_maps_do_not_style_each_other():
         assert not re.search(r"<script|https?:|@import|url\(", figure.html)
     ids = [re.search(r'id="(\w+)"', f.html)[1] for f in (one, two)]
     assert ids[0] != ids[1]
+
+
+def test_a_map_stays_one_without_its_style_sheet():
+    """A notebook that is not trusted drops <style> (JupyterLab's sanitiser); what it
+    keeps are style attributes with a list of properties, and titles.
+    """
+    kept = {"display", "gap", "grid-template-columns", "height", "background", "font"}
+    kept |= {"position", "max-width", "overflow-x", "padding-bottom", "box-shadow"}
+    kept |= {"font-weight", "text-align", "padding-right", "white-space", "margin"}
+    kept |= {"text-decoration"}
+    figure = hover_map(np.eye(2), ["a", "b"], ["0", "1"], label="p", marked=[(0, 1)])
+    bare = re.sub(r"<style>.*?</style>", "", figure.html, flags=re.DOTALL)
+    styles = re.findall(r'style="([^"]*)"', bare)
+    used = {rule.split(":")[0].strip() for s in styles for rule in s.split(";")}
+    assert used <= kept
+    assert re.search(r"display: grid.*repeat\(2, ", bare)
+    cells = re.findall(r'<i [^>]*style="([^"]*)" title="([^"]*)"', bare)
+    assert len(cells) == 4 and all(
+        "height" in s and "background" in s for s, _ in cells
+    )
 
 
 def test_static_picture_page_and_bundle(tmp_path):
