@@ -26,6 +26,7 @@ from mechtut.arguments import (
     integer,
     integers,
     shown,
+    warn,
 )
 from ..models.hooks import HEAD_SITES, Edit, capture, check_layer
 from ..models.loading import Model, padded_row, readable_token
@@ -198,18 +199,29 @@ class Grid(Result):
 
     @property
     def mean(self) -> Float[Tensor, "*cell"]:
-        """Mean over prompts: the share recovered, or an ablation's change."""
-        return self._shown.mean(0)
+        """The mean change over prompts, as a share of the mean way to the other run; of
+        an ablation in the metric's own units.
+        """
+        return self.change.mean(0) / self._way.mean()
 
     @property
     def half_width(self) -> Float[Tensor, "*cell"]:
         """Half the 95 % interval of `mean` over prompts, NaN for a single one."""
-        n = len(self.values)
-        return 1.96 * self._shown.std(0) / n**0.5
+        way, n = self._way, len(self.values)
+        # the spread of a ratio of two means
+        expected = 0.0 if self._ablation else self.mean * self._spread(way)
+        left = self.change - expected
+        return 1.96 * left.std(0) / way.mean().abs() / n**0.5
 
     @property
-    def _shown(self) -> Tensor:
-        return self.change if self.target.isnan().any() else self.recovered
+    def _ablation(self) -> bool:
+        return bool(self.target.isnan().any())
+
+    @property
+    def _way(self) -> Float[Tensor, "prompt"]:
+        """From this run to the other one; 1 where there is none."""
+        way = self.target - self.before
+        return torch.ones_like(way) if self._ablation else way
 
     def _spread(self, x: Tensor) -> Tensor:
         return x.reshape(-1, *[1] * (self.values.ndim - 1))
@@ -350,8 +362,13 @@ def patch_grid(
     where, states = _writable(model, tokens, site, states, attention_mask)
     run = _Run(metric, read_at, attention_mask, batch_size, folder, progress)
     target = run.measure(logits[None, :, [read_at]])[0]
+    first = int((lender != tokens).any(0).nonzero()[0])  # up to there nothing differs
     edits = [
-        [cell.edit(where, i, states[i]) for i in _around(layer, window, model.n_layers)]
+        [
+            cell.edit(where, i, states[i], first)
+            for i in _around(layer, window, model.n_layers)
+            if max(cell.positions) >= first
+        ]
         for layer in cells.layers
         for cell in cells.places
     ]
@@ -426,17 +443,20 @@ class _Cell:
     head: int | None = None
     neuron: int | None = None
 
-    def edit(self, site: str, layer: int, state: Tensor | None) -> Edit:
-        """Write a state `[batch, pos, ...]` of the layer here; `None` writes zeros."""
+    def edit(self, site: str, layer: int, state: Tensor | None, first: int = 0) -> Edit:
+        """Write a state `[batch, pos, ...]` of the layer here, from position `first`
+        on; `None` writes zeros.
+        """
+        positions = [p for p in self.positions if p >= first]
         value: Tensor | float = 0.0
         if state is not None:
             every = state.shape[1] == 1  # one state for all positions
-            value = state if every else state[:, list(self.positions)]
+            value = state if every else state[:, positions]
             if self.head is not None:
                 value = value[:, :, self.head]
             if self.neuron is not None:
                 value = value[:, :, self.neuron]
-        return Edit(site, layer, value, self.positions, self.head, neuron=self.neuron)
+        return Edit(site, layer, value, positions, self.head, neuron=self.neuron)
 
 
 @dataclass(frozen=True)
@@ -625,6 +645,12 @@ def _check_contrast(before: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"the metric of pair {pair} is {float(target[pair]) + 0.0:.3g} on both"
             " sides, so nothing can be recovered: give other prompts, or another metric"
+        )
+    ways = (target - before).sign()
+    if bool((ways != ways[0]).any()):
+        warn(
+            f"the metric rises towards the other run in {int((ways > 0).sum())} of"
+            f" {len(ways)} pairs and falls in the rest: a mean of these says little"
         )
 
 # %% ../../nbs/library/patching/grids.ipynb #c012

@@ -199,6 +199,31 @@ def test_left_padding_is_refused_or_right():
     assert torch.allclose(lost.values[:, 1, 2], found, atol=1e-10)
 
 
+@pytest.mark.parametrize("by", ["position", "head", "head_position", "layer"])
+def test_what_comes_before_the_first_difference_is_left_out_exactly(by):
+    model, other = model_of("llama"), OTHER.clone()
+    other[:, :3] = CLEAN[:, :3]
+    other[1, 3] = CLEAN[1, 3]  # this pair begins to differ later
+    site = "resid_pre" if by in ("position", "layer") else "v"
+    acts = capture(model, CLEAN, site)
+    places = {"positions": [4, 1, 3]}
+    grid = patch_grid(model, CLEAN, other, METRIC, site, by=by, **places, **QUIET)
+    for cell in grid.mean.isfinite().nonzero().tolist():
+        named = dict(zip(grid.axes, cell, strict=True))
+        pos = places["positions"]
+        pos = [pos[named["position"]]] if "position" in named else pos
+        value = acts[site, cell[0]][:, pos]
+        value = value[:, :, named["head"]] if "head" in named else value
+        edit = Edit(site, cell[0], value, pos=pos, head=named.get("head"))
+        told = grid.values[(slice(None), *cell)]
+        assert torch.allclose(told, plain(model, [edit], other), atol=1e-10)
+    if by.endswith("position"):
+        early = grid.values[..., 1]
+        assert torch.equal(
+            early, grid.before.view(-1, *[1] * (early.ndim - 1)).expand_as(early)
+        )
+
+
 class _Pad:
     pad_token_id = 0
 
@@ -359,6 +384,46 @@ def test_ablations_equal_plain_hooks(how, site):
                 edit = Edit(site, layer, means[how][layer][at], **place)
                 found = plain(model, [edit], CLEAN)
                 assert torch.allclose(grid.values[:, layer, cell], found, atol=1e-10)
+
+
+def test_means_and_intervals_of_shares_and_changes():
+    """A pair whose runs hardly differ does not outweigh the others."""
+    change, way = torch.randn(2, 40, generator=DRAW).double() * 0.3, 5.0
+    ways = torch.full((40,), way).double()
+    ways[0], change = 0.001, change[0] + 1
+    told = {"axes": ("layer",), "labels": (("0",),), "site": "z"}
+    grid = Grid(
+        values=change[:, None],
+        before=torch.zeros(40).double(),
+        target=ways,
+        how="denoising",
+        **told,
+    )
+    assert torch.allclose(grid.mean, change.sum()[None] / ways.sum())
+    draws = torch.randint(40, (4000, 40), generator=DRAW)
+    spread = (change[draws].sum(1) / ways[draws].sum(1)).std()
+    assert float(grid.half_width) == pytest.approx(1.96 * float(spread), rel=0.1)
+    lost = Grid(
+        values=change[:, None],
+        before=torch.zeros(40).double(),
+        target=torch.full((40,), torch.nan),
+        how="zero",
+        **told,
+    )
+    assert torch.allclose(lost.mean, change.mean()[None])
+    assert torch.allclose(lost.half_width, 1.96 * change.std()[None] / 40**0.5)
+
+
+def test_pairs_that_pull_both_ways_are_told():
+    flipped = AnswerMetric(
+        "logit_diff", torch.tensor([7, 18, 9]), torch.tensor([17, 8, 19])
+    )
+    model = model_of("gpt2")
+    gap = flipped(model.logits(CLEAN)[None, :, -1] - model.logits(OTHER)[None, :, -1])
+    rising = int((gap > 0).sum())
+    assert 0 < rising < 3
+    with pytest.warns(UserWarning, match=f"in {rising} of 3 pairs and falls"):
+        patch_grid(model, CLEAN, OTHER, flipped, layers=[1], **QUIET)
 
 
 def test_metrics_by_hand():
