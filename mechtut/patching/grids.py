@@ -279,7 +279,9 @@ PatchSite = Literal[
     "v",
     "pattern",
 ]
-GridAxis = Literal["position", "head", "head_position", "neuron", "layer"]
+GridAxis = Literal[
+    "position", "head", "head_position", "head_query_key", "neuron", "layer"
+]
 
 
 @checked
@@ -318,8 +320,9 @@ def patch_grid(
             `"noising"` corrupted ones into the clean run.
         by: `"position"`: a cell per layer and position (all heads together at once);
             `"head"`: per layer and head, at all `positions` together;
-            `"head_position"`: per layer, head and position; `"neuron"`: per layer and
-            neuron, at all `positions`; `"layer"`: per layer alone.
+            `"head_position"`: per layer, head and position; `"head_query_key"`: per
+            layer, head and entry of its pattern; `"neuron"`: per layer and neuron, at
+            all `positions`; `"layer"`: per layer alone.
         positions: Where states are written (of a pattern: its queries); by default
             everywhere. Negative ones count from the end.
         layers: Which layers; by default all.
@@ -359,7 +362,7 @@ def patch_grid(
         )
     (read_at,) = Edit("embed", None, 0.0, pos=read_at).positions(tokens.shape[1])
     states, logits = _read(model, lender, site, attention_mask)
-    where, states = _writable(model, tokens, site, states, attention_mask)
+    where, states = _writable(model, tokens, site, states, attention_mask, by)
     run = _Run(metric, read_at, attention_mask, batch_size, folder, progress)
     target = run.measure(logits[None, :, [read_at]])[0]
     first = int((lender != tokens).any(0).nonzero()[0])  # up to there nothing differs
@@ -418,7 +421,12 @@ def _read(
 
 
 def _writable(
-    model: Model, tokens: Tensor, site: str, states: Tensor, mask: Tensor | None
+    model: Model,
+    tokens: Tensor,
+    site: str,
+    states: Tensor,
+    mask: Tensor | None,
+    by: str = "",
 ) -> tuple[str, Float[Tensor, "layer batch pos *rest"]]:
     """The same change at a site that the engine writes, and what is written there.
 
@@ -431,6 +439,12 @@ def _writable(
     if site == "pattern":
         v = capture(model, tokens, "v", attention_mask=mask)["v"]
         v = repeat(v, "l b k g d -> l b k (g n) d", n=model.n_heads // model.n_kv_heads)
+        if by == "head_query_key":  # one entry of the pattern at a time
+            own = capture(model, tokens, ["z", "pattern"], attention_mask=mask)
+            moved = einsum(
+                states - own["pattern"], v, "l b h q k, l b k h d -> l b q h k d"
+            )
+            return "z", own["z"][:, :, :, :, None] + moved
         return "z", einsum(states, v, "l b h q k, l b k h d -> l b q h d")
     return site, states
 
@@ -442,6 +456,7 @@ class _Cell:
     positions: tuple[int, ...]  # counted from the start
     head: int | None = None
     neuron: int | None = None
+    key: int | None = None  # of the head's pattern
 
     def edit(self, site: str, layer: int, state: Tensor | None, first: int = 0) -> Edit:
         """Write a state `[batch, pos, ...]` of the layer here, from position `first`
@@ -454,6 +469,8 @@ class _Cell:
             value = state if every else state[:, positions]
             if self.head is not None:
                 value = value[:, :, self.head]
+            if self.key is not None:
+                value = value[:, :, self.key]
             if self.neuron is not None:
                 value = value[:, :, self.neuron]
         return Edit(site, layer, value, positions, self.head, neuron=self.neuron)
@@ -477,6 +494,14 @@ class _Cells:
             return [_Cell(self.positions, h) for h in self.numbers]
         if self.by == "head_position":
             return [_Cell((p,), h) for h in self.numbers for p in self.positions]
+        if self.by == "head_query_key":
+            keys = range(max(self.positions) + 1)  # none looks behind itself
+            return [
+                _Cell((q,), h, key=k)
+                for h in self.numbers
+                for q in self.positions
+                for k in keys
+            ]
         if self.by == "neuron":
             return [_Cell(self.positions, neuron=i) for i in self.numbers]
         return [_Cell(self.positions)]
@@ -487,9 +512,11 @@ class _Cells:
         for axis in self.by.split("_"):
             if axis in ("head", "neuron"):
                 found[axis] = tuple(map(str, self.numbers))
-            elif axis == "position":
+            elif axis != "layer":
+                keys = range(max(self.positions) + 1)
                 found[axis] = tuple(
-                    _token(model, tokens[:, p], p) for p in self.positions
+                    _token(model, tokens[:, p], p)
+                    for p in (keys if axis == "key" else self.positions)
                 )
         return found
 
@@ -524,6 +551,8 @@ def _cells_of(
             f"site {site!r} has no heads: take one of {', '.join(HEAD_SITES)} or"
             " pattern, or by='position'"
         )
+    if by == "head_query_key" and site != "pattern":
+        raise ValueError(f"by={by!r} is for site 'pattern', not {site!r}")
     if (by == "neuron" or neurons is not None) and site != "mlp_act":
         raise ValueError(f"site {site!r} has no neurons: they are at 'mlp_act'")
     if by == "neuron":
@@ -723,6 +752,10 @@ def ablate_grid(
     """
     tokens = model.to_batch(prompts)
     cells = _cells_of(model, site, by, layers, positions, neurons, tokens.shape[1])
+    if by == "head_query_key":
+        raise ValueError(
+            f"by={by!r} is for patching: a pattern without one of its entries is none"
+        )
     where, states, lender = _replacement(
         model, tokens, reference, site, how, seed, attention_mask
     )

@@ -88,6 +88,24 @@ def test_patterns_equal_plain_hooks(kind, by):
                 assert torch.allclose(told, found, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_entries_of_a_pattern_equal_plain_hooks(kind):
+    model, by = model_of(kind), "head_query_key"
+    theirs = capture(model, CLEAN, "pattern")["pattern"]
+    own = capture(model, OTHER, "pattern")["pattern"]
+    places = {"positions": [4, 2], "layers": [2, 0]}
+    grid = patch_grid(model, CLEAN, OTHER, METRIC, "pattern", by=by, **places, **QUIET)
+    assert grid.axes == ("layer", "head", "query", "key")
+    assert grid.values.shape == (3, 2, 4, 2, 5)
+    for i, layer in enumerate([2, 0]):
+        for head, (j, query), key in [(0, (0, 4), 3), (3, (1, 2), 0), (1, (0, 4), 4)]:
+            value = own[layer][:, head].clone()
+            value[:, query, key] = theirs[layer][:, head, query, key]
+            found = plain(model, [Edit("pattern", layer, value, head=head)], OTHER)
+            told = grid.values[:, i, head, j, key]
+            assert torch.allclose(told, found, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("site", ["z", "q", "k"])
 def test_heads_at_positions_equal_plain_hooks(kind, site):
@@ -473,6 +491,7 @@ def entropy(logits):
         ({"site": "mlp_act", "neurons": [1]}, "neurons are for by='neuron', not by="),
         ({"site": "mlp_act", "by": "neuron", "neurons": [0, 500]}, "0..127"),
         ({"site": "mlp_act", "by": "neuron", "neurons": []}, "at least one"),
+        ({"by": "head_query_key"}, "is for site 'pattern', not 'resid_pre'"),
         ({"site": "pattern", "window": 2}, "takes window=1, not 2"),
         ({"read_at": 6}, "position 6 is outside"),
         ({"attention_mask": torch.ones(3, 5).long()}, r"attention_mask is \(3, 5\)"),
