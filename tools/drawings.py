@@ -67,6 +67,35 @@ class Drawing:
         (FOLDER / f"{self.name}.svg").write_text(text, encoding="utf-8")
 
 
+def activation_patching() -> None:
+    """Two prompts; one state of the first is written into the run of the second."""
+    d = Drawing("activation_patching", 236)
+    words = ["Mary", "John", "…", "gave", "to"]
+    runs = (
+        (20, "clean", "John", KNOWN, "Mary"),
+        (380, "corrupted, with one clean state", "Ann", LOST, "Mary?"),
+    )
+    for x, title, giver, colour, answer in runs:
+        d.text(x + 132, 22, title, weight="600")
+        for i, word in enumerate([*words[:3], giver, *words[3:]]):
+            cx = x + 24 + 46 * i
+            d.text(cx, 226, word, size=13, weight="600" if i == 3 else "normal")
+            for layer in range(4):
+                moved = i == 3 or (i == 5 and layer > 1)
+                back = KNOWN if (i == 3 and layer) or layer > 1 else colour
+                d.dot(cx, 196 - 42 * layer, back if moved else LOST, 9,
+                      fill_opacity=0.9 if moved else 0.3)  # fmt: skip
+                if layer:
+                    d.line(cx, 185 - 42 * (layer - 1), cx, 166 - 42 * (layer - 1),
+                           opacity=0.4)  # fmt: skip
+        d.text(x + 254, 50, answer, size=14, weight="600")
+    x, y = 20 + 24 + 46 * 3, 196 - 42
+    d.dot(x + 360, y, KNOWN, 9, stroke="currentColor", stroke_width=2)
+    d.line(x + 12, y - 6, x + 348, y - 6, colour=NEW, width=3, bend=70, arrow=True)
+    d.text(350, 92, "one state", size=13)
+    d.save()
+
+
 def causal_tracing() -> None:
     """Clean, corrupted, patched: one state is carried over."""
     d = Drawing("causal_tracing", 270)
@@ -248,7 +277,14 @@ def neuron_explanation() -> None:
     d.save()
 
 
-ALL = (causal_tracing, rome, function_vectors, acdc, neuron_explanation)
+ALL = (
+    activation_patching,
+    causal_tracing,
+    rome,
+    function_vectors,
+    acdc,
+    neuron_explanation,
+)
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)

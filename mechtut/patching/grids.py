@@ -25,6 +25,7 @@ from mechtut.arguments import (
     checked,
     integer,
     integers,
+    same_length,
     shown,
     warn,
 )
@@ -86,6 +87,52 @@ class AnswerMetric:
             return self._at(logits, self.right) - self._at(logits, self.wrong)
         log_p = self._at(logits.log_softmax(-1), self.right)
         return log_p if self.name == "log_probability" else log_p.exp()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        prompts: Sequence[str],
+        right: Sequence[str],
+        wrong: Sequence[str] | None = None,
+        name: MetricName = "logit_diff",
+    ) -> Self:
+        """The metric of answers given as text.
+
+        Args:
+            model: The model.
+            prompts: The prompts.
+            right: How each goes on, such as `" Paris"`.
+            wrong: The wrong ways.
+            name: The metric.
+
+        Returns:
+            The metric of their first tokens.
+
+        Raises:
+            ValueError: If a prompt has not one answer of each kind, or both begin with
+                the same token.
+
+        Example:
+            >>> from mechtut import load_model
+            >>> given = load_model("mini"), ["Riley Martin works as a"]
+            >>> AnswerMetric.of(*given, [" singer"], [" pilot"]).name
+            'logit_diff'
+        """
+        answers = (
+            {"right": right} if wrong is None else {"right": right, "wrong": wrong}
+        )
+        same_length(prompts=prompts, **answers)
+        first = {
+            kind: torch.tensor(
+                [
+                    model.continuation(p, t)[0]
+                    for p, t in zip(prompts, texts, strict=True)
+                ]
+            )
+            for kind, texts in answers.items()
+        }
+        return cls(name, **first)
 
     def _check(self, n_prompts: int, d_vocab: int) -> None:
         for ids in (self.right, self.wrong):
@@ -546,13 +593,13 @@ def _cells_of(
             f"{model.config.model_type} has no 'resid_mid': attention and MLP of a block"
             " read the same stream, 'resid_pre'"
         )
+    if by == "head_query_key" and site != "pattern":
+        raise ValueError(f"by={by!r} is for site 'pattern', not {site!r}")
     if by.startswith("head") and site not in (*HEAD_SITES, "pattern"):
         raise ValueError(
             f"site {site!r} has no heads: take one of {', '.join(HEAD_SITES)} or"
             " pattern, or by='position'"
         )
-    if by == "head_query_key" and site != "pattern":
-        raise ValueError(f"by={by!r} is for site 'pattern', not {site!r}")
     if (by == "neuron" or neurons is not None) and site != "mlp_act":
         raise ValueError(f"site {site!r} has no neurons: they are at 'mlp_act'")
     if by == "neuron":
