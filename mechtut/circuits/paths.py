@@ -372,10 +372,9 @@ def path_patch_grid(
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Grid:
-    """The direct effect of each sender on some receivers (Wang et al. 2023, appendix
-    B).
+    """The direct effect of each sender on some receivers (path patching).
 
-    Names are those of the circuits' graph (`mechtut.circuits.graph`). A sender that
+    The algorithm is that of Wang et al. (2023), appendix B. Names are those of the circuits' graph (`mechtut.circuits.graph`). A sender that
     comes after all receivers has no effect, and its cell is exactly that of the base
     run. Where heads share keys and values, a receiver `a20.kv0.v_in` is read by all of
     its heads. A norm behind attention (Gemma 2, OLMo 2) is applied anew to the heads'
@@ -434,8 +433,8 @@ def path_patch_grid(
     heard = max(graph.n_parents(r) for r in readers)
     if all(graph.sender_index[s] >= heard for s in names):
         raise ValueError(
-            f"no sender comes before {readers[-1]}, so nothing can reach it; before it"
-            f" are {', '.join(graph.senders[: min(heard, 3)])} …"
+            f"no sender comes before {readers[-1]}, so nothing can reach it: the last"
+            f" one that does is {graph.senders[heard - 1]}"
         )
     places = _places(base, lender, readers, positions, receiver_positions)
     replay = Replay(model, base, batch_size=batch_size)

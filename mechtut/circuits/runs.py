@@ -55,7 +55,7 @@ def _check_prompts(
         if low < 0 or high >= model.embed.weight.shape[0]:
             wrong, last = low if low < 0 else high, model.embed.weight.shape[0] - 1
             raise ValueError(f"{name} has token id {wrong}, outside 0..{last}")
-        if row := _padded_row(model, ids):
+        if (row := _padded_row(model, ids)) is not None:
             raise ValueError(
                 f"{name} has padding in row {row}: circuits take prompts of equal"
                 " length without padding, so group yours by their number of tokens"

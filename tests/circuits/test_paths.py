@@ -313,7 +313,27 @@ def test_padding_and_what_cannot_be_taken_apart_are_refused():
         path_patch_grid(model_of("gptj"), CLEAN, OTHER, METRIC, **QUIET)
     model = model_of("gpt2")
     with (
-        intervene(model, [Edit("z", 0, 0.0)]),
+        intervene(model, [Edit("z", 0, 0.0)], must_fire=False),
         pytest.raises(RuntimeError, match="open"),
     ):
         path_patch_grid(model, CLEAN, OTHER, METRIC, **QUIET)
+
+
+@pytest.mark.parametrize("reader", ["a2.0.q_in", "out"])
+def test_a_wiring_that_is_not_the_models_is_refused(reader, monkeypatch):
+    from mechtut.circuits import paths
+
+    own, ran = paths.projector, paths.run
+
+    def off(*given):
+        return lambda x: own(*given)(x) * 1.01
+
+    def else_(*given):
+        found = ran(*given)
+        found.out.mul_(1.01)
+        return found
+
+    changed = {"a2.0.q_in": ("projector", off), "out": ("run", else_)}
+    monkeypatch.setattr(paths, *changed[reader])
+    with pytest.raises(NotImplementedError, match=f"{reader} taken apart differs"):
+        path_patch_grid(model_of("gpt2"), CLEAN, OTHER, METRIC, reader, **QUIET)
