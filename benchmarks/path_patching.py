@@ -77,8 +77,8 @@ def main() -> None:
             largest = float(grid.change.abs().max())
             print(
                 f"{name}: {fast:.1f} CPU s, plain {slow:.0f} s ({slow / fast:.1f}x) for"
-                f" {len(before)} senders, {args.pairs} pairs of {n_pos} tokens; apart by"
-                f" {worst:.1g} (largest effect {largest:.2f})",
+                f" {len(before)} senders, {args.pairs} pairs of {n_pos} tokens;"
+                f" apart by {worst:.1g} (largest effect {largest:.2f})",
                 flush=True,
             )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

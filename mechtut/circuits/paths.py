@@ -114,6 +114,7 @@ class _Frozen:
     mlps: list[Float[Tensor, "batch at d"]]
     z: list[Float[Tensor, "head batch at d_head"]]
     others: dict[str, Tensor]  # z ("z.3"), MLPs' outputs ("m3") and "embed", likewise
+    own: dict[str, Tensor]  # the base run's q, k or v of readers
 
     def heads_change(self, layer: int, heads: list[int]) -> Tensor:
         """What the stream gains if each of some heads writes what it did in the other
@@ -190,15 +191,18 @@ def _freeze(
     wiring: Wiring,
     through: str,
     places: tuple[list[int], list[int]],
-    n_layers: int,
+    readers: list[str],
 ) -> tuple[_Frozen, Tensor]:
-    """The frozen run of the first `n_layers`, at the places of senders and of
-    receivers; and the other run's logits.
+    """The frozen run up to the last reader, at the places of senders and of receivers;
+    and the other run's logits.
     """
     model, tokens = replay.model, replay.tokens
+    last = layer_of(readers[-1])
+    n_layers = model.n_layers if last is None else last + 1
     sent, read = places
     sites = [f"{s}.{i}" for i in range(n_layers) for s in ("z", "mlp_out", "attn_out")]
-    base = capture(model, tokens, sites)
+    inside = {r: f"{r.split('.')[-1][0]}.{layer_of(r)}" for r in readers if r[0] == "a"}
+    base = capture(model, tokens, [*sites, *dict.fromkeys(inside.values())])
     theirs = [s for s in sites if not s.startswith("attn_out")]
     other = capture(model, lender, [*theirs, "resid_pre.0"])
 
@@ -222,21 +226,19 @@ def _freeze(
         mlps=[base["mlp_out", i][:, sent] for i in layers],
         z=[heads(base["z", i]) for i in layers],
         others=others | {"embed": other["resid_pre.0"][:, sent]},
+        own={r: base[site][:, read, number_of(r)] for r, site in inside.items()},
     ), other.logits[:, -1:]
 
 
-def _check_wiring(replay: Replay, frozen: _Frozen, readers: list[str]) -> None:
+def _check_wiring(replay: Replay, frozen: _Frozen) -> None:
     """The wiring must be the model's own, as far as rounding lets one see: the last
-    stream of the first prompt, and what the readers read of it.
+    stream of the first prompt, and what the readers read.
     """
     resid, model, pairs = replay.base.resid, replay.model, {}
     pairs["out"] = run(frozen.wiring, resid[0][:1]).out, resid[-1][:1]
-    inside = {r: f"{r.split('.')[-1][0]}.{layer_of(r)}" for r in readers if r[0] == "a"}
-    acts = capture(model, replay.tokens[:1], list(inside.values())) if inside else {}
     nothing = torch.zeros_like(frozen.attn_in[0][:, frozen.at])[None]
-    for reader, site in inside.items():
-        own = acts[site][:, frozen.rows, number_of(reader)]
-        pairs[reader] = frozen.read(reader, nothing)[0][:1], own
+    for reader, own in frozen.own.items():
+        pairs[reader] = frozen.read(reader, nothing)[0], own
     for name, (ours, own) in pairs.items():
         worst, scale = float((ours - own).abs().max()), float(own.abs().max())
         if not worst <= 2 * rounding(model.dtype) * max(1.0, scale):
@@ -374,11 +376,11 @@ def path_patch_grid(
 ) -> Grid:
     """The direct effect of each sender on some receivers (path patching).
 
-    The algorithm is that of Wang et al. (2023), appendix B. Names are those of the circuits' graph (`mechtut.circuits.graph`). A sender that
-    comes after all receivers has no effect, and its cell is exactly that of the base
-    run. Where heads share keys and values, a receiver `a20.kv0.v_in` is read by all of
-    its heads. A norm behind attention (Gemma 2, OLMo 2) is applied anew to the heads'
-    sum.
+    The algorithm is that of Wang et al. (2023), appendix B. Names are those of the
+    circuits' graph (`mechtut.circuits.graph`). A sender that comes after all receivers
+    has no effect, and its cell is exactly that of the base run. Where heads share keys
+    and values, all of a group read a receiver such as `a20.kv0.v_in`. A norm behind
+    attention (Gemma 2, OLMo 2) is applied anew to the heads' sum.
 
     Args:
         model: The model.
@@ -438,15 +440,14 @@ def path_patch_grid(
         )
     places = _places(base, lender, readers, positions, receiver_positions)
     replay = Replay(model, base, batch_size=batch_size)
-    measure, last = _AtTheEnd(metric), layer_of(readers[-1])
-    n_layers = model.n_layers if last is None else last + 1
+    measure = _AtTheEnd(metric)
     key, order = "", sorted(names, key=graph.sender_index.__getitem__)
     if folder is not None:
         what = [weight_fingerprint(model), base, lender, readers, order, through]
         key = fingerprint("paths", *what, places, identify(measure))
     with alone_in(folder), evaluating(model.hf), fast_matmul(model), torch.no_grad():
-        frozen, logits = _freeze(replay, lender, wiring, through, places, n_layers)
-        _check_wiring(replay, frozen, readers)
+        frozen, logits = _freeze(replay, lender, wiring, through, places, readers)
+        _check_wiring(replay, frozen)
         target = measure(logits[None])[0]
         before = measure(replay.base_logits()[None])[0]
         _check_contrast(before, target)
