@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..arguments import Count, Seed, checked, shown
 from ..models.hooks import Activations, Edit, capture
-from ..models.loading import Model
+from ..models.loading import Model, recording
 from ..models.precision import at_least_float32
 from .checkpoints import fingerprint, quiet
 from mechtut.patching.grids import (
@@ -83,16 +83,17 @@ class _Slopes:
     def check(self) -> None:
         """A metric has a gradient, and each prompt's is of its own logits."""
         x = self.ends.detach().clone().requires_grad_()
-        with torch.enable_grad():
+        with recording():
             value = self.value(x, slice(0, len(x)))
+            first = value[0]
         if not value.requires_grad:
             raise ValueError(
                 "the metric has no gradient, so nothing can be estimated: make it of"
                 " the logits by functions of torch, without `.detach()`, `.item()` or"
                 " a comparison; or take patch_grid, which needs none"
             )
-        (slope,) = torch.autograd.grad(value[0], x, materialize_grads=True)
-        if bool(slope[1:].any()):
+        (slope,) = torch.autograd.grad(first, x, materialize_grads=True)
+        if bool(slope[1:].nan_to_num().any()):
             raise ValueError(
                 "the metric of the first prompt changes with the logits of other"
                 " prompts, so their gradients cannot be told apart: let each prompt"
