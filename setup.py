@@ -12,7 +12,7 @@ config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 extras = {
     name: settings[f"{name}_requirements"].split()
-    for name in ("tutorials", "servers", "circuits", "gguf", "docs", "dev")
+    for name in ("tutorials", "servers", "circuits", "gguf", "captum", "docs", "dev")
 }
 extras["dev"] += (
     extras["tutorials"] + extras["servers"] + extras["circuits"] + extras["docs"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..arguments import Count, Natural, checked, integer, integers
 from .interrupts import shielded
-from .loading import Model
+from .loading import Model, recording
 from .precision import rounding
 
 # %% ../../nbs/library/models/hooks.ipynb #c004
@@ -461,10 +461,17 @@ def hooked(
 
 def _hook(place: _Place, fn: Visitor, batch: Callable[[], int | None]) -> Any:
     def visit(x: Tensor) -> Tensor | None:
-        new = fn(_to_site(x, place, batch()))
+        old = _to_site(x, place, batch())
+        new = fn(old)
         if new is None:
             return None
-        return (new if place.scale == 1 else new / place.scale).reshape(x.shape)
+        if new is old and place.copy:  # what follows may change it, not what was seen
+            new = new.clone()
+        if place.scale != 1 and new is old:  # bit by bit, with the site's gradient
+            new = x.detach() + (new - new.detach()) / place.scale
+        elif place.scale != 1:
+            new = new / place.scale
+        return new.reshape(x.shape)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not args:  # some blocks are called by keyword
@@ -633,7 +640,8 @@ def visiting(
 ) -> Iterator[set[Site]]:
     """Call visitors with their sites' tensors in every forward pass inside the block.
 
-    Passes that another thread runs at the same time are left alone.
+    Passes that another thread runs at the same time are left alone. Whether a pass is
+    recorded for gradients is up to who runs it; `Model.logits` is not, by default.
 
     Args:
         model: A `Model`, or any module, whose sites are then module paths.
@@ -664,7 +672,7 @@ def visiting(
     if isinstance(model, Model):
         inside = {s for s in visitors if s.name in ATTENTION_SITES}
     outside = visitors.keys() - inside
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         if isinstance(model, Model):
             for layer in {s.layer or 0 for s in outside if s.name in SITES}:
                 block = model.blocks[check_layer(model, layer, "block")]
@@ -796,7 +804,8 @@ def intervene(
     """Inside the `with` block every forward pass writes the edits.
 
     Blocks may be nested: all edits apply, the outermost first. Passes of another thread
-    are left alone.
+    are left alone. A value that asks for its gradient gets it from a pass that is
+    recorded, such as `model.logits(..., gradients=True)`.
 
     Args:
         model: A `Model`, or any module, whose sites are then module paths.
@@ -1001,6 +1010,7 @@ def capture(
     *,
     edits: Sequence[Edit] = (),
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    gradients: bool = False,
 ) -> Activations:
     """Run a model once and return what is at some sites, under edits if any are given.
 
@@ -1012,13 +1022,17 @@ def capture(
             TransformerLens' names, or a dotted module path.
         edits: Written in the same pass; an edited site is captured after the edit.
         attention_mask: 1 for real tokens, 0 for padding.
+        gradients: Whether the tensors stay part of the computation, so that
+            `torch.autograd.grad` of something made of the logits, at a site or at an
+            edit's value, works. The weights count as constants.
 
     Returns:
         The tensors by site, and the logits.
 
     Raises:
         IndexError: For a layer that does not exist.
-        RuntimeError: If a site was never reached.
+        RuntimeError: If a site was never reached; for gradients in PyTorch's
+            inference mode.
         ValueError: For an unknown site or prompts that make no batch.
 
     Example:
@@ -1030,27 +1044,46 @@ def capture(
           z (layer 4) [1, 5, 6, 32]
         >>> acts["resid_post", 3].shape
         torch.Size([1, 5, 192])
+        >>> acts = capture(model, "Riley Martin works as a", "z.4", gradients=True)
+        >>> singer = acts.logits[0, -1, model.continuation("a", " singer")].sum()
+        >>> torch.autograd.grad(singer, acts["z", 4])[0].shape
+        torch.Size([1, 5, 6, 32])
     """
     wanted, kept = expand_sites(model, sites), {}
     if isinstance(model, Model):
         inputs = model.to_batch(inputs)
 
     def keeper(site: Site) -> Visitor:
-        def keep(x: Tensor) -> None:
-            kept[site] = x.detach()
+        def keep(x: Tensor) -> Tensor | None:
+            kept[site] = _to_leaf(x) if gradients else x.detach()
+            # the eager attention goes on with the very pattern that it shows
+            same = not gradients or (site.name == "pattern" and x.requires_grad)
+            return None if same else kept[site]
 
         return keep
 
-    with (
-        intervene(model, edits),
-        visiting(model, {s: keeper(s) for s in wanted}) as fired,
-    ):
+    root = model.hf if isinstance(model, Model) else model
+    with ExitStack() as stack:
+        stack.enter_context(recording(root) if gradients else torch.no_grad())
+        if gradients and isinstance(model, Model):  # all sites follow from here
+            begin = hooked(model.embed, lambda module, args, out: _to_leaf(out))
+            stack.enter_context(begin)
+        stack.enter_context(intervene(model, edits))
+        visitors = {s: keeper(s) for s in wanted}
+        fired = stack.enter_context(visiting(model, visitors))
         if isinstance(model, Model):
-            logits = model.logits(inputs, attention_mask)
+            logits = model.logits(inputs, attention_mask, gradients=gradients)
         else:
             logits = model(inputs)
     _all_fired(wanted, fired)
     return Activations({s: kept[s] for s in wanted}, logits)
+
+
+def _to_leaf(x: Tensor) -> Tensor:
+    """The tensor, which asks for its gradient; whole numbers have none."""
+    if x.requires_grad or not x.dtype.is_floating_point:
+        return x
+    return x.detach().requires_grad_()
 
 # %% ../../nbs/library/models/hooks.ipynb #r002
 @checked

@@ -510,17 +510,18 @@ class _Cell:
         on; `None` writes zeros.
         """
         positions = [p for p in self.positions if p >= first]
-        value: Tensor | float = 0.0
-        if state is not None:
-            every = state.shape[1] == 1  # one state for all positions
-            value = state if every else state[:, positions]
-            if self.head is not None:
-                value = value[:, :, self.head]
-            if self.key is not None:
-                value = value[:, :, self.key]
-            if self.neuron is not None:
-                value = value[:, :, self.neuron]
+        value = 0.0 if state is None else self.part(state, positions)
         return Edit(site, layer, value, positions, self.head, neuron=self.neuron)
+
+    def part(
+        self, state: Float[Tensor, "batch pos *rest"], positions: list[int]
+    ) -> Tensor:
+        """What a state has here."""
+        # some states are one for all positions
+        found = state if state.shape[1] == 1 else state[:, positions]
+        for number in (self.head, self.key, self.neuron):
+            found = found if number is None else found[:, :, number]
+        return found
 
 
 @dataclass(frozen=True)
