@@ -44,7 +44,7 @@ TEXTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 TITLES = {"nbs/index": {"title": "Start here"}}  # in the navigation
 # Minutes that a page of the library or a guide takes on one core of a laptop, where it
 # is not under a minute. Papers and README state their own.
-MINUTES = {"nbs/library/mini/training": 1}
+MINUTES = {"nbs/library/mini/training": 1, "nbs/library/patching/attribution": 1}
 WIDE = 500  # pixels; a wider picture scrolls on a phone
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?|^# NBVAL_\w+\n?|^#\s*@title.*\n?", re.MULTILINE)
 NEVER_SHOWN = re.compile(
