@@ -18,6 +18,11 @@ _WHERE = {
     "load_model": "models.loading",
     "Model": "models.loading",
     "Replay": "patching.replay",
+    "ablate_grid": "patching.grids",
+    "AnswerMetric": "patching.grids",
+    "Grid": "patching.grids",
+    "patch_grid": "patching.grids",
+    "attribute_grid": "patching.attribution",
     "ICLPrompt": "prompts.few_shot",
     "load_task": "prompts.few_shot",
     "sample_prompts": "prompts.few_shot",
@@ -36,6 +41,9 @@ _WHERE = {
     "Circuit": "circuits.circuit",
     "evaluate_circuit": "circuits.circuit",
     "roc": "circuits.circuit",
+    "head_scores": "circuits.heads",
+    "inspect_head": "circuits.heads",
+    "path_patch_grid": "circuits.paths",
     "refine": "circuits.refining",
     "RefinedCircuit": "circuits.refining",
     "collect": "neurons.collect",
@@ -43,6 +51,8 @@ _WHERE = {
     "explore_heads": "viz.interactive",
     "explore_trace": "viz.interactive",
     "acdc": "papers.acdc",
+    "activation_patching": "papers.activation_patching",
+    "self_repair": "papers.activation_patching",
     "AverageTrace": "papers.causal_tracing",
     "CausalTrace": "papers.causal_tracing",
     "trace": "papers.causal_tracing",
@@ -90,6 +100,13 @@ if TYPE_CHECKING:  # what type checkers and editors read
         evaluate_circuit as evaluate_circuit,
         roc as roc,
     )
+    from mechtut.circuits.heads import (
+        head_scores as head_scores,
+        inspect_head as inspect_head,
+    )
+    from mechtut.circuits.paths import (
+        path_patch_grid as path_patch_grid,
+    )
     from mechtut.circuits.refining import (
         RefinedCircuit as RefinedCircuit,
         refine as refine,
@@ -130,6 +147,10 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from mechtut.papers.acdc import (
         acdc as acdc,
     )
+    from mechtut.papers.activation_patching import (
+        activation_patching as activation_patching,
+        self_repair as self_repair,
+    )
     from mechtut.papers.causal_tracing import (
         AverageTrace as AverageTrace,
         CausalTrace as CausalTrace,
@@ -151,6 +172,15 @@ if TYPE_CHECKING:  # what type checkers and editors read
         RomeConfig as RomeConfig,
         RomeEdit as RomeEdit,
         edit_fact as edit_fact,
+    )
+    from mechtut.patching.attribution import (
+        attribute_grid as attribute_grid,
+    )
+    from mechtut.patching.grids import (
+        AnswerMetric as AnswerMetric,
+        Grid as Grid,
+        ablate_grid as ablate_grid,
+        patch_grid as patch_grid,
     )
     from mechtut.patching.replay import (
         Replay as Replay,

@@ -7,7 +7,7 @@ __all__ = ['FIRST_GRIDS', 'ActivationPatching', 'activation_patching', 'SelfRepa
 
 # %% ../../nbs/papers/05_activation_patching.ipynb #c008
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
