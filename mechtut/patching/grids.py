@@ -249,6 +249,13 @@ class Grid(Result):
         """The mean change over prompts, as a share of the mean way to the other run; of
         an ablation in the metric's own units.
         """
+        ways = self._way.sign()
+        if bool((ways != ways[0]).any()):
+            warn(
+                f"the metric rises towards the other run in {int((ways > 0).sum())} of"
+                f" {len(ways)} pairs and falls in the rest: shares say little here,"
+                " take `change`, or other pairs"
+            )
         return self.change.mean(0) / self._way.mean()
 
     @property
@@ -591,8 +598,8 @@ def _cells_of(
     places = tuple(where.positions(n_pos))
     if site == "resid_mid" and model.family.parallel:
         raise ValueError(
-            f"{model.config.model_type} has no 'resid_mid': attention and MLP of a block"
-            " read the same stream, 'resid_pre'"
+            f"{model.config.model_type} has no 'resid_mid': attention and MLP of a"
+            " block read the same stream, 'resid_pre'"
         )
     if by == "head_query_key" and site != "pattern":
         raise ValueError(f"by={by!r} is for site 'pattern', not {site!r}")
@@ -722,12 +729,6 @@ def _check_contrast(before: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"the metric of pair {pair} is {float(target[pair]) + 0.0:.3g} on both"
             " sides, so nothing can be recovered: give other prompts, or another metric"
-        )
-    ways = (target - before).sign()
-    if bool((ways != ways[0]).any()):
-        warn(
-            f"the metric rises towards the other run in {int((ways > 0).sum())} of"
-            f" {len(ways)} pairs and falls in the rest: a mean of these says little"
         )
 
 # %% ../../nbs/library/patching/grids.ipynb #c012

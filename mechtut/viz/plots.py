@@ -437,7 +437,10 @@ def agreement(found: AgreementLike, ax: Axes | None = None) -> Axes:
         _, ax = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
     estimate, exact = (x.flatten(1).cpu().numpy() for x in found.means)
     layer = np.repeat(np.arange(len(exact))[:, None], exact.shape[1], axis=1)
-    dots = ax.scatter(exact, estimate, c=layer, cmap="viridis", s=12, alpha=0.8, lw=0)
+    last = max(len(exact) - 1, 1)
+    # not to the end of the colours, which is too bright on white and too dark inverted
+    look: dict[str, Any] = {"cmap": "plasma", "vmin": 0, "vmax": 1.4 * last}
+    dots = ax.scatter(exact, estimate, c=layer, s=14, alpha=0.9, lw=0, **look)
     ends = [min(exact.min(), estimate.min()), max(exact.max(), estimate.max())]
     ax.plot(ends, ends, color="0.6", lw=0.8, zorder=0)  # where both are the same
     ax.set(xlabel="measured change of the metric", ylabel="estimated change")
@@ -448,6 +451,7 @@ def agreement(found: AgreementLike, ax: Axes | None = None) -> Axes:
         axis = ax.figure.colorbar(dots, ax=ax, pad=0.02).ax
         marks = range(0, len(exact), 1 + len(exact) // 8)
         axis.set_yticks(marks, [written(found.labels[0][i]) for i in marks], **PLAIN)
+        axis.set_ylim(0, last)
         axis.set_ylabel("layer")
     return ax
 
