@@ -296,10 +296,22 @@ class Grid(Result):
             tuple(row) for row in found[order.cpu()].reshape(len(order), -1).tolist()
         ]
 
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per cell: its labels, the mean over prompts and the interval."""
+    def to_pandas(self, shares: bool = True) -> pd.DataFrame:
+        """One row per cell: its labels, the mean over prompts and the interval.
+
+        Args:
+            shares: Whether a `mean` is a share of the way to the other run, as that of
+                the grid; else `change` is the mean change in the metric's own units.
+
+        Returns:
+            The table.
+        """
         index = pd.MultiIndex.from_product(self.labels, names=self.axes)
-        columns = {"mean": self.mean, "half_width": self.half_width}
+        if shares:
+            columns = {"mean": self.mean, "half_width": self.half_width}
+        else:
+            half = 1.96 * self.change.std(0) / len(self.values) ** 0.5
+            columns = {"change": self.change.mean(0), "half_width": half}
         flat = {k: v.flatten().tolist() for k, v in columns.items()}
         return pd.DataFrame(flat | {"n": len(self.values)}, index=index).reset_index()
 

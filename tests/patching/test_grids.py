@@ -418,6 +418,11 @@ def test_means_and_intervals_of_shares_and_changes():
         **told,
     )
     assert torch.allclose(grid.mean, change.sum()[None] / ways.sum())
+    table = grid.to_pandas(shares=False)
+    assert list(table) == ["layer", "change", "half_width", "n"]
+    assert float(table.change[0]) == pytest.approx(float(change.mean()))
+    half = 1.96 * float(change.std()) / 40**0.5
+    assert float(table.half_width[0]) == pytest.approx(half)
     draws = torch.randint(40, (4000, 40), generator=DRAW)
     spread = (change[draws].sum(1) / ways[draws].sum(1)).std()
     assert float(grid.half_width) == pytest.approx(1.96 * float(spread), rel=0.1)
