@@ -17,13 +17,10 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..arguments import Count, Natural, Seed, checked, integer
-from ._wiring import Wiring, run
-from .runs import heads_write
-from ..models.hooks import capture, check_layer
+from ..arguments import Count, Natural, Seed, checked, integer, same_length
+from ..models.hooks import Edit, capture, check_layer
 from ..models.loading import Model, document_start, padded_row, readable_token
-from ..patching.partial import record_blocks
-from ..patching.results import Result, provenance
+from ..patching.results import Result, half_width, provenance
 from ..viz import plots
 from ..viz.interactive import Interactive, hover_map
 
@@ -100,7 +97,7 @@ class HeadScores(Result):
     @property
     def half_width(self) -> Float[Tensor, "layer head"]:
         """Half the 95 % interval of `mean` over prompts, NaN for a single one."""
-        return 1.96 * self.values.std(0) / len(self.values) ** 0.5
+        return half_width(self.values)
 
     def ranked(self) -> list[tuple[int, int]]:
         """Heads (layer, head), largest mean first."""
@@ -183,8 +180,8 @@ def head_scores(
         torch.Size([8, 8, 6])
     """
     named = {"name_mover": right, "s_inhibition": wrong}
+    needed = "right" if kind == "name_mover" else "wrong"
     if kind in named and (prompts is None or named[kind] is None):
-        needed = "right" if kind == "name_mover" else "wrong"
         raise ValueError(f"{kind!r} needs prompts, and {needed}=: a token id of each")
     tokens = (
         repeated_sequences(model, seed=seed)
@@ -193,6 +190,8 @@ def head_scores(
     )
     if attention_mask is None and (row := padded_row(model, tokens)) is not None:
         raise ValueError(f"the prompts have padding in row {row}: give attention_mask=")
+    if (name := named.get(kind)) is not None:
+        same_length(prompts=tokens, **{needed: name})
     real = torch.ones_like(tokens) if attention_mask is None else attention_mask
     real = real.to(tokens.device, torch.bool)
     if real.shape != tokens.shape:
@@ -405,11 +404,9 @@ def _direct_effect(
     model: Model, tokens: Tensor, layer: int, head: int, at: int
 ) -> Float[Tensor, "d_vocab"]:
     """Logits with what the head writes at a position, minus those without it."""
-    wiring = Wiring(model, tokens)
-    ran = run(wiring, record_blocks(model, tokens).resid[0])
-    rows = torch.tensor([at], device=tokens.device)
-    z = ran.z[layer][[head]][:, :, rows]
-    one = torch.tensor([head], device=tokens.device)
-    written = heads_write(wiring, layer, z, ran.gains[layer], rows, one)[0, 0, 0]
-    stream = ran.out[0, at]
+    site, last = f"attn_out.{layer}", f"resid_post.{model.n_layers - 1}"
+    ran = capture(model, tokens, [site, last])
+    without = capture(model, tokens, site, edits=[Edit("z", layer, 0.0, head=head)])
+    stream = ran[last][0, at]
+    written = (ran[site] - without[site])[0, at]
     return model.unembed(stream) - model.unembed(stream - written)

@@ -320,6 +320,8 @@ def bytes_of(x: Tensor) -> memoryview:
         b'\\x01\\x00\\x00\\x01'
     """
     flat = x.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # a single number may have any stride and count as contiguous
+    flat = flat.as_strided(flat.shape, (1,))
     return flat.view(torch.uint8).numpy().data
 
 

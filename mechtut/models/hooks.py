@@ -220,6 +220,11 @@ class Edit:
             object.__setattr__(self, "head", integer(self.head, "head"))
         if self.neuron is not None:
             object.__setattr__(self, "neuron", integer(self.neuron, "neuron", least=0))
+            if self.head is not None:
+                raise ValueError(
+                    f"head={self.head} and neuron={self.neuron} are places of different"
+                    " sites: give one of them"
+                )
             if self.site != "mlp_act":
                 raise ValueError(
                     f"site {self.site!r} has no neurons, so not neuron={self.neuron}:"

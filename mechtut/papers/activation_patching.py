@@ -33,7 +33,7 @@ from mechtut.patching.grids import (
     Prompts,
     patch_grid,
 )
-from ..patching.results import Result, provenance
+from ..patching.results import Result, half_width, provenance
 
 # %% ../../nbs/papers/05_activation_patching.ipynb #c009
 FIRST_GRIDS: dict[PatchSite, GridAxis] = {
@@ -56,6 +56,10 @@ class ActivationPatching:
 
     grids: dict[str, Grid]
 
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise ValueError("grids must hold at least one grid")
+
     def to_pandas(self) -> pd.DataFrame:
         """All cells below each other, with a column that says of which site."""
         tables = [g.to_pandas().assign(site=name) for name, g in self.grids.items()]
@@ -64,9 +68,13 @@ class ActivationPatching:
     def plot(self) -> Figure:
         """The grids below each other."""
         figure, panels = plt.subplots(
-            len(self.grids), 1, figsize=(8, 3.6 * len(self.grids)), layout="constrained"
+            len(self.grids),
+            1,
+            figsize=(8, 3.6 * len(self.grids)),
+            layout="constrained",
+            squeeze=False,
         )
-        for ax, (name, grid) in zip(panels, self.grids.items(), strict=True):
+        for ax, (name, grid) in zip(panels[:, 0], self.grids.items(), strict=True):
             grid.plot(ax)
             ax.set_title(name, fontsize=10)
         return figure
@@ -95,9 +103,12 @@ class ActivationPatching:
             The grids.
 
         Raises:
-            FileNotFoundError: If one of them is missing.
+            FileNotFoundError: If there is none.
         """
-        return cls({name: Grid.load(Path(folder) / name) for name in FIRST_GRIDS})
+        there = [p for p in FIRST_GRIDS if (Path(folder) / p / "result.json").exists()]
+        if not there:
+            raise FileNotFoundError(f"{folder} holds none of {', '.join(FIRST_GRIDS)}")
+        return cls({name: Grid.load(Path(folder) / name) for name in there})
 
 
 @checked
@@ -183,7 +194,7 @@ class SelfRepair(Result):
             row: dict[str, Any] = {"head": f"{layer}.{head}"}
             for name, x in (("direct", self.direct), ("total", self.total)):
                 row[name] = float(x[:, i].mean())
-                row[f"{name} ±"] = float(1.96 * x[:, i].std() / len(x) ** 0.5)
+                row[f"{name} ±"] = float(half_width(x[:, i]))
             rows.append(row | {"repaired": float(self.repaired[i])})
         return pd.DataFrame(rows).assign(n=len(self.direct))
 

@@ -9,6 +9,7 @@ __all__ = ['fingerprint', 'identify', 'Store', 'quiet']
 import dis
 import hashlib
 import os
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -145,11 +146,13 @@ def _identity(value: Any) -> tuple[str, list[Any]]:
     if isinstance(value, CodeType):
         return "code", [value.co_code, value.co_consts, value.co_names]
     if isinstance(value, nn.Module):
-        return _name(kind), [repr(value), value.training, dict(value.state_dict())]
+        state = [repr(value), value.training, dict(value.state_dict())]
+        return _name(kind), [*state, _of_class(kind)]
     if is_dataclass(value):
-        return _name(kind), [(f.name, getattr(value, f.name)) for f in fields(value)]
+        held = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        return _name(kind), [*held, _of_class(kind)]
     if hasattr(value, "__dict__") and callable(value):
-        return _name(kind), [kind.__call__, vars(value)]
+        return _name(kind), [_of_class(kind), vars(value)]
     if kind.__module__.split(".")[0] in ("torch", "numpy") and callable(value):
         return _name(kind), [getattr(value, "__name__", repr(value))]
     raise ValueError(
@@ -157,6 +160,24 @@ def _identity(value: Any) -> tuple[str, list[Any]]:
         f" whether it holds the same work ({str(value)[:60]}): leave folder away, or"
         " use numbers, text, tensors and functions of them"
     )
+
+
+def _of_class(kind: type) -> list[tuple[str, Any]]:
+    """Methods and values that a reader's class gives its objects."""
+    found = []
+    for base in kind.__mro__:
+        module = sys.modules.get(base.__module__)
+        file = getattr(module, "__file__", None) or ""
+        if base.__module__ == "builtins" or file.startswith(_LIBRARIES):
+            continue
+        for name, value in sorted(vars(base).items()):
+            if isinstance(value, staticmethod | classmethod):
+                value = value.__func__
+            if isinstance(value, property):
+                value = value.fget
+            if name == "__call__" or not name.startswith(("__", "_abc_")):
+                found.append((name, value))
+    return found
 
 
 def _inside(function: FunctionType) -> list[Any]:

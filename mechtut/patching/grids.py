@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
-from einops import einsum, repeat
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -33,7 +33,7 @@ from ..models.hooks import HEAD_SITES, Edit, capture, check_layer
 from ..models.loading import Model, padded_row, readable_token
 from .checkpoints import fingerprint
 from .replay import Replay
-from .results import Result, provenance
+from .results import Result, half_width, provenance
 
 # %% ../../nbs/library/patching/grids.ipynb #c004
 Prompts = str | Sequence[str] | Int[Tensor, "..."]
@@ -43,7 +43,7 @@ GridMetric = Callable[[Float[Tensor, "n prompt d_vocab"]], Float[Tensor, "n prom
 
 
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnswerMetric:
     """How much the model favours the right answer, prompt by prompt.
 
@@ -81,6 +81,11 @@ class AnswerMetric:
         self, logits: Float[Tensor, "n prompt d_vocab"]
     ) -> Float[Tensor, "n prompt"]:
         """The metric of logits."""
+        if logits.ndim != 3:
+            raise ValueError(
+                "logits must be [n, prompt, d_vocab], such as logits[None, :, -1], not"
+                f" {tuple(logits.shape)}"
+            )
         self._check(*logits.shape[1:])
         if self.name == "logit_diff":
             assert self.wrong is not None
@@ -170,18 +175,32 @@ class KLMetric:
     reference: Float[Tensor, "prompt d_vocab"]
 
     @classmethod
-    def of(cls, model: Model, prompts: Prompts, read_at: int = -1) -> Self:
+    def of(
+        cls,
+        model: Model,
+        prompts: Prompts,
+        read_at: int = -1,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> Self:
         """The metric whose reference is what a model says to some prompts.
 
         Args:
             model: The model.
             prompts: The prompts, of equal length.
             read_at: The position whose prediction counts.
+            attention_mask: 1 for real tokens, 0 for padding.
 
         Returns:
             The metric.
+
+        Raises:
+            IndexError: For a position outside the prompts.
+            ValueError: For padding without a mask.
         """
-        return cls(model.logits(prompts)[:, read_at].detach())
+        tokens = model.to_batch(prompts)
+        _check_padding(model, tokens, attention_mask, "reference")
+        (pos,) = Edit("embed", None, 0.0, pos=read_at).positions(tokens.shape[1])
+        return cls(model.logits(tokens, attention_mask)[:, pos].clone())
 
     def __call__(
         self, logits: Float[Tensor, "n prompt d_vocab"]
@@ -261,11 +280,11 @@ class Grid(Result):
     @property
     def half_width(self) -> Float[Tensor, "*cell"]:
         """Half the 95 % interval of `mean` over prompts, NaN for a single one."""
-        way, n = self._way, len(self.values)
+        way = self._way
         # the spread of a ratio of two means
         expected = 0.0 if self._ablation else self.mean * self._spread(way)
         left = self.change - expected
-        return 1.96 * left.std(0) / way.mean().abs() / n**0.5
+        return half_width(left) / way.mean().abs()
 
     @property
     def _ablation(self) -> bool:
@@ -281,20 +300,55 @@ class Grid(Result):
         return x.reshape(-1, *[1] * (self.values.ndim - 1))
 
     def ranked(self, largest: bool = True) -> list[tuple[int, ...]]:
-        """The cells by their mean, as whole numbers, such as (layer, head).
+        """The cells by their mean, as the model counts them, such as (layer, head).
 
         Args:
             largest: Whether the largest come first.
 
         Returns:
-            One tuple per cell, in the order of the axes.
+            One tuple per cell, in the order of the axes; `index` says where a cell is
+            in `mean`.
+
+        Raises:
+            ValueError: For a grid whose axis is an order already.
         """
-        places = [[int(label.split()[0]) for label in axis] for axis in self.labels]
+        places = self._places
         order = self.mean.flatten().argsort(descending=largest, stable=True)
         found = torch.cartesian_prod(*map(torch.tensor, places))
         return [
             tuple(row) for row in found[order.cpu()].reshape(len(order), -1).tolist()
         ]
+
+    def index(self, place: tuple[int, ...]) -> tuple[int, ...]:
+        """Where a cell is in `mean`, and behind the prompts in `values`.
+
+        Args:
+            place: The cell, such as (layer, head), as the model counts them.
+
+        Returns:
+            Its index along each axis.
+
+        Raises:
+            ValueError: If the grid has no such cell.
+        """
+        try:
+            named = zip(place, self._places, strict=True)
+            return tuple(axis.index(number) for number, axis in named)
+        except ValueError:
+            axes = ", ".join(self.axes)
+            raise ValueError(
+                f"the grid has no cell {place}: its axes are {axes}, with the labels"
+                f" {[axis[:3] for axis in self.labels]} and so on"
+            ) from None
+
+    @property
+    def _places(self) -> list[list[int]]:
+        if self.axes == ("removed",):
+            raise ValueError(
+                "the cells of `ablate_in_order` are in the order in which places went;"
+                " rank the places with `ablate_grid`"
+            )
+        return [[int(label.split()[0]) for label in axis] for axis in self.labels]
 
     def to_pandas(self, shares: bool = True) -> pd.DataFrame:
         """One row per cell: its labels, the mean over prompts and the interval.
@@ -310,7 +364,7 @@ class Grid(Result):
         if shares:
             columns = {"mean": self.mean, "half_width": self.half_width}
         else:
-            half = 1.96 * self.change.std(0) / len(self.values) ** 0.5
+            half = half_width(self.change)
             columns = {"change": self.change.mean(0), "half_width": half}
         flat = {k: v.flatten().tolist() for k, v in columns.items()}
         return pd.DataFrame(flat | {"n": len(self.values)}, index=index).reset_index()
@@ -430,7 +484,7 @@ def patch_grid(
     states, logits = _read(model, lender, site, attention_mask)
     where, states = _writable(model, tokens, site, states, attention_mask, by)
     run = _Run(metric, read_at, attention_mask, batch_size, folder, progress)
-    target = run.measure(logits[None, :, [read_at]])[0]
+    target = run.measure(logits[None, :, [read_at]])[0].detach().contiguous()
     first = int((lender != tokens).any(0).nonzero()[0])  # up to there nothing differs
     edits = [
         [
@@ -483,6 +537,8 @@ def _read(
     sites = ["resid_pre", "attn_out"] if site == "resid_mid" else [site]
     acts = capture(model, tokens, sites, attention_mask=mask)
     states = acts[sites[0]]
+    if site == "pattern":
+        states = rearrange(states, "layer batch head q k -> layer batch q head k")
     return (states + acts["attn_out"] if len(sites) > 1 else states), acts.logits
 
 
@@ -507,11 +563,10 @@ def _writable(
         v = repeat(v, "l b k g d -> l b k (g n) d", n=model.n_heads // model.n_kv_heads)
         if by == "head_query_key":  # one entry of the pattern at a time
             own = capture(model, tokens, ["z", "pattern"], attention_mask=mask)
-            moved = einsum(
-                states - own["pattern"], v, "l b h q k, l b k h d -> l b q h k d"
-            )
+            now = rearrange(own["pattern"], "l b h q k -> l b q h k")
+            moved = einsum(states - now, v, "l b q h k, l b k h d -> l b q h k d")
             return "z", own["z"][:, :, :, :, None] + moved
-        return "z", einsum(states, v, "l b h q k, l b k h d -> l b q h d")
+        return "z", einsum(states, v, "l b q h k, l b k h d -> l b q h d")
     return site, states
 
 
@@ -689,7 +744,7 @@ class _Run:
             batch_size=self.batch_size,
         )
         labels = cells if isinstance(cells, dict) else cells.labels(model, tokens)
-        before = self.measure(replay.base_logits()[None])[0]
+        before = self.measure(replay.base_logits()[None])[0].detach().contiguous()
         if target is not None:
             _check_contrast(before, target)
         verb = "ablate" if target is None else "patch"
@@ -729,6 +784,11 @@ class _AtTheEnd:
                 "the metric must give one number per prompt, a tensor"
                 f" {tuple(last.shape[:2])} for logits {tuple(last.shape)}, not"
                 f" {shown(found)}"
+            )
+        if not found.is_floating_point():
+            raise ValueError(
+                f"the metric gives numbers of type {found.dtype}: make them floating,"
+                " with .float() if they are counts"
             )
         return found
 
@@ -783,7 +843,8 @@ def ablate_grid(
         site: What is taken away; see `patch_grid`.
         how: `"zero"`; `"mean"` over prompts and positions of `reference`,
             `"mean_by_position"` over its prompts; `"resample"`: each prompt gets the
-            state of another prompt of `reference`, drawn by `seed`.
+            state of another prompt (of another number) of `reference`, drawn by
+            `seed`.
         reference: Prompts for means and draws; by default `prompts` themselves. Of the
             same length unless `how` is `"mean"`.
         by: As in `patch_grid`.
@@ -846,8 +907,14 @@ def _replacement(
     lender = tokens if reference is None else model.to_batch(reference)
     theirs = mask if reference is None else None
     _check_padding(model, lender, theirs, "reference")
-    if how == "zero" and site != "resid_mid":
-        return ("z" if site == "pattern" else site), None, lender
+    if how == "mean" and site == "pattern":
+        raise ValueError(
+            "a pattern has no mean over positions: take how='mean_by_position'"
+        )
+    if how == "zero":
+        if site != "resid_mid":
+            return ("z" if site == "pattern" else site), None, lender
+        lender, theirs = tokens, mask  # zeros are nobody's
     aligned = how in ("mean_by_position", "resample") or site == "pattern"
     if aligned and lender.shape[1] != tokens.shape[1]:
         raise ValueError(
@@ -860,7 +927,7 @@ def _replacement(
     elif how == "resample":
         states = states[:, _others(len(tokens), len(lender), seed).to(states.device)]
     else:
-        states = _mean(states, theirs, how == "mean" and site != "pattern")
+        states = _mean(states, theirs, how == "mean")
     return *_writable(model, tokens, site, states, mask), lender
 
 
@@ -924,8 +991,9 @@ def ablate_in_order(
         without the first `i + 1` of them.
 
     Raises:
-        IndexError: For a layer, head or neuron that does not exist.
-        ValueError: For no places, or one given twice.
+        IndexError: For a layer that does not exist.
+        ValueError: For a head or neuron that does not exist, no places, or one given
+            twice.
 
     Example:
         >>> from mechtut import load_model

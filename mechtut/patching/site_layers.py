@@ -14,7 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..arguments import checked, shown
-from ..models.hooks import Site, Visitor, _to_leaf, expand_sites, visiting
+from mechtut.models.hooks import (
+    Edit,
+    Site,
+    Visitor,
+    _to_leaf,
+    check_edits,
+    expand_sites,
+    visiting,
+)
 from ..models.loading import Model
 from .grids import AnswerMetric, GridMetric, _AtTheEnd
 
@@ -53,6 +61,8 @@ class SiteLayers(nn.Module):
         self.sites = list(dict.fromkeys(expand_sites(model, sites)))
         if not self.sites:
             raise ValueError("sites must name at least one, such as 'z.4'")
+        # an unknown site is refused now, and not in the first pass
+        check_edits(model, [Edit(s.name, s.layer, 0.0) for s in self.sites])
         self.layers = nn.ModuleList(nn.Identity() for _ in self.sites)
 
     def __getitem__(self, name: str) -> nn.Module:

@@ -395,7 +395,8 @@ def grid(found: GridLike, ax: Axes | None = None, high: float | None = None) -> 
         return ax
     if len(names) > 3:
         raise ValueError(
-            f"a grid of {len(names)} axes ({', '.join(names)}) has no plot"
+            f"a grid of {len(names)} axes ({', '.join(names)}) has no plot: take"
+            " to_pandas(), or fewer axes"
         )
     end = float(np.abs(mean).max()) if high is None else high
     what: dict[str, Any] = {"low": -end, "high": end, "label": label, "cmap": "RdBu"}

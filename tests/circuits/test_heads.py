@@ -133,6 +133,43 @@ def test_what_a_head_says_is_the_difference_it_makes_to_the_last_stream(where):
     )
 
 
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])
+def test_a_norm_behind_attention_is_of_the_other_heads(family):
+    """Torch's hook zeroes the head; what attention adds changes by what it wrote."""
+    model, layer, head, added = model_of(family), 1, 2, []
+    report = inspect_head(model, TOKENS[0], layer, head, read_at=4, n=3)
+    block, width = model.blocks[layer], model.d_head
+
+    def without(_, args):
+        z = args[0].clone()
+        z[..., head * width : (head + 1) * width] = 0
+        return (z,)
+
+    norm = getattr(block, "post_attention_layernorm", None)
+    place = block.self_attn if family == "granite" else norm
+    scale = getattr(model.config, "residual_multiplier", 1.0)
+    for hook in (None, without):
+        proj = block.self_attn.o_proj
+        handles = [proj.register_forward_pre_hook(hook)] if hook else []
+        handles.append(
+            place.register_forward_hook(
+                lambda _, args, out: added.append(
+                    (out[0] if isinstance(out, tuple) else out) * scale
+                )
+            )
+        )
+        model.logits(TOKENS[:1])
+        for handle in handles:
+            handle.remove()
+    stream = capture(model, TOKENS[:1], "resid_post.2")["resid_post.2"][0, 4]
+    wrote = (added[0] - added[1])[0, 4]
+    with torch.no_grad():
+        effect = model.unembed(stream) - model.unembed(stream - wrote)
+    assert [e for _, e in report.promoted] == pytest.approx(
+        effect.topk(3).values.tolist()
+    )
+
+
 def test_results_are_kept_and_shown(tmp_path):
     model = load_model("mini", device="cpu")
     report = inspect_head(model, "Riley Martin works as a", 5, 0)
@@ -169,6 +206,10 @@ def test_results_are_kept_and_shown(tmp_path):
         (
             lambda m: head_scores(m, "induction", TOKENS, attention_mask=TOKENS[:, :3]),
             "attention_mask is",
+        ),
+        (
+            lambda m: head_scores(m, "name_mover", TOKENS, right=torch.tensor([6])),
+            "right",
         ),
         (lambda m: inspect_head(m, TOKENS[0], 1, 4), "head must be"),
         (lambda m: inspect_head(m, TOKENS[0], 3, 0), "layer 3 does not exist"),

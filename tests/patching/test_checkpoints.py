@@ -201,3 +201,22 @@ def test_damaged_and_foreign_pieces_are_told(tmp_path):
     assert read_json(manifest)["key"] == "another"
     with pytest.raises(ValueError, match="another sweep"):
         Store(tmp_path, key)
+
+
+def test_what_a_readers_class_gives_its_objects_counts():
+    """Methods that `__call__` uses, and values of the class."""
+
+    def made(helper, t):
+        class Scaled:
+            threshold = t
+
+            def __call__(self, x):
+                return self.helper(x) * self.threshold
+
+        Scaled.helper = helper
+        return Scaled()
+
+    first = identify(made(lambda self, x: x[..., 3], 1))
+    assert identify(made(lambda self, x: x[..., 3], 1)) == first
+    assert identify(made(lambda self, x: x[..., 9], 1)) != first
+    assert identify(made(lambda self, x: x[..., 3], 7)) != first

@@ -15,7 +15,7 @@ from mechtut.circuits.circuit import Circuit
 from mechtut.circuits.known import gate
 from mechtut.models.files import FORMAT, read_json, write_json, write_tensors
 from mechtut.papers.acdc import acdc
-from mechtut.patching.results import Result
+from mechtut.patching.results import Result, half_width, student
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -178,3 +178,20 @@ def test_a_field_without_a_word_in_json_is_refused_before_anything_is_written(tm
         numbers(2, more={"a": object()}).save(tmp_path)
     assert Numbers.load(tmp_path).count == 1
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_quantiles_of_students_distribution():
+    """Against printed tables."""
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228}
+    printed |= {20: 2.086, 30: 2.042, 120: 1.980}
+    for degrees, quantile in printed.items():
+        assert student(degrees) == pytest.approx(quantile, abs=4e-3)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    draw = torch.Generator().manual_seed(0)
+    for n in (2, 3, 8):
+        x = torch.randn(n, 20000, generator=draw).double()
+        covered = (x.mean(0).abs() < half_width(x)).double().mean()
+        assert float(covered) == pytest.approx(0.95, abs=0.01)
+    assert half_width(torch.ones(1, 2)).isnan().all()
