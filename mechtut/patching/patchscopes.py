@@ -153,11 +153,10 @@ def _prompts(model: Model, place: Source | Target) -> list[Int[Tensor, "pos"]]:
         ]
     if isinstance(prompt, str):
         return [model.to_tokens(prompt)]
-    single = (
-        len(prompt) > 0 and not isinstance(prompt[0], str) and np.ndim(prompt[0]) == 0
-    )
-    rows = [model.to_tokens(p) for p in ([prompt] if single else prompt)]  # type: ignore
-    many = len(rows) > 1 and not isinstance(prompt[0], str)
+    one = len(prompt) > 0 and np.ndim(prompt[0]) == 0 and not _text(prompt[0])
+    several: Any = [prompt] if one else prompt
+    rows = [model.to_tokens(p) for p in several]
+    many = len(rows) > 1 and not _text(prompt[0])
     alike = many and len({len(row) for row in rows}) == 1
     padded = padded_row(model, torch.stack(rows)) if alike else None
     if padded is not None:
@@ -166,6 +165,10 @@ def _prompts(model: Model, place: Source | Target) -> list[Int[Tensor, "pos"]]:
             " unpadded ids as a list of lists"
         )
     return rows
+
+
+def _text(prompt: Any) -> bool:
+    return isinstance(prompt, str)
 
 
 def _layer(model: Model, layer: int | None, what: str) -> int:
@@ -222,19 +225,19 @@ def _read(
         stream = record_blocks(model, ids).resid
         at = torch.arange(len(group), device=model.device)
         found = torch.stack([stream[i + 1][at[:, None], where] for i in layers], dim=1)
+        bad = ~torch.isfinite(found).flatten(2).all(-1)
+        if bool(bad.any()):
+            row, column = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"the state of source prompt {group[row]} at layer {layers[column]} is"
+                " NaN or infinite; check the weights and the prompt"
+            )
         states.update(zip(group, found, strict=True))
         if logits:
             last = model.unembed(stream[-1][at, where[:, -1]])
             predicted.update(zip(group, last, strict=True))
     order = range(len(rows))
     out = torch.stack([states[i] for i in order])
-    bad = ~torch.isfinite(out).flatten(2).all(-1)
-    if bool(bad.any()):
-        prompt, j = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"the state of source prompt {prompt} at layer {layers[j]} is NaN or"
-            " infinite; check the weights and the prompt"
-        )
     some = [predicted[i] for i in order if logits]
     return out, torch.stack(some) if some else out.new_zeros(len(rows), 0)
 
