@@ -1115,11 +1115,14 @@ class _TopAndSome:
     ids: Int[Tensor, "some"]
 
     def __call__(self, logits: Float[Tensor, "n 1 1 d_vocab"]) -> Tensor:
-        flat = logits[:, 0, 0]
-        top, every = flat.argmax(-1, keepdim=True), flat.logsumexp(-1, keepdim=True)
-        # float64 holds every token id
-        some = flat[:, self.ids.to(flat.device)] - every
-        return torch.cat([top.double(), some.double()], dim=1)
+        ids, found = self.ids.to(logits.device), []
+        for rows in logits[:, 0, 0].split(16):  # few enough for the processor's cache
+            high, top = rows.max(-1, keepdim=True)
+            every = high + (rows - high).exp_().sum(-1, keepdim=True).log_()
+            # float64 holds every token id
+            some = rows[:, ids] - every
+            found.append(torch.cat([top.double(), some.double()], dim=1))
+        return torch.cat(found)
 
 
 def _whole_passes(
