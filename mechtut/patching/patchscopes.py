@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Texts', 'IDENTITY_PROMPT', 'StateMap', 'PatchscopeMetric', 'Source', 'Target', 'precision_at_1',
            'surprisal_of_readout_under_source', 'surprisal_of_source_under_readout', 'success_by_string',
-           'whole_word_success', 'RougeL', 'rouge_l', 'AffineMap', 'fit_affine', 'generate', 'Patchscope', 'patchscope',
-           'PatchscopeGrid', 'patchscope_grid']
+           'whole_word_success', 'RougeL', 'rouge_l', 'AffineMap', 'fit_affine', 'aligned_positions', 'generate',
+           'Patchscope', 'patchscope', 'PatchscopeGrid', 'patchscope_grid']
 
 # %% ../../nbs/library/patching/patchscopes.ipynb #c002
 import re
@@ -630,7 +630,8 @@ def _check_vocabulary(model: Model, into: Model) -> None:
     if not _same_vocabulary(model, into):
         raise ValueError(
             f"{model.name} and {into.name} have different vocabularies, so token ids of"
-            " one mean nothing in the other"
+            " one mean nothing in the other: compare texts; to fit a map, give sources"
+            " and targets at aligned_positions"
         )
 
 
@@ -673,6 +674,56 @@ def _check_mapping(mapping: StateMap | None, model: Model, into: Model) -> None:
             f"states of {model.name} have {model.d_model} numbers and {into.name} takes"
             f" {into.d_model}: give mapping=, such as fit_affine(...)"
         )
+
+# %% ../../nbs/library/patching/patchscopes.ipynb #c018b
+@checked
+def aligned_positions(model: Model, other: Model, text: str) -> list[tuple[int, int]]:
+    """Where two tokenizers cut the same piece out of a text.
+
+    Two tokens belong together if they cover the same characters, but for white space
+    in front. At such positions both models have read the same text.
+
+    Args:
+        model: One model.
+        other: The other.
+        text: The text.
+
+    Returns:
+        Pairs of positions, (in the one, in the other), in order.
+
+    Raises:
+        ValueError: For a tokenizer that does not tell where its tokens are in a text.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> model = load_model("mini")
+        >>> aligned_positions(model, model, "Riley Martin works")
+        [(0, 0), (1, 1), (2, 2)]
+    """
+    found = {span: i for i, span in enumerate(_spans(other, text)) if span}
+    spans = enumerate(_spans(model, text))
+    return [(i, found[span]) for i, span in spans if span in found]
+
+
+def _spans(model: Model, text: str) -> list[tuple[int, int] | None]:
+    """The characters of each token without white space around; `None` for tokens that
+    cover none, such as BOS.
+    """
+    ids = model.encode(text)
+    try:
+        told = model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    except (NotImplementedError, KeyError, TypeError):
+        raise ValueError(
+            f"the tokenizer of {model.name} does not tell where its tokens are in a"
+            " text: take a fast one, or give targets="
+        ) from None
+    spans: list[tuple[int, int] | None] = []
+    for start, end in told:
+        piece = text[start:end]
+        start, end = end - len(piece.lstrip()), start + len(piece.rstrip())
+        spans.append((start, end) if start < end else None)
+    # `encode` may put a BOS in front, or take a second one away
+    return [None] * (len(ids) - len(spans)) + spans[max(0, len(spans) - len(ids)) :]
 
 # %% ../../nbs/library/patching/patchscopes.ipynb #c020
 @checked

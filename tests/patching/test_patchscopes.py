@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import CONFIGS, NO_REGISTRY, tiny
+from golden_models import rome_model
 from torch.nn.functional import pad
 
 from mechtut.models.hooks import Edit, intervene
@@ -17,6 +18,7 @@ from mechtut.patching.patchscopes import (
     PatchscopeGrid,
     Source,
     Target,
+    aligned_positions,
     fit_affine,
     generate,
     patchscope,
@@ -488,6 +490,40 @@ def test_maps_of_other_layers_and_models_are_refused(tmp_path):
             patchscope(one, Source(S, 1), Target(T, 2), mapping=maps, target_model=two)
     with pytest.raises(ValueError, match="none of these"):
         patchscope_grid(model, S, T, source_layers=[0], mapping=maps, **QUIET)
+
+
+def test_positions_are_aligned_by_characters():
+    one, other = (
+        load_model("mini", device="cpu"),
+        rome_model("tiny_rand", torch.float32),
+    )
+    text = "Riley Martin works as a singer in Paris, and lives in Rome."
+    pairs = aligned_positions(one, other, text)
+    a, b = (m.to_str_tokens(text) for m in (one, other))
+    # a token of white space only ends where the one before it did
+    ends = [
+        {len("".join(x[: i + 1]).strip()): i for i in reversed(range(len(x)))}
+        for x in (a, b)
+    ]
+    wanted = [  # the same word ends at the same place, and is the same
+        (ends[0][e], ends[1][e])
+        for e in sorted(ends[0].keys() & ends[1].keys())
+        if a[ends[0][e]].strip() == b[ends[1][e]].strip()
+    ]
+    assert pairs == wanted and 0 < len(pairs) < len(b)
+    # with a BOS in front of one
+    with_bos = replace(one, add_bos=True)
+    assert aligned_positions(with_bos, other, text) == [(i + 1, j) for i, j in pairs]
+    sources = [Source(text, position=[i for i, _ in pairs])]
+    targets = [Target(text, position=[j for _, j in pairs])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few states
+        maps = fit_affine(one, sources, [(3, 2)], targets=targets, target_model=other)
+    assert maps.weight.shape == (1, one.d_model, other.d_model) and maps.n == len(pairs)
+    with pytest.raises(ValueError, match="aligned_positions"):
+        fit_affine(one, sources, [(3, 2)], target_model=other)
+    with pytest.raises(ValueError, match="tokenizer"):
+        aligned_positions(one, model_of("gpt2"), text)
 
 
 def test_too_few_states_are_told():
