@@ -161,6 +161,9 @@ def _split(
     """Group a branch's interventions by what they write here: the same tensors in the
     same places.
     """
+    if len(branch.members) == 1:
+        plan = plans[branch.members[0]]
+        return [(getattr(plan, where).get(layer, []), branch.members)]
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
     for i in branch.members:
         edits = getattr(plans[i], where).get(layer, [])

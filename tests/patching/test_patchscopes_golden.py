@@ -1,0 +1,134 @@
+"""Patchscopes against reference numbers of independent plain-transformers code, which
+was checked against the authors' own (the affine file holds one layer of it).
+"""
+
+import numpy as np
+import pytest
+import torch
+from golden_models import GOLDEN, read_json
+from transformers import AutoModelForCausalLM
+
+from mechtut.models.loading import load_model
+from mechtut.patching.patchscopes import (
+    Source,
+    Target,
+    fit_affine,
+    patchscope,
+    patchscope_grid,
+    rouge_l,
+)
+
+FOLDER = GOLDEN / "patchscopes"
+# Llama's norms and rotary tables are float32 also in a float64 model
+TOLERANCE = {"gpt2t": 1e-9, "llamat": 1e-6}
+KINDS = list(TOLERANCE)
+
+
+def model_of(name):
+    hf = AutoModelForCausalLM.from_pretrained(
+        FOLDER / name, attn_implementation="eager"
+    )
+    return load_model(hf.double())
+
+
+def numbers(name):
+    return np.load(FOLDER / f"{name}.f64.npz")
+
+
+def near(found, wanted, tolerance):
+    return float(np.abs(np.asarray(found) - wanted).max()) <= tolerance
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_of_every_case(name):
+    model, z = model_of(name), numbers(f"patchscope.{name}")
+    s, t, i, j = z["S"].tolist(), z["T"].tolist(), int(z["i"]), int(z["istar"])
+    for case, (a, b) in enumerate(z["cases"].tolist()):
+        for read_at in range(len(t)):
+            seen = patchscope(model, Source(s, a, i), Target(t, b, j), read_at=read_at)
+            wanted = z["logits"][case, read_at]
+            assert near(seen.logits[0], wanted, TOLERANCE[name])
+        several = Source(s, a, [0, 2, 4]), Target(t, b, [1, 3, 5])
+        wanted = z["logits_positions_024_to_135"][case]
+        assert near(patchscope(model, *several).logits[0], wanted, TOLERANCE[name])
+        whole = Source(s, a, None), Target(s, b, None)
+        wanted = z["logits_all_positions_T_is_S"][case]
+        assert near(patchscope(model, *whole).logits[0], wanted, TOLERANCE[name])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_generated_tokens(name, cache):
+    model, known = model_of(name), read_json("patchscopes/generate.f64.json")[name]
+    assert any(run["istar"] == 0 for run in known["runs"])
+    for run in known["runs"]:
+        source = Source(known["S"], run["layer"], run["i"])
+        target = Target(known["T"], run["target_layer"], run["istar"])
+        how = {"n_tokens": 10, "stop": False, "cache": cache}
+        seen = patchscope(model, source, target, **how)
+        assert list(seen.tokens[0]) == run["tokens"]
+        top = float(seen.logits.max())
+        assert top == pytest.approx(run["top_logit"][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_metrics_by_layer(name):
+    model, known = model_of(name), read_json("patchscopes/metrics.f64.json")[name]
+    places = zip(known["sources"], known["positions"], strict=True)
+    sources = [Source(ids, position=i) for ids, i in places]
+    grid = patchscope_grid(model, sources, Target(known["T"]), progress=False)
+    assert grid.source_top.tolist() == known["source_argmax"]
+    for layer, wanted in enumerate(known["by_layer"]):
+        for kind, end in (("identity", layer), ("logit_lens", model.n_layers - 1)):
+            assert grid.top[:, layer, end].tolist() == wanted[kind]["argmax"]
+            for metric in (
+                "precision_at_1",
+                "surprisal_of_readout_under_source",
+                "surprisal_of_source_under_readout",
+            ):
+                mean = float(grid.by(metric).mean[layer, end])
+                assert mean == pytest.approx(wanted[kind][metric], abs=TOLERANCE[name])
+
+
+def fitted_to(z):
+    places = zip(z["fit_ids"].tolist(), z["fit_positions"].tolist(), strict=True)
+    return [Source(ids, position=i) for ids, i in places]
+
+
+def test_affine_map_to_the_last_layer():
+    model, z = model_of("gpt2t"), numbers("affine_to_last.gpt2t")
+    last, ids, i = model.n_layers - 1, z["S"].tolist(), int(z["i"])
+    maps = fit_affine(model, fitted_to(z), [(0, last), (2, last)])
+    found = torch.cat([maps.weight[1], maps.bias[1][None]])
+    assert near(found, z["A_2"][:, :-1], 1e-8 * np.abs(z["A_2"]).max())
+    places = Source(ids, 2, i), Target(ids, last, i)
+    seen = patchscope(model, *places, mapping=maps, read_at=i)
+    assert near(seen.logits[0], z["logits_2"], 1e-9)
+
+
+def test_map_from_one_model_into_another():
+    small, large = (model_of(name) for name in KINDS)
+    z = numbers("cross_model.gpt2t_to_llamat")
+    pairs = [tuple(p) for p in z["pairs"].tolist()]
+    maps = fit_affine(small, fitted_to(z), pairs, target_model=large)
+    for n, (a, b) in enumerate(pairs):
+        found = torch.cat([maps.weight[n], maps.bias[n][None]])
+        wanted = z[f"A_{n}"]
+        assert near(found, wanted[:, : found.shape[1]], 1e-6)
+        seen = patchscope(
+            small,
+            Source(z["S"].tolist(), a, int(z["i"])),
+            Target(z["T"].tolist(), b, int(z["istar"])),
+            mapping=maps,
+            target_model=large,
+        )
+        assert near(seen.logits[0], z[f"logits_{n}"], 1e-6)
+
+
+def test_rouge_l():
+    for known in read_json("patchscopes/rougeL.json"):
+        wanted = known["rougeL"]
+        found = rouge_l(known["prediction"], known["reference"])
+        assert found.precision == pytest.approx(wanted["precision"], abs=1e-12)
+        assert found.recall == pytest.approx(wanted["recall"], abs=1e-12)
+        assert found.f == pytest.approx(wanted["fmeasure"], abs=1e-12)
