@@ -44,7 +44,7 @@ from ..models.precision import at_least_float32
 from .checkpoints import fingerprint
 from .partial import record_blocks
 from .replay import Replay
-from .results import Result, provenance
+from .results import Result, half_width, provenance
 
 # %% ../../nbs/library/patching/patchscopes.ipynb #c007
 Texts = (
@@ -1083,7 +1083,7 @@ class PatchscopeGrid(Result):
         """Half the 95 % interval of `mean` over prompts, NaN for a single one."""
         if len(self.values) == 1:
             return torch.full_like(self.mean, torch.nan)
-        return 1.96 * self.values.std(0) / len(self.values) ** 0.5
+        return half_width(self.values)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pair of layers: the metric's mean, its interval, and n."""
