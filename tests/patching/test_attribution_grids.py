@@ -5,7 +5,7 @@ import torch
 from families import CONFIGS, tiny
 from torch import nn
 
-from mechtut.models.hooks import capture
+from mechtut.models.hooks import Edit, capture, intervene
 from mechtut.models.loading import load_model
 from mechtut.patching.attribution import Agreement, agreement, attribute_grid
 from mechtut.patching.grids import AnswerMetric, Grid, patch_grid
@@ -305,3 +305,41 @@ def test_grids_that_cannot_be_compared():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         attribute_grid(*given, **QUIET)
     assert capture(model, CLEAN, "z.1")["z.1"].requires_grad is False
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_neurons_and_patterns_are_slopes(kind):
+    """A little of the way to the other run, there and back (Llama norms in float32)."""
+    model = load_model(tiny(kind).double())
+    quiet = {"progress": False}
+
+    def slope(site, layer, way, step, **place):
+        own = capture(model, OTHER, site)[site][layer]
+        own = own[:, :, place["neuron"]] if "neuron" in place else own[:, place["head"]]
+        ends = []
+        for sign in (1, -1):
+            edit = Edit(site, layer, own + sign * step * way, **place)
+            with intervene(model, [edit]):
+                ends.append(METRIC(model.logits(OTHER)[None, :, -1])[0])
+        return (ends[0] - ends[1]) / (2 * step)
+
+    neurons = {"by": "neuron", "neurons": [5, 0], **quiet}
+    grid = attribute_grid(model, CLEAN, OTHER, METRIC, "mlp_act", **neurons)
+    ours, theirs = (capture(model, x, ["mlp_act", "pattern"]) for x in (CLEAN, OTHER))
+    for layer, i in ((0, 0), (2, 1)):
+        neuron = [5, 0][i]
+        way = (ours["mlp_act"] - theirs["mlp_act"])[layer, :, :, neuron]
+        found = slope("mlp_act", layer, way, 1e-2, neuron=neuron)
+        assert torch.allclose(grid.change[:, layer, i], found, rtol=1e-3, atol=1e-4)
+    heads = attribute_grid(model, CLEAN, OTHER, METRIC, "pattern", by="head", **quiet)
+    way = ours["pattern"] - theirs["pattern"]
+    for layer, head in ((0, 1), (2, 3)):
+        found = slope("pattern", layer, way[layer, :, head], 1e-2, head=head)
+        # eager attention takes its softmax in float32
+        assert torch.allclose(heads.change[:, layer, head], found, rtol=1e-2, atol=1e-4)
+    one = attribute_grid(
+        model, CLEAN, OTHER, METRIC, "pattern", by="head_query_key", **quiet
+    )
+    assert torch.allclose(one.change.sum((-1, -2)), heads.change, atol=1e-9)
+    with pytest.raises(ValueError, match="'resid_mid' cannot be captured"):
+        attribute_grid(model, CLEAN, OTHER, METRIC, "resid_mid", **quiet)
