@@ -17,6 +17,7 @@ from hostile import TEXTS, Page, same_page
 import mechtut
 from mechtut.circuits.attribution import Faithfulness, PositionScores, plot_faithfulness
 from mechtut.circuits.circuit import Roc
+from mechtut.circuits.heads import HeadReport
 from mechtut.neurons.dashboards import scores_by_layer
 from mechtut.viz import interactive, plots
 
@@ -153,7 +154,18 @@ def pages(text: str) -> dict[str, str]:
     maps = interactive.hover_map(np.eye(2), rows, columns, label=text, xlabel=text)
     trace = interactive.explore_trace(a_trace(text))
     heads = interactive.explore_heads(np.eye(2), [(0, 0)], label=text)
-    return {"hover_map": maps.html, "trace": trace.html, "heads": heads.html}
+    report = HeadReport(
+        layer=0,
+        head=0,
+        tokens=(text, "b"),
+        pattern=torch.eye(2),
+        habits=((text, 0.5, 1, 0.1),),
+        promoted=((text, 1.0),),
+        demoted=((text, -1.0),),
+        read_at=0,
+    )
+    made = {"hover_map": maps.html, "trace": trace.html, "heads": heads.html}
+    return made | {"report": report._repr_html_()}
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
@@ -169,6 +181,7 @@ def test_no_text_becomes_a_part_of_an_interactive_page(text, tmp_path):
 
 
 COVERED = {
+    "circuits.heads.HeadReport._repr_html_",
     "viz.interactive.Interactive._repr_mimebundle_",
     "neurons.dashboards.NeuronPage._repr_html_",
     "neurons.dashboards.NeuronPage.html",
