@@ -167,9 +167,8 @@ class KLMetric:
 
     Example:
         >>> metric = KLMetric(torch.tensor([[0.0, 0.0]]))
-        >>> metric(torch.tensor([[[5.0, 5.0]], [[5.0, -5.0]]])).round(decimals=2)
-        tensor([[ 0.0000],
-                [-4.3100]])
+        >>> metric(torch.tensor([[[5.0, -5.0]]])).round(decimals=2)
+        tensor([[-4.3100]])
     """
 
     reference: Float[Tensor, "prompt d_vocab"]
@@ -910,6 +909,12 @@ def _replacement(
     if how == "mean" and site == "pattern":
         raise ValueError(
             "a pattern has no mean over positions: take how='mean_by_position'"
+        )
+    uneven = mask is not None and bool((mask != mask[0]).any())
+    if site == "pattern" and how != "zero" and uneven:
+        raise ValueError(
+            f"{how!r} of patterns needs the same padding in every prompt: another"
+            " prompt's attention would fall on padding"
         )
     if how == "zero":
         if site != "resid_mid":

@@ -283,7 +283,7 @@ def test_work_that_was_stopped_goes_on(tmp_path, monkeypatch):
         ({"positions": [1, -5]}, "twice"),
         ({"positions": []}, "no position"),
         ({"through": "attention"}, "through must be 'mlps' or 'nothing'"),
-        ({"direction": "both"}, "direction must be 'noising' or"),
+        ({"direction": "both"}, "direction must be '"),
         ({"corrupted": OTHER[:, :5]}, "must have equal length"),
         ({"corrupted": OTHER[:2]}, "must have equal length"),
         ({"corrupted": torch.cat([OTHER[:1], CLEAN[1:]])}, "of pair 1 are the same"),

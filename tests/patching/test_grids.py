@@ -536,7 +536,7 @@ def test_hostile_ablations_and_metrics():
 def test_patterns_are_ablated_query_by_query(how):
     """With as many positions as heads, so that a weight on the wrong axis would fit."""
     model, mask = model_of("llama"), torch.ones(3, 4, dtype=torch.long)
-    ids, mask[0, 0] = CLEAN[:, :4], 0
+    ids, mask[:, 0] = CLEAN[:, :4], 0  # the same padding everywhere
     options = {"attention_mask": mask, "how": how, "by": "head", **QUIET}
     grid = ablate_grid(model, ids, METRIC, "pattern", **options)
     pattern = capture(model, ids, "pattern", attention_mask=mask)["pattern"]
@@ -545,8 +545,7 @@ def test_patterns_are_ablated_query_by_query(how):
         if how == "zero":
             wanted = [torch.zeros_like(own)]
         elif how == "mean_by_position":
-            real = mask.double()[:, :, None]
-            wanted = [((own * real).sum(0) / real.sum(0)).expand_as(own)]
+            wanted = [own.mean(0).expand_as(own)]
         else:
             wanted = [
                 own[list(rows)]
@@ -570,6 +569,10 @@ def test_patterns_are_ablated_query_by_query(how):
         assert min(gaps) < 1e-5
     with pytest.raises(ValueError, match="no mean over positions"):
         ablate_grid(model, ids, METRIC, "pattern", **(options | {"how": "mean"}))
+    mask[1, 0] = 1
+    if how != "zero":
+        with pytest.raises(ValueError, match="same padding in every prompt"):
+            ablate_grid(model, ids, METRIC, "pattern", **options)
 
 
 def test_zeros_in_the_middle_need_no_reference():

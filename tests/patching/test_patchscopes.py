@@ -356,8 +356,8 @@ def test_mean_and_interval():
         target_layers=(5,),
     )
     assert float(grid.mean) == 0.75
-    # 1.96 standard errors, by hand: the spread of 1, 0, 1, 1 is 0.5
-    assert float(grid.half_width) == pytest.approx(1.96 * 0.5 / 2)
+    # Student's quantile for three degrees; the spread of 1, 0, 1, 1 is 0.5
+    assert float(grid.half_width) == pytest.approx(3.182 * 0.5 / 2, rel=3e-3)
     assert float(grid.by(METRICS[2]).mean) == pytest.approx(2.25)
     one = replace(grid, precision_at_1=values[:1], top=grid.top[:1])
     assert one.half_width.isnan().all()
