@@ -39,7 +39,13 @@ HELPERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+# with keys and values that heads share
+SHARED = [f"get_act_patch_attn_head_{x}_all_pos" for x in ("out", *"qkv", "pattern")]
+CASES = [("gpt2", helper) for helper in HELPERS]
+CASES += [("llama", helper) for helper in ("get_act_patch_resid_mid", *SHARED)]
+
+
+@pytest.fixture(scope="module")
 def both(request):
     """A bridge, its cache of the clean prompts, and our model."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -65,7 +71,7 @@ def difference(logits):
     return (logits[rows, -1, RIGHT] - logits[rows, -1, WRONG]).mean()
 
 
-@pytest.mark.parametrize("helper", list(HELPERS))
+@pytest.mark.parametrize(("both", "helper"), CASES, indirect=["both"])
 def test_their_helper_gives_our_grid(both, helper):
     from transformer_lens import patching
 
