@@ -319,7 +319,8 @@ class HeadReport(Result):
 
     def _repr_html_(self) -> str:
         told = [
-            f"{html.escape(kind.replace('_', ' '))} {score:.2f} (rank {rank}, chance {chance:.2f})"
+            f"{html.escape(kind.replace('_', ' '))} {score:.2f} (rank {rank}, chance"
+            f" {chance:.2f})"
             for kind, score, rank, chance in self.habits
         ]
         lists = [
