@@ -459,7 +459,7 @@ def path_patch_grid(
     made = {
         "prompts": fingerprint(lender, base),
         "through": through,
-        "metric": getattr(metric, "name", getattr(metric, "__name__", "metric")),
+        "metric": measure.name,
         "positions": str(places[0]),
         "receiver_positions": str(places[1]),
     }

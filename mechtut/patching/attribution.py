@@ -195,7 +195,7 @@ def attribute_grid(
     _check_contrast(base, target)
     labels = cells.labels(model, tokens)
     made: dict[str, Any] = {"prompts": fingerprint(lender, tokens), "steps": steps}
-    made["metric"] = getattr(metric, "name", getattr(metric, "__name__", "metric"))
+    made["metric"] = slopes.measure.name
     kind = "attribution" if steps == 1 else f"attribution in {steps} steps"
     return Grid(
         values=(base[:, None] + torch.cat(change)).reshape(

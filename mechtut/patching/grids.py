@@ -754,9 +754,6 @@ class _Run:
             progress=self.progress,
             name=f"{verb} {site}",
         )
-        name = getattr(self.metric, "name", None) or getattr(
-            self.metric, "__name__", type(self.metric).__name__
-        )
         return Grid(
             values=values.T.reshape(len(tokens), *map(len, labels.values())),
             before=before,
@@ -765,7 +762,9 @@ class _Run:
             labels=tuple(labels.values()),
             site=site,
             how=how,
-            provenance=provenance(model, metric=name, read_at=self.read_at, **made),
+            provenance=provenance(
+                model, metric=self.measure.name, read_at=self.read_at, **made
+            ),
         )
 
 
@@ -774,6 +773,12 @@ class _AtTheEnd:
     """A metric of the last logits that are read, as the engine asks for it."""
 
     metric: AnswerMetric | KLMetric | GridMetric
+
+    @property
+    def name(self) -> str:
+        """What the metric is called, for the provenance."""
+        usual = getattr(self.metric, "__name__", type(self.metric).__name__)
+        return getattr(self.metric, "name", None) or usual
 
     def __call__(self, logits: Float[Tensor, "n prompt 1 d_vocab"]) -> Tensor:
         last = logits[:, :, -1]
@@ -1016,10 +1021,10 @@ def ablate_in_order(
     )
     every = tuple(range(tokens.shape[1]))
     away = []
+    n = model.n_heads if site == "z" else len(_neurons(model, None))
     for layer, number in places:
         layer = check_layer(model, layer, site)
         cell = _Cell(every, number) if site == "z" else _Cell(every, neuron=number)
-        n = model.n_heads if site == "z" else len(_neurons(model, None))
         integer(number, "head" if site == "z" else "neuron", 0, n - 1)
         away.append(cell.edit(where, layer, None if states is None else states[layer]))
     edits = [away[: i + 1] for i in range(len(away))]

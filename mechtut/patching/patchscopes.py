@@ -1081,8 +1081,6 @@ class PatchscopeGrid(Result):
     @property
     def half_width(self) -> Float[Tensor, "source_layer target_layer"]:
         """Half the 95 % interval of `mean` over prompts, NaN for a single one."""
-        if len(self.values) == 1:
-            return torch.full_like(self.mean, torch.nan)
         return half_width(self.values)
 
     def to_pandas(self) -> pd.DataFrame:
