@@ -41,10 +41,11 @@ MAY_IMPORT = {
     "prompts": {"models", "patching", "mini"},
     "editing": {"models", "patching", "prompts", "mini"},
     "circuits": {"models", "patching", "viz"},
+    "lenses": {"models", "patching", "viz"},
     "neurons": {"models", "patching", "viz"},
     "papers": {
-        *("models", "patching", "mini", "prompts", "editing", "circuits", "neurons"),
-        "viz",
+        *("models", "patching", "mini", "prompts", "editing", "circuits", "lenses"),
+        *("neurons", "viz"),
     },
 }
 MAY_IMPORT["experiments"] = {*MAY_IMPORT, "papers"}
