@@ -449,8 +449,7 @@ class LensTrajectory(Result):
         target: int | str | Int[Tensor, "token"],
         against: int | str | Int[Tensor, "token"],
     ) -> Float[Tensor, "row token"]:
-        """Log-probability of one token minus that of another, which is the difference
-        of their logits.
+        """Log-probability of one token minus another's, the difference of their logits.
 
         Args:
             target: The one.
@@ -520,8 +519,9 @@ class LensTrajectory(Result):
         return pd.DataFrame(found, columns=[*columns, "rank", "token", "probability"])
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per layer and column: the likeliest token, log-probability and rank
-        of the target (without one, of the model's own top token), entropy, divergences.
+        """One row per layer and column: likeliest token, target, entropy, divergences.
+
+        Without a target, log-probability and rank are of the model's own top token.
         """
         places = [self._place(row, column) for row, column in self._cells()]
         table = pd.DataFrame(places, columns=["prompt", "position", "layer", "middle"])
