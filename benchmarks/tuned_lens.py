@@ -1,6 +1,6 @@
-"""A step of the tuned lens on SmolLM2 beside the plain forward pass, and what it brings.
+"""A step of the tuned lens on SmolLM2 beside the forward pass, and what it brings.
 
-    python benchmarks/tuned_lens.py [--rows 4] [--length 128] [--seconds 0] [--threads 1]
+    python benchmarks/tuned_lens.py [--rows 4] [--length 128] [--seconds 0]
 
 Prints the CPU seconds of a step at several shares of tokens, the forward pass of the
 same batch with the same matrix products, and the parts of a step. With --seconds it
@@ -14,8 +14,7 @@ import time
 import torch
 from common import measure
 
-from mechtut.lenses.tuned import _Run, evaluate_lens, token_chunks
-from mechtut.lenses.tuned import TunedLens
+from mechtut.lenses.tuned import TunedLens, _Run, evaluate_lens, token_chunks
 from mechtut.models.loading import evaluating, load_model
 from mechtut.patching.matmul import fast_matmul
 from mechtut.patching.partial import record_blocks
