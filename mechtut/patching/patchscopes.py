@@ -61,7 +61,7 @@ class SoftPrompt:
 
     Example:
         >>> import torch
-        >>> Source(SoftPrompt(torch.zeros(3, 192)), layer=2).position
+        >>> Source(SoftPrompt(torch.zeros(3, 192)), layer=2).pos
         -1
     """
 
@@ -88,7 +88,7 @@ class Source:
         prompt: A text, several texts, the token ids of one prompt, or of several.
         layer: The block whose output is read; -1 is the input of block 0. A grid goes
             over layers and needs none.
-        position: One position, several, or `None` for all; negative ones count from
+        pos: One position, several, or `None` for all; negative ones count from
             the end of each prompt.
         mask: For ids with padding on either side: 1 for real tokens, 0 for padding,
             which is left out. Positions count in what remains.
@@ -97,13 +97,13 @@ class Source:
 
     Example:
         >>> place = Source("Riley Martin works as a", layer=4)
-        >>> place.position, place.head
+        >>> place.pos, place.head
         (-1, None)
     """
 
     prompt: Texts
     layer: int | None = None
-    position: int | Sequence[int] | None = -1
+    pos: int | Sequence[int] | None = -1
     mask: Int[Tensor, "prompt pos"] | None = None
     head: Natural | None = None
 
@@ -117,7 +117,7 @@ class Target:
         prompt: A text, several texts, the token ids of one prompt, or of several.
         layer: The block whose output is overwritten; -1 is the input of block 0. A
             grid goes over layers and needs none.
-        position: One position, several, or `None` for all; negative ones count from
+        pos: One position, several, or `None` for all; negative ones count from
             the end of each prompt. As many as the source has.
         mask: For ids with padding on either side: 1 for real tokens, 0 for padding,
             which is left out. Positions count in what remains.
@@ -126,13 +126,13 @@ class Target:
 
     Example:
         >>> place = Target("cat -> cat; ?", layer=4)
-        >>> place.position, place.head
+        >>> place.pos, place.head
         (-1, None)
     """
 
     prompt: Texts
     layer: int | None = None
-    position: int | Sequence[int] | None = -1
+    pos: int | Sequence[int] | None = -1
     mask: Int[Tensor, "prompt pos"] | None = None
     head: Natural | None = None
 
@@ -166,7 +166,7 @@ def _rows(model: Model, given: Any, what: str) -> list[_Row]:
     """The prompts of a place, of several places, or of plain prompts."""
     rows = []
     for place in _places(given):
-        where = Edit("embed", None, 0.0, pos=place.position)
+        where = Edit("embed", None, 0.0, pos=place.pos)
         if isinstance(place.prompt, SoftPrompt):
             soft = _fitting(model, place.prompt, what)
             n = len(soft.vectors)
@@ -710,7 +710,7 @@ def fit_affine(
         >>> from mechtut import load_model
         >>> model = load_model("mini")
         >>> text = "Riley Martin works as a singer in Paris and"
-        >>> maps = fit_affine(model, Source(text, position=None), [(4, 4)])
+        >>> maps = fit_affine(model, Source(text, pos=None), [(4, 4)])
         >>> maps.pairs, maps.weight.shape
         (((4, 4),), torch.Size([1, 192, 192]))
     """
@@ -880,7 +880,7 @@ def _spans(model: Model, text: str) -> list[tuple[int, int] | None]:
 def generate(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
-    n_tokens: Count,
+    new_tokens: Count,
     edits: Sequence[Edit] = (),
     *,
     cache: bool = True,
@@ -895,7 +895,7 @@ def generate(
     Args:
         model: The model.
         tokens: Prompts of equal length, without padding.
-        n_tokens: The most tokens to write.
+        new_tokens: The most tokens to write.
         edits: What to write into the prompts.
         cache: Whether to keep keys and values between steps.
         stop: Whether a row ends after an end-of-text token.
@@ -913,22 +913,22 @@ def generate(
         >>> model.decode(generate(model, tokens, 1)[0])
         ' singer'
     """
-    return _generate(model, tokens, n_tokens, edits, cache, stop)[1]
+    return _generate(model, tokens, new_tokens, edits, cache, stop)[1]
 
 
 def _generate(
     model: Model,
     tokens: Tensor,
-    n_tokens: int,
+    new_tokens: int,
     edits: Sequence[Edit],
     cache: bool,
     stop: bool,
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], list[list[int]]]:
     """The prompt's logits, and what is written after it."""
     rows, n_pos = tokens.shape
-    if n_pos + n_tokens > model.n_ctx:
+    if n_pos + new_tokens > model.n_ctx:
         raise ValueError(
-            f"a prompt of {n_pos} tokens and {n_tokens} new ones do not fit into"
+            f"a prompt of {n_pos} tokens and {new_tokens} new ones do not fit into"
             f" {model.n_ctx}"
         )
     # counted from the start, so that they stay where they are while the text grows
@@ -936,7 +936,7 @@ def _generate(
     given: Any = {"use_cache": cache, "past_key_values": None}
     step, new = tokens, tokens[:, :0]
     prompt: Tensor | None = None
-    while new.shape[1] < n_tokens and not (stop and _all_ended(model, new)):
+    while new.shape[1] < new_tokens and not (stop and _all_ended(model, new)):
         mask = tokens.new_ones(rows, n_pos + new.shape[1])
         now = edits if prompt is None or not cache else []
         with evaluating(model.hf), intervene(model, now):
@@ -1080,7 +1080,7 @@ def patchscope(
     mapping: LayerMap | Callable[[Tensor], Tensor] | None = None,
     target_model: Model | None = None,
     read_at: int = -1,
-    n_tokens: Natural = 0,
+    new_tokens: Natural = 0,
     cache: bool = True,
     stop: bool = True,
     last_layer: Literal["raw", "hf"] = "raw",
@@ -1100,7 +1100,7 @@ def patchscope(
             d_source]`; by default nothing.
         target_model: The model that reads the target, by default the same.
         read_at: The position of the target whose logits are read.
-        n_tokens: How many tokens to generate after the target.
+        new_tokens: How many tokens to generate after the target.
         cache: Whether generation keeps keys and values between steps.
         stop: Whether generation ends after an end-of-text token.
         last_layer: `"raw"` takes the outputs of all blocks as they are. `"hf"` is the
@@ -1120,7 +1120,7 @@ def patchscope(
         >>> from mechtut import load_model
         >>> model = load_model("mini")
         >>> prompt = "Riley Martin works as a"
-        >>> seen = patchscope(model, Source(prompt, 6), Target(prompt, 6), n_tokens=1)
+        >>> seen = patchscope(model, Source(prompt, 6), Target(prompt, 6), new_tokens=1)
         >>> seen.text
         (' singer',)
     """
@@ -1147,8 +1147,8 @@ def patchscope(
             edit = Edit(into.family.norm, None, values[group], pos=positions)
         edits = [*_embedded(into, [others[i] for i in group]), edit]
         (read,) = Edit("embed", None, 0.0, pos=read_at).positions(n_pos)
-        if n_tokens:
-            found, new = _generate(into, ids, n_tokens, edits, cache, stop)
+        if new_tokens:
+            found, new = _generate(into, ids, new_tokens, edits, cache, stop)
             tokens.update(zip(group, new, strict=True))
         else:
             with intervene(into, edits):

@@ -104,8 +104,8 @@ def test_every_pair_of_layers_equals_torch_hooks(kind):
     layers = range(-1, model.n_layers)
     grid = patchscope_grid(
         model,
-        Source(S, position=2),
-        Target(T, position=4),
+        Source(S, pos=2),
+        Target(T, pos=4),
         source_layers=layers,
         target_layers=layers,
         **QUIET,
@@ -162,8 +162,8 @@ def test_several_positions_at_once(kind):
     assert gap(seen.source_logits[0], run(model, S)[4]) < 1e-10  # of the last one
     grid = patchscope_grid(
         model,
-        Source(S, position=[0, 3, -1]),
-        Target(T, position=[2, -1, 1]),
+        Source(S, pos=[0, 3, -1]),
+        Target(T, pos=[2, -1, 1]),
         metric=METRICS[2],
         **QUIET,
     )
@@ -180,7 +180,7 @@ def test_unequal_lengths_and_padding_change_nothing(kind):
     rows = [S, OTHER, T, S[::-1]]
     alone = [patchscope(model, Source(r, 1, -2), Target(T, 0)).logits[0] for r in rows]
     together = patchscope(model, Source(rows, 1, -2), Target(T, 0)).logits
-    grid = patchscope_grid(model, Source(rows, position=-2), T, **QUIET)
+    grid = patchscope_grid(model, Source(rows, pos=-2), T, **QUIET)
     for i, ids in enumerate(rows):
         wanted = by_hand(model, ids, 1, -2, T, 0, -1)[-1]
         assert gap(alone[i], wanted) < 1e-10 and gap(together[i], wanted) < 1e-10
@@ -210,7 +210,7 @@ def test_unequal_lengths_and_padding_change_nothing(kind):
 def test_a_target_for_each_source(kind):
     model = model_of(kind)
     sources, targets = [S, OTHER, T], [T, S, T]
-    places = [Target(t, position=j) for t, j in zip(targets, (-1, 2, -1), strict=True)]
+    places = [Target(t, pos=j) for t, j in zip(targets, (-1, 2, -1), strict=True)]
     grid = patchscope_grid(model, sources, places, metric=METRICS[2], **QUIET)
     for i, (s, t, j) in enumerate(zip(sources, targets, (-1, 2, -1), strict=True)):
         own = run(model, s)[-1].argmax()
@@ -240,7 +240,7 @@ def test_more_sources_than_go_together(monkeypatch):
 def test_generation_with_cache_equals_the_slow_form(kind, position):
     model = model_of(kind)
     source, target = Source(S, 1, 2), Target(T, 0, position)
-    how = {"n_tokens": 6, "stop": False}
+    how = {"new_tokens": 6, "stop": False}
     fast = patchscope(model, source, target, **how)
     slow = patchscope(model, source, target, cache=False, **how)
     ids, value = list(T), run(model, S, 1)[2]
@@ -256,7 +256,7 @@ def test_generation_with_cache_equals_the_slow_form(kind, position):
 def test_a_target_of_one_token_is_patched(kind, cache):
     """The authors' code leaves every pass of one token alone."""
     model = model_of(kind)
-    how = {"n_tokens": 5, "stop": False, "cache": cache}
+    how = {"new_tokens": 5, "stop": False, "cache": cache}
     seen = patchscope(model, Source(S, 1), Target([T[0]], 0), **how)
     ids, value = [T[0]], run(model, S, 1)[-1]
     for _ in range(5):
@@ -271,7 +271,7 @@ def test_a_target_of_one_token_is_patched(kind, cache):
 def test_generation_for_several_prompts_of_several_lengths():
     model = model_of("llama")
     rows = [S, T, OTHER, S[::-1]]
-    how = {"n_tokens": 4, "stop": False}
+    how = {"new_tokens": 4, "stop": False}
     together = patchscope(model, Source(rows, 2, 0), Target(rows[::-1], 0), **how)
     for i, (s, t) in enumerate(zip(rows, rows[::-1], strict=True)):
         alone = patchscope(model, Source(s, 2, 0), Target(t, 0), **how)
@@ -417,7 +417,7 @@ def states_of(model, rows, layer):
 def test_affine_maps_are_least_squares():
     model = model_of("gpt2")
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    maps = fit_affine(model, Source(rows, position=None), [(0, 2), (1, 0), (0, 1)])
+    maps = fit_affine(model, Source(rows, pos=None), [(0, 2), (1, 0), (0, 1)])
     assert maps.n == 72 and maps.pairs == ((0, 2), (1, 0), (0, 1))
     for n, (a, b) in enumerate(maps.pairs):
         x, y = states_of(model, rows, a), states_of(model, rows, b)
@@ -433,7 +433,7 @@ def test_affine_maps_are_least_squares():
 def test_a_map_is_used_between_the_two():
     model = model_of("gpt2")
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    maps = fit_affine(model, Source(rows, position=None), [(0, 2), (1, 0)])
+    maps = fit_affine(model, Source(rows, pos=None), [(0, 2), (1, 0)])
     wanted = by_hand(model, S, 1, -1, T, 0, -1, lambda h: maps(h, 1, 0))[-1]
     seen = patchscope(model, Source(S, 1), Target(T, 0), mapping=maps)
     assert gap(seen.logits[0], wanted) < 1e-10
@@ -452,7 +452,7 @@ def test_a_map_is_used_between_the_two():
 def test_a_map_into_a_wider_model():
     small, large = model_of("gpt2"), model_of("llama", hidden_size=48)
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    source = Source(rows, position=None)
+    source = Source(rows, pos=None)
     maps = fit_affine(small, source, [(1, 2)], target_model=large)
     assert maps.weight.shape == (1, 32, 48)
     value = maps(run(small, S, 1)[-1], 1, 2)
@@ -477,7 +477,7 @@ def test_a_map_into_a_wider_model():
 def test_maps_of_other_layers_and_models_are_refused(tmp_path):
     model = model_of("gpt2")
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    maps = fit_affine(model, Source(rows, position=None), [(1, 2)])
+    maps = fit_affine(model, Source(rows, pos=None), [(1, 2)])
     maps = AffineMap.load(maps.save(tmp_path))
     assert maps.pairs == ((1, 2),) and maps.weight.dtype == torch.float64
     patchscope(model, Source(S, 1), Target(T, 2), mapping=maps)
@@ -516,8 +516,8 @@ def test_positions_are_aligned_by_characters():
     # with a BOS in front of one
     with_bos = replace(one, add_bos=True)
     assert aligned_positions(with_bos, other, text) == [(i + 1, j) for i, j in pairs]
-    sources = [Source(text, position=[i for i, _ in pairs])]
-    targets = [Target(text, position=[j for _, j in pairs])]
+    sources = [Source(text, pos=[i for i, _ in pairs])]
+    targets = [Target(text, pos=[j for _, j in pairs])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few states
         maps = fit_affine(one, sources, [(3, 2)], targets=targets, target_model=other)
@@ -531,7 +531,7 @@ def test_positions_are_aligned_by_characters():
 def test_too_few_states_are_told():
     model = model_of("gpt2")
     with pytest.warns(UserWarning, match="do not determine"):
-        maps = fit_affine(model, Source(T, position=None), [(0, 1)])
+        maps = fit_affine(model, Source(T, pos=None), [(0, 1)])
     assert maps.r2.tolist() == pytest.approx([1.0])
     with pytest.raises(ValueError, match="finite"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -549,7 +549,7 @@ def test_results_come_back_from_a_folder(tmp_path, n):
     back = PatchscopeGrid.load(grid.save(tmp_path / "grid"))
     assert torch.equal(back.top, grid.top) and back.to_pandas().equals(grid.to_pandas())
     assert back.source_layers == tuple(range(8))
-    seen = patchscope(model, Source(people, 3), Target(people[0], 3), n_tokens=2)
+    seen = patchscope(model, Source(people, 3), Target(people[0], 3), new_tokens=2)
     again = Patchscope.load(seen.save(tmp_path / "one"))
     assert again.tokens == seen.tokens and again.text == seen.text
     assert again.to_pandas().equals(seen.to_pandas())
@@ -767,9 +767,9 @@ def test_soft_prompts_on_both_sides(kind):
     model = model_of(kind)
     with torch.no_grad():
         s, t = (model.embed(torch.tensor(ids)) for ids in (S, T))
-    plain = patchscope(model, Source(S, 1, 2), Target(T, 0, 3), n_tokens=3)
+    plain = patchscope(model, Source(S, 1, 2), Target(T, 0, 3), new_tokens=3)
     soft = Source(SoftPrompt(s), 1, 2), Target(SoftPrompt(t), 0, 3)
-    seen = patchscope(model, *soft, n_tokens=3)
+    seen = patchscope(model, *soft, new_tokens=3)
     assert seen.tokens == plain.tokens and gap(seen.logits, plain.logits) < 1e-9
     noise = torch.randn(4, model.d_model, generator=DRAW).double() / 5
     with torch.no_grad():

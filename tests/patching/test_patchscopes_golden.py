@@ -65,7 +65,7 @@ def test_generated_tokens(name, cache):
     for run in known["runs"]:
         source = Source(known["S"], run["layer"], run["i"])
         target = Target(known["T"], run["target_layer"], run["istar"])
-        how = {"n_tokens": 10, "stop": False, "cache": cache}
+        how = {"new_tokens": 10, "stop": False, "cache": cache}
         seen = patchscope(model, source, target, **how)
         assert list(seen.tokens[0]) == run["tokens"]
         top = float(seen.logits.max())
@@ -76,7 +76,7 @@ def test_generated_tokens(name, cache):
 def test_metrics_by_layer(name):
     model, known = model_of(name), read_json("patchscopes/metrics.f64.json")[name]
     places = zip(known["sources"], known["positions"], strict=True)
-    sources = [Source(ids, position=i) for ids, i in places]
+    sources = [Source(ids, pos=i) for ids, i in places]
     grid = patchscope_grid(model, sources, Target(known["T"]), progress=False)
     assert grid.source_top.tolist() == known["source_argmax"]
     for layer, wanted in enumerate(known["by_layer"]):
@@ -93,7 +93,7 @@ def test_metrics_by_layer(name):
 
 def fitted_to(z):
     places = zip(z["fit_ids"].tolist(), z["fit_positions"].tolist(), strict=True)
-    return [Source(ids, position=i) for ids, i in places]
+    return [Source(ids, pos=i) for ids, i in places]
 
 
 @pytest.mark.parametrize("name", ["gpt2t", "llamat"])
@@ -123,7 +123,7 @@ def test_a_soft_prompt_is_read_and_goes_on(name):
     source = Source(z["S"].tolist(), int(z["layer"]))
     target = Target(soft, int(z["target_layer"]), int(z["position"]))
     for cache in (True, False):
-        seen = patchscope(model, source, target, n_tokens=4, stop=False, cache=cache)
+        seen = patchscope(model, source, target, new_tokens=4, stop=False, cache=cache)
         assert list(seen.tokens[0]) == z["greedy"].tolist()
         assert near(seen.logits[0], z["greedy_logits"][0], TOLERANCE[name])
     both = {"source_layers": [source.layer], "target_layers": [target.layer]}
