@@ -178,7 +178,7 @@ def test_transformer_lens_agrees(kind):
     from transformers import PreTrainedTokenizerFast
 
     hf = tiny(kind)
-    if kind == "gpt2":  # what biases make of values they count with the projection's bias
+    if kind == "gpt2":  # they count what biases make of values as no head's
         with torch.no_grad():
             for block in hf.transformer.h:
                 block.attn.c_attn.bias[64:] = 0
