@@ -475,7 +475,7 @@ def test_hostile_lenses(tmp_path):
     with pytest.raises(ValueError):
         lens.check(model, other)
     ids = torch.randint(5, 90, (40, 4), generator=DRAW)
-    affine = AffineLens.fit(model, Source(ids, position=None), [1])
+    affine = AffineLens.fit(model, Source(ids, pos=None), [1])
     with pytest.raises(ValueError, match="has no layer 0: it has layers 1, 2"):
         logit_lens(model, S, lens=affine, layers=[0, 1])
     with pytest.raises(ValueError, match="maps for block outputs only"):
