@@ -508,7 +508,7 @@ def logit_attribution(
         >>> bool((total - found.logit).abs() < 1e-3)
         True
     """
-    rows = _rows(model, Source(prompts, position=position, mask=mask), "prompts")
+    rows = _rows(model, Source(prompts, pos=position, mask=mask), "prompts")
     ids = _token_ids(model, prompts, len(rows), target, "target")
     others = None
     if against is not None:
