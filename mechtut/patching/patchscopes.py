@@ -1202,7 +1202,8 @@ class PatchscopeGrid(Result):
 
     Attributes:
         top: The readout's likeliest token; -1 where none was asked for.
-        source_top: The source model's likeliest token for each prompt.
+        source_top: The token of each prompt that readouts are compared with: the
+            source model's likeliest, or what was wanted.
         floor: The source's surprisal at that token, in nats: what
             `surprisal_of_readout_under_source` is for a readout that agrees.
         precision_at_1: Whether both are the same token.
@@ -1459,6 +1460,19 @@ def _planned(
     return _Plan(rows, others, first, second, pairs, heads, width)
 
 
+def _token_ids(
+    model: Model, given: Tensor | Sequence[int], n: int
+) -> Int[Tensor, "prompt"]:
+    """Tokens of the source model's vocabulary, one for each prompt."""
+    ids = torch.as_tensor(given).cpu()
+    if len(ids) != n:
+        raise ValueError(f"wanted has {len(ids)} tokens for {n} prompts: give each one")
+    if n and not 0 <= int(ids.min()) <= int(ids.max()) < model.d_vocab:
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise ValueError(f"wanted: token id {bad} is outside 0..{model.d_vocab - 1}")
+    return ids
+
+
 # sources whose grids are computed together
 _TOGETHER = 64
 
@@ -1474,6 +1488,7 @@ def patchscope_grid(
     target_layers: Sequence[int] | Literal["same"] | None = None,
     mapping: LayerMap | Callable[[Tensor], Tensor] | None = None,
     metric: PatchscopeMetric = "precision_at_1",
+    wanted: Int[Tensor, "prompt"] | Sequence[int] | None = None,
     target_model: Model | None = None,
     read_at: int = -1,
     batch_size: Count | None = None,
@@ -1496,6 +1511,8 @@ def patchscope_grid(
             pairs of layers leaves the others NaN.
         metric: What the result shows first; all three are computed. Of models with
             different vocabularies they compare the texts of tokens, see `Patchscope`.
+        wanted: A token of each prompt that readouts are compared with, such as the one
+            at the source position or an answer; by default the source's likeliest.
         target_model: The model that reads the targets, by default the same.
         read_at: The position of the target whose logits are read.
         batch_size: Rows of one pass through a block; see `Replay`.
@@ -1526,6 +1543,7 @@ def patchscope_grid(
     )
     rows, others, first, second = plan.rows, plan.others, plan.first, plan.second
     pairs, heads = plan.pairs, plan.heads
+    asked = None if wanted is None else _token_ids(model, wanted, len(rows))
     shape = len(rows), len(first), len(second)
     at_a, at_b = (
         torch.tensor([axis.index(pair[i]) for pair in pairs])
@@ -1540,7 +1558,7 @@ def patchscope_grid(
     for number, some in enumerate(_alike(others, lambda _: _TOGETHER)):
         states, logits = _read(model, [rows[i] for i in some], first, head=heads[0])
         log_p = logits.double().log_softmax(-1).cpu()
-        best = log_p.argmax(-1)
+        best = log_p.argmax(-1) if asked is None else asked[some]
         tokens, which = best.unique(return_inverse=True)
         groups = [[i] for i in tokens.tolist()]
         if words is not None:
@@ -1583,7 +1601,7 @@ def patchscope_grid(
         picked = found[..., 0].long()
         at = torch.tensor(some)[:, None]
         top[at, at_a, at_b] = picked
-        own[some], floor[some] = best, -log_p.max(-1).values
+        own[some], floor[some] = best, -log_p.gather(1, best[:, None])[:, 0]
         chosen = which[:, None, None].expand(-1, len(pairs), 1)
         under_readout[at, at_a, at_b] = -log_q.gather(2, chosen)[..., 0]
         if words is None:
