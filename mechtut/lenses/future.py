@@ -126,6 +126,7 @@ def _continued(
     following: Sequence[Sequence[int]] | None,
     n: int,
     mask: Any = None,
+    progress: bool | None = False,
 ) -> _Examples:
     """Prompts with n tokens behind each: those that are given, or the model's own."""
     if isinstance(prompts, SoftPrompt):
@@ -140,7 +141,7 @@ def _continued(
                 f" into {model.n_ctx}"
             )
     if following is None:
-        return _Examples(prefixes, _greedy(model, prefixes, n), greedy=True)
+        return _Examples(prefixes, _greedy(model, prefixes, n, progress), greedy=True)
     same_length(prefixes=prefixes, following=following)
     short = [i for i, ids in enumerate(following) if len(ids) < n]
     if short:
@@ -157,15 +158,20 @@ def _continued(
     return _Examples(prefixes, rest.to(model.device))
 
 
-def _greedy(model: Model, prefixes: list[list[int]], n: int) -> Int[Tensor, "prompt n"]:
+def _greedy(
+    model: Model, prefixes: list[list[int]], n: int, progress: bool | None
+) -> Int[Tensor, "prompt n"]:
     """What the model writes behind each prefix, also behind an end of text."""
     out = torch.zeros(len(prefixes), n, dtype=torch.long, device=model.device)
     if not n:
         return out
     lengths = [len(ids) for ids in prefixes]
-    for group in _alike(lengths, lambda k: 2**24 // (k * model.d_vocab)):
-        ids = torch.tensor([prefixes[i] for i in group], device=model.device)
-        out[group] = torch.tensor(generate(model, ids, n, stop=False)).to(out)
+    how: dict[str, Any] = {"total": len(prefixes), "disable": quiet(progress)}
+    with tqdm(desc="what follows", unit="prefix", **how) as bar:
+        for group in _alike(lengths, lambda k: 2**24 // (k * model.d_vocab)):
+            ids = torch.tensor([prefixes[i] for i in group], device=model.device)
+            out[group] = torch.tensor(generate(model, ids, n, stop=False)).to(out)
+            bar.update(len(group))
     return out
 
 
@@ -445,6 +451,7 @@ def future_linear(
     *,
     pos: int | None = None,
     mask: Int[Tensor, "prompt pos"] | None = None,
+    progress: bool | None = None,
 ) -> FutureLinear:
     """Affine maps from states to the last layer's states some tokens later.
 
@@ -455,6 +462,7 @@ def future_linear(
         ahead: How many tokens later; a map for each.
         pos: The position T in every text; by default all of them.
         mask: For ids with padding: 1 for real tokens, 0 for padding.
+        progress: Whether to show a bar.
 
     Returns:
         The maps.
@@ -470,7 +478,7 @@ def future_linear(
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")  # few states
-        ...     future_linear(model, texts, 4, 1).weight.shape
+        ...     future_linear(model, texts, 4, 1, progress=False).weight.shape
         torch.Size([1, 192, 192])
     """
     layer, steps = _layer(model, layer, "source"), _ahead(ahead)
@@ -487,7 +495,8 @@ def future_linear(
         )
     pairs: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in steps]
     width = (model.n_layers + 1) * model.d_model
-    for group in _alike(list(map(len, rows)), lambda n: 2**26 // (n * width)):
+    groups = list(_alike(list(map(len, rows)), lambda n: 2**24 // (n * width)))
+    for group in tqdm(groups, unit="batch", disable=quiet(progress), desc="states"):
         stream = record_blocks(model, torch.stack([rows[i] for i in group])).resid
         for n, (known, wanted) in zip(steps, pairs, strict=True):
             end = stream[-1].shape[1] - n
@@ -649,7 +658,8 @@ class FutureLens(Result):
         dtype = at_least_float32(model.dtype)
         draw = torch.Generator().manual_seed(seed)
         start = torch.randn(length, model.d_model, generator=draw).to(dtype) * std
-        examples = _continued(model, prefixes, following, steps[-1])
+        how: dict[str, Any] = {"progress": progress}
+        examples = _continued(model, prefixes, following, steps[-1], **how)
         batches: list[list[int]] = []
         for _ in range(epochs):
             order = torch.randperm(len(examples.prefixes), generator=draw).tolist()
