@@ -9,6 +9,7 @@ from golden_models import GOLDEN, read_json
 from transformers import AutoModelForCausalLM
 
 from mechtut.models.loading import load_model
+from mechtut.patching.patchscope_texts import rouge_l
 from mechtut.patching.patchscopes import (
     SoftPrompt,
     Source,
@@ -16,7 +17,6 @@ from mechtut.patching.patchscopes import (
     fit_affine,
     patchscope,
     patchscope_grid,
-    rouge_l,
 )
 
 FOLDER = GOLDEN / "patchscopes"
