@@ -22,7 +22,15 @@ from ..models.families import as_stored, finish_logits
 from ..models.hooks import Activations, capture, check_layer
 from ..models.loading import Model
 from ..models.precision import rounding, widest
-from ..patching.patchscopes import Source, Texts, _alike, _Row, _rows
+from mechtut.patching.patchscopes import (
+    SoftPrompt,
+    Source,
+    Texts,
+    _alike,
+    _embedded,
+    _Row,
+    _rows,
+)
 from ..patching.results import Result, half_width, provenance
 
 # %% ../../nbs/library/lenses/attribution.ipynb #c007
@@ -240,13 +248,14 @@ def _token_ids(
     model: Model, prompts: Any, n: int, given: Any, what: str
 ) -> Int[Tensor, "prompt token"]:
     """Token ids of a target, for each of n prompts."""
-    texts = [prompts] * n if isinstance(prompts, str) else list(prompts)
+    one = isinstance(prompts, str | SoftPrompt)
+    texts = [prompts] * n if one else list(prompts)
     if isinstance(given, str | int):
         given = [given] * n
     if isinstance(given, Sequence) and given and isinstance(given[0], str):
         if not all(isinstance(t, str) for t in texts):
             raise TypeError(
-                f"{what} {shown(given[0])} is text, but the prompts are token ids: give"
+                f"{what} {shown(given[0])} is text, but the prompts are not: give"
                 f" {what} as a token id"
             )
         if len(given) != n:
@@ -383,7 +392,8 @@ def _shares_of(
     wide, unembedding = widest(model.device), _Unembedding.of(model)
     tokens = torch.tensor([row.ids for row in rows], device=model.device)
     places = torch.tensor([row.positions[0] for row in rows], device=model.device)
-    acts = capture(model, tokens, _sites(model, neurons))
+    edits = _embedded(model, rows)
+    acts = capture(model, tokens, _sites(model, neurons), edits=edits)
     at = torch.arange(len(rows), device=model.device), places
     last = acts[f"resid_post.{model.n_layers - 1}"][at]
     norm: Any = model.hf.get_submodule(model.family.norm)
@@ -466,7 +476,7 @@ def logit_attribution(
     target: Tokens,
     against: Tokens | None = None,
     *,
-    position: int = -1,
+    pos: int = -1,
     mask: Int[Tensor, "prompt pos"] | None = None,
     neurons: Sequence[int] = (),
 ) -> LogitAttribution:
@@ -484,7 +494,7 @@ def logit_attribution(
             which one serves all prompts or each has its own; or a row of ids for each
             prompt, of whose logits the mean is explained.
         against: Likewise; its logit is subtracted.
-        position: The position whose prediction is explained.
+        pos: The position whose prediction is explained.
         mask: For ids with padding: 1 for real tokens, 0 for padding.
         neurons: Layers whose MLP is taken apart into neurons.
 
@@ -508,7 +518,7 @@ def logit_attribution(
         >>> bool((total - found.logit).abs() < 1e-3)
         True
     """
-    rows = _rows(model, Source(prompts, pos=position, mask=mask), "prompts")
+    rows = _rows(model, Source(prompts, pos=pos, mask=mask), "prompts")
     ids = _token_ids(model, prompts, len(rows), target, "target")
     others = None
     if against is not None:
@@ -541,7 +551,7 @@ def logit_attribution(
         provenance=provenance(
             model,
             prompts=len(rows),
-            position=position,
+            pos=pos,
             target=shown(target),
             against=shown(against),
         ),

@@ -27,6 +27,7 @@ from ..models.precision import at_least_float32, widest
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.partial import record_blocks
 from mechtut.patching.patchscopes import (
+    SoftPrompt,
     Source,
     Texts,
     _alike,
@@ -76,6 +77,8 @@ class _Tokens:
     @classmethod
     @torch.no_grad()
     def read(cls, model: Model, prompts: Any, mask: Any, layer: int) -> "_Tokens":
+        if isinstance(prompts, SoftPrompt):
+            raise ValueError("prompts must be text or token ids here, not vectors")
         ids = _prompts(model, Source(prompts, mask=mask))
         if not ids:
             raise ValueError("prompts holds no prompt: give at least one")

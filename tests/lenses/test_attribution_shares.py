@@ -15,6 +15,7 @@ from mechtut.lenses.attribution import LogitAttribution, logit_attribution
 from mechtut.models.families import as_stored
 from mechtut.models.hooks import Edit, intervene
 from mechtut.models.loading import load_model
+from mechtut.patching.patchscopes import SoftPrompt
 
 FOLDER = GOLDEN / "patchscopes"
 # Llama's norms and rotary tables are float32 also in a float64 model
@@ -222,9 +223,23 @@ def test_prompts_of_unequal_length_and_padding():
     mask = torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in IDS])
     masked = logit_attribution(model, padded, RIGHT, WRONG, mask=mask)
     assert gap(masked.components, together.components) < 1e-9
-    early = logit_attribution(model, IDS[0], 7, 17, position=3)
+    early = logit_attribution(model, IDS[0], 7, 17, pos=3)
     cut = logit_attribution(model, IDS[0][:4], 7, 17)
     assert gap(early.components, cut.components) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "granite", "gemma2"])
+def test_a_prompt_of_vectors(kind):
+    model = model_of(kind)
+    soft = SoftPrompt(torch.randn(5, 32, generator=DRAW).double())
+    found = logit_attribution(model, soft, 7, 17)
+    logits = model.logits(embeds=soft.vectors[None])[0, -1]
+    if cap := found.soft_cap:
+        logits = cap * torch.atanh(logits / cap)
+    assert gap(found.logit, logits[7] - logits[17]) < 1e-5
+    tokens = SoftPrompt(model.embed(torch.tensor(IDS[0])).detach())
+    same, plain = (logit_attribution(model, x, 7, 17) for x in (tokens, [IDS[0]]))
+    assert gap(same.heads, plain.heads) < 1e-9
 
 
 def test_rows_of_tokens_are_means():
@@ -301,10 +316,10 @@ def test_what_is_refused():
             (97,),
             {},
         ),
-        (TypeError, "prompts are token ids: give target as a token id", (" a",), {}),
+        (TypeError, "the prompts are not: give target as a token id", (" a",), {}),
         (ValueError, "must be a token, a token for each prompt", (torch.ones(3),), {}),
         (ValueError, "must be a token, a token for each prompt", ([],), {}),
-        (IndexError, "position 5 is outside the prompt", (7,), {"position": 5}),
+        (IndexError, "position 5 is outside the prompt", (7,), {"pos": 5}),
         (IndexError, "layer 3 does not exist", (7,), {"neurons": [3]}),
     ):
         with pytest.raises(error, match=message):

@@ -16,6 +16,7 @@ from mechtut.lenses.causal_basis import (
     lens_energies,
 )
 from mechtut.models.loading import load_model
+from mechtut.patching.patchscopes import SoftPrompt
 
 FOLDER = GOLDEN / "patchscopes"
 QUIET = {"progress": False}
@@ -299,6 +300,7 @@ def test_what_is_refused():
     v = torch.eye(32).double()
     for error, message, given, more in (
         (ValueError, "k=33, but the stream has 32 directions", (IDS, 1, 33), {}),
+        (ValueError, "prompts must be text or token ids", (SoftPrompt(v), 1, 1), {}),
         (IndexError, "layer 3 of the lens does not exist", (IDS, 3, 1), {}),
         (ValueError, "needs at least two tokens, not 1", ([[5]], 1, 1), {}),
         (
