@@ -1,16 +1,18 @@
 """All pairs of layers of token identity on SmolLM2, against whole passes.
 
-    python benchmarks/patchscopes.py [--prompts 20] [--sample 24] [--threads 1]
+    python benchmarks/patchscopes.py [--prompts 20] [--sample 24] [--float64] [--threads 1]
 
 The plain way writes the states with hooks and runs the whole model once for each pair
 of layers, all prompts in one batch, with the same matrix products; its time is
 extrapolated from the pairs named by --sample, drawn at random. With --rows it takes one
-pass for each prompt and pair instead. The bound is what has to be computed in any case,
+pass for each prompt and pair instead. With --float64 both are held against whole passes
+in double precision, which tells what rounding alone does. The bound is what has to be computed in any case,
 the blocks above each target layer for one token and the unembedding of each cell, at
 the pace of large batches.
 """
 
 import argparse
+import copy
 import random
 import resource
 
@@ -55,12 +57,29 @@ def last_states(model, prompts):
     return torch.stack(found)  # [prompt, layer, d_model]
 
 
+def whole_pass(model, prompts, target, source_layer, target_layer):
+    """Logits of the target with each prompt's state written into it by a hook."""
+    states = last_states(model, prompts)
+    value = states[:, source_layer][:, None]
+    with (
+        torch.no_grad(),
+        intervene(model, [Edit("resid_post", target_layer, value, pos=-1)]),
+    ):
+        return model.logits(target.expand(len(prompts), -1))[:, -1]
+
+
+def surprisal(logits, tokens):
+    """Of each row's token, in nats."""
+    return -logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
 def main() -> None:
     """The grid beside its plain loop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--sample", type=int, default=24)
     parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--float64", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -105,6 +124,20 @@ def main() -> None:
                 with fast_matmul(model), intervene(model, [edit]):
                     logits.append(model.logits(tokens)[:, -1])
         return torch.cat(logits).unflatten(0, (len(some), -1))
+
+    if arguments.float64:
+        exact = load_model(copy.deepcopy(model.hf).double(), model.tokenizer)
+        told = {"plain": 0.0, "engine": 0.0}
+        for a, b in some:
+            cell = grid.surprisal_of_source_under_readout[:, a, b]
+            tops, wanted = grid.source_top, whole_pass(exact, prompts, target, a, b)
+            apart = surprisal(wanted, tops) - cell
+            told["engine"] = max(told["engine"], float(apart.abs().max()))
+            apart = surprisal(wanted, tops)
+            apart -= surprisal(whole_pass(model, prompts, target, a, b), tops)
+            told["plain"] = max(told["plain"], float(apart.abs().max()))
+        print("surprisals apart from float64's, nats:", told)
+        return
 
     slow, logits = measure(plain)
     slow *= len(pairs) / len(some)

@@ -345,9 +345,14 @@ class Model:
 
     def logits(
         self,
-        tokens: str | Sequence[str] | Sequence[int] | Int[Tensor, "*batch pos"],
+        tokens: str
+        | Sequence[str]
+        | Sequence[int]
+        | Int[Tensor, "*batch pos"]
+        | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         *,
+        embeds: Float[Tensor, "batch pos d_model"] | None = None,
         gradients: bool = False,
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """One plain forward pass.
@@ -356,6 +361,9 @@ class Model:
             tokens: A batch of token ids, or whatever `to_batch` makes one of.
             attention_mask: 1 for real tokens, 0 for padding; positions then count
                 from each row's first real token.
+            embeds: In place of tokens: vectors that stand for what `embed` gives, as
+                transformers' `inputs_embeds`. What a model does to these (GPT-2 adds
+                positions, Granite multiplies) it does to yours too.
             gradients: Whether the pass is recorded for gradients, such as those of an
                 edit's value. The weights are constants in it; for their gradients
                 call `hf` itself.
@@ -364,18 +372,30 @@ class Model:
             Logits at every position; of a model in half precision in float32, so that
             what is computed of them is not rounded again.
 
+        Raises:
+            ValueError: For both tokens and embeds, neither, or more positions than
+                the model reads.
+
         Example:
             >>> from mechtut import load_model
             >>> load_model("mini").logits("Paris is").shape
             torch.Size([1, 2, 2965])
         """
-        tokens = self.to_batch(tokens)
-        mask = torch.ones_like(tokens)
+        if tokens is not None and embeds is None:
+            what = {"input_ids": self.to_batch(tokens)}
+        elif tokens is None and embeds is not None:
+            self._fits(embeds.shape[1])
+            what = {"inputs_embeds": embeds.to(self.device, self.dtype)}
+        else:
+            both = "neither" if tokens is None else "both"
+            raise ValueError(f"give tokens or embeds=, one of them; {both} came")
+        (rows,) = what.values()
+        mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
         given = mask_arguments(attention_mask) or {"attention_mask": mask}
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.hf))
             stack.enter_context(recording(self.hf) if gradients else torch.no_grad())
-            logits = self.hf(input_ids=tokens, use_cache=False, **given).logits
+            logits = self.hf(use_cache=False, **what, **given).logits
         return logits.to(at_least_float32(logits.dtype))
 
     def unembed(
@@ -403,13 +423,17 @@ class Model:
             )
         return self.tokenizer
 
-    def _checked(self, ids: Tensor) -> Tensor:
-        """Ids on the model's device, once their number and their range are right."""
-        if ids.shape[-1] > self.n_ctx:
+    def _fits(self, length: int) -> None:
+        """Refuse what is longer than the model's context."""
+        if length > self.n_ctx:
             raise ValueError(
-                f"prompt has {ids.shape[-1]} tokens but {self.name} reads at most"
+                f"prompt has {length} tokens but {self.name} reads at most"
                 f" {self.n_ctx}; shorten it"
             )
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        """Ids on the model's device, once their number and their range are right."""
+        self._fits(ids.shape[-1])
         if ids.min() < 0 or ids.max() >= self.d_vocab:
             outside = int(ids.max() if ids.min() >= 0 else ids.min())
             raise ValueError(f"token id {outside} is outside 0..{self.d_vocab - 1}")

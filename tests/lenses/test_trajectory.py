@@ -6,7 +6,6 @@ itself puts norm, unembedding, scale and cap on it.
 
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +199,7 @@ def test_reference_numbers_of_the_affine_lens(name):
     layers = sorted(int(k[2:]) for k in z.files if k.startswith("A_"))
     below = [i for i in layers if i < model.n_layers - 1]
     sources = [
-        Source(ids.tolist(), position=int(p))
+        Source(ids.tolist(), pos=int(p))
         for ids, p in zip(z["fit_ids"], z["fit_positions"], strict=True)
     ]
     lens = AffineLens.fit(model, sources, below)
@@ -212,8 +211,7 @@ def test_reference_numbers_of_the_affine_lens(name):
     # the same as writing the carried state over the last block's output
     s, last, i = z["S"].tolist(), model.n_layers - 1, int(z["i"])
     target = Target(s, last, i)
-    move = partial(lens, source_layer=below[0], target_layer=last)
-    there = patchscope(model, Source(s, below[0], i), target, mapping=move, read_at=i)
+    there = patchscope(model, Source(s, below[0], i), target, mapping=lens, read_at=i)
     assert gap(there.logits[0], seen.logits[0, 0]) < 1e-10
     assert lens.pairs[0] == (below[0], last)
 
@@ -475,7 +473,7 @@ def test_hostile_lenses(tmp_path):
     with pytest.raises(ValueError):
         lens.check(model, other)
     ids = torch.randint(5, 90, (40, 4), generator=DRAW)
-    affine = AffineLens.fit(model, Source(ids, position=None), [1])
+    affine = AffineLens.fit(model, Source(ids, pos=None), [1])
     with pytest.raises(ValueError, match="has no layer 0: it has layers 1, 2"):
         logit_lens(model, S, lens=affine, layers=[0, 1])
     with pytest.raises(ValueError, match="maps for block outputs only"):

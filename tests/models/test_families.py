@@ -111,6 +111,19 @@ def test_unembed(kind):
     assert torch.equal(model.unembed(last["resid_post.2"]), last.logits)
 
 
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_embeddings_in_place_of_tokens(kind):
+    model = load_model(tiny(kind))
+    ids = torch.tensor([[5, 17, 3, 44]])
+    given = model.embed(ids).detach()
+    same = model.logits(embeds=given)
+    assert torch.allclose(same, model.logits(ids), atol=1e-6)
+    given[:, 1] = 0.5
+    zeroed = model.hf(inputs_embeds=given).logits
+    assert torch.allclose(model.logits(embeds=given), zeroed, atol=1e-6)
+    assert not torch.allclose(zeroed, same, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pattern_rows_sum_to_one_and_can_be_written(kind):
     model = load_model(tiny(kind))

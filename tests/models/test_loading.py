@@ -269,3 +269,13 @@ def test_arguments_without_a_meaning_are_refused():
     ):
         with pytest.raises(ValueError, match="|".join([*given, "memory", "as it is"])):
             load_model(source, **given)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"tokens": [1], "embeds": torch.ones(1, 1, 192)}]
+)
+def test_tokens_or_embeddings(given):
+    with pytest.raises(ValueError, match="give tokens or embeds="):
+        load_model("mini").logits(**given)
+    with pytest.raises(ValueError, match="prompt has 999 tokens"):
+        load_model("mini").logits(embeds=torch.ones(1, 999, 192))

@@ -1,5 +1,6 @@
 """Patchscopes against torch's own hooks and whole passes, in float64, tiny models."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from mechtut.patching.patchscopes import (
     AffineMap,
     Patchscope,
     PatchscopeGrid,
+    SoftPrompt,
     Source,
     Target,
     aligned_positions,
@@ -23,12 +25,10 @@ from mechtut.patching.patchscopes import (
     generate,
     patchscope,
     patchscope_grid,
+    patchscope_texts,
     precision_at_1,
-    rouge_l,
-    success_by_string,
     surprisal_of_readout_under_source,
     surprisal_of_source_under_readout,
-    whole_word_success,
 )
 
 QUIET = {"progress": False}
@@ -102,8 +102,8 @@ def test_every_pair_of_layers_equals_torch_hooks(kind):
     layers = range(-1, model.n_layers)
     grid = patchscope_grid(
         model,
-        Source(S, position=2),
-        Target(T, position=4),
+        Source(S, pos=2),
+        Target(T, pos=4),
         source_layers=layers,
         target_layers=layers,
         **QUIET,
@@ -160,8 +160,8 @@ def test_several_positions_at_once(kind):
     assert gap(seen.source_logits[0], run(model, S)[4]) < 1e-10  # of the last one
     grid = patchscope_grid(
         model,
-        Source(S, position=[0, 3, -1]),
-        Target(T, position=[2, -1, 1]),
+        Source(S, pos=[0, 3, -1]),
+        Target(T, pos=[2, -1, 1]),
         metric=METRICS[2],
         **QUIET,
     )
@@ -178,7 +178,7 @@ def test_unequal_lengths_and_padding_change_nothing(kind):
     rows = [S, OTHER, T, S[::-1]]
     alone = [patchscope(model, Source(r, 1, -2), Target(T, 0)).logits[0] for r in rows]
     together = patchscope(model, Source(rows, 1, -2), Target(T, 0)).logits
-    grid = patchscope_grid(model, Source(rows, position=-2), T, **QUIET)
+    grid = patchscope_grid(model, Source(rows, pos=-2), T, **QUIET)
     for i, ids in enumerate(rows):
         wanted = by_hand(model, ids, 1, -2, T, 0, -1)[-1]
         assert gap(alone[i], wanted) < 1e-10 and gap(together[i], wanted) < 1e-10
@@ -208,7 +208,7 @@ def test_unequal_lengths_and_padding_change_nothing(kind):
 def test_a_target_for_each_source(kind):
     model = model_of(kind)
     sources, targets = [S, OTHER, T], [T, S, T]
-    places = [Target(t, position=j) for t, j in zip(targets, (-1, 2, -1), strict=True)]
+    places = [Target(t, pos=j) for t, j in zip(targets, (-1, 2, -1), strict=True)]
     grid = patchscope_grid(model, sources, places, metric=METRICS[2], **QUIET)
     for i, (s, t, j) in enumerate(zip(sources, targets, (-1, 2, -1), strict=True)):
         own = run(model, s)[-1].argmax()
@@ -238,7 +238,7 @@ def test_more_sources_than_go_together(monkeypatch):
 def test_generation_with_cache_equals_the_slow_form(kind, position):
     model = model_of(kind)
     source, target = Source(S, 1, 2), Target(T, 0, position)
-    how = {"n_tokens": 6, "stop": False}
+    how = {"new_tokens": 6, "stop": False}
     fast = patchscope(model, source, target, **how)
     slow = patchscope(model, source, target, cache=False, **how)
     ids, value = list(T), run(model, S, 1)[2]
@@ -254,7 +254,7 @@ def test_generation_with_cache_equals_the_slow_form(kind, position):
 def test_a_target_of_one_token_is_patched(kind, cache):
     """The authors' code leaves every pass of one token alone."""
     model = model_of(kind)
-    how = {"n_tokens": 5, "stop": False, "cache": cache}
+    how = {"new_tokens": 5, "stop": False, "cache": cache}
     seen = patchscope(model, Source(S, 1), Target([T[0]], 0), **how)
     ids, value = [T[0]], run(model, S, 1)[-1]
     for _ in range(5):
@@ -269,7 +269,7 @@ def test_a_target_of_one_token_is_patched(kind, cache):
 def test_generation_for_several_prompts_of_several_lengths():
     model = model_of("llama")
     rows = [S, T, OTHER, S[::-1]]
-    how = {"n_tokens": 4, "stop": False}
+    how = {"new_tokens": 4, "stop": False}
     together = patchscope(model, Source(rows, 2, 0), Target(rows[::-1], 0), **how)
     for i, (s, t) in enumerate(zip(rows, rows[::-1], strict=True)):
         alone = patchscope(model, Source(s, 2, 0), Target(t, 0), **how)
@@ -388,23 +388,6 @@ def test_metrics_by_hand():
     assert gap(found, torch.stack([-b[0, 0], -b[1, 1]])) < 1e-12
 
 
-def test_strings():
-    assert success_by_string("The New  York Times", "New York") == 1
-    assert success_by_string("the yen", "Yen") == 0
-    assert success_by_string("he covered it", "red") == 1
-    assert whole_word_success("he covered it", "red") == 0
-    assert whole_word_success("red, he said", "red") == 1
-    assert whole_word_success("in New York.", " New York") == 1
-    assert whole_word_success("NewYork", "New York") == 0
-    assert success_by_string("", "red") == whole_word_success("", "red") == 0
-    for rule in (success_by_string, whole_word_success):
-        with pytest.raises(ValueError, match="empty"):
-            rule("text", " ")
-    assert rouge_l("", "a") == rouge_l("!", "a") == (0, 0, 0)
-    assert rouge_l("a b c d", "A C x") == (0.5, 2 / 3, pytest.approx(4 / 7))
-    assert rouge_l("x y", "y x").f == 0.5  # order counts
-
-
 # maps
 
 
@@ -415,7 +398,7 @@ def states_of(model, rows, layer):
 def test_affine_maps_are_least_squares():
     model = model_of("gpt2")
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    maps = fit_affine(model, Source(rows, position=None), [(0, 2), (1, 0), (0, 1)])
+    maps = fit_affine(model, Source(rows, pos=None), [(0, 2), (1, 0), (0, 1)])
     assert maps.n == 72 and maps.pairs == ((0, 2), (1, 0), (0, 1))
     for n, (a, b) in enumerate(maps.pairs):
         x, y = states_of(model, rows, a), states_of(model, rows, b)
@@ -431,7 +414,7 @@ def test_affine_maps_are_least_squares():
 def test_a_map_is_used_between_the_two():
     model = model_of("gpt2")
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    maps = fit_affine(model, Source(rows, position=None), [(0, 2), (1, 0)])
+    maps = fit_affine(model, Source(rows, pos=None), [(0, 2), (1, 0)])
     wanted = by_hand(model, S, 1, -1, T, 0, -1, lambda h: maps(h, 1, 0))[-1]
     seen = patchscope(model, Source(S, 1), Target(T, 0), mapping=maps)
     assert gap(seen.logits[0], wanted) < 1e-10
@@ -450,7 +433,7 @@ def test_a_map_is_used_between_the_two():
 def test_a_map_into_a_wider_model():
     small, large = model_of("gpt2"), model_of("llama", hidden_size=48)
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    source = Source(rows, position=None)
+    source = Source(rows, pos=None)
     maps = fit_affine(small, source, [(1, 2)], target_model=large)
     assert maps.weight.shape == (1, 32, 48)
     value = maps(run(small, S, 1)[-1], 1, 2)
@@ -475,7 +458,7 @@ def test_a_map_into_a_wider_model():
 def test_maps_of_other_layers_and_models_are_refused(tmp_path):
     model = model_of("gpt2")
     rows = torch.randint(5, 90, (12, 6), generator=DRAW).tolist()
-    maps = fit_affine(model, Source(rows, position=None), [(1, 2)])
+    maps = fit_affine(model, Source(rows, pos=None), [(1, 2)])
     maps = AffineMap.load(maps.save(tmp_path))
     assert maps.pairs == ((1, 2),) and maps.weight.dtype == torch.float64
     patchscope(model, Source(S, 1), Target(T, 2), mapping=maps)
@@ -514,8 +497,8 @@ def test_positions_are_aligned_by_characters():
     # with a BOS in front of one
     with_bos = replace(one, add_bos=True)
     assert aligned_positions(with_bos, other, text) == [(i + 1, j) for i, j in pairs]
-    sources = [Source(text, position=[i for i, _ in pairs])]
-    targets = [Target(text, position=[j for _, j in pairs])]
+    sources = [Source(text, pos=[i for i, _ in pairs])]
+    targets = [Target(text, pos=[j for _, j in pairs])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few states
         maps = fit_affine(one, sources, [(3, 2)], targets=targets, target_model=other)
@@ -529,7 +512,7 @@ def test_positions_are_aligned_by_characters():
 def test_too_few_states_are_told():
     model = model_of("gpt2")
     with pytest.warns(UserWarning, match="do not determine"):
-        maps = fit_affine(model, Source(T, position=None), [(0, 1)])
+        maps = fit_affine(model, Source(T, pos=None), [(0, 1)])
     assert maps.r2.tolist() == pytest.approx([1.0])
     with pytest.raises(ValueError, match="finite"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -547,7 +530,7 @@ def test_results_come_back_from_a_folder(tmp_path, n):
     back = PatchscopeGrid.load(grid.save(tmp_path / "grid"))
     assert torch.equal(back.top, grid.top) and back.to_pandas().equals(grid.to_pandas())
     assert back.source_layers == tuple(range(8))
-    seen = patchscope(model, Source(people, 3), Target(people[0], 3), n_tokens=2)
+    seen = patchscope(model, Source(people, 3), Target(people[0], 3), new_tokens=2)
     again = Patchscope.load(seen.save(tmp_path / "one"))
     assert again.tokens == seen.tokens and again.text == seen.text
     assert again.to_pandas().equals(seen.to_pandas())
@@ -645,7 +628,7 @@ def test_padding_without_a_mask_is_refused():
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     seen = patchscope(model, Source(torch.tensor(rows), 0, -1, mask), Target(ids, 0))
     alone = patchscope(model, Source(ids, 0), Target(ids, 0))
-    assert gap(seen.logits[0], alone.logits[0]) < 1e-5
+    assert gap(seen.logits[0], alone.logits[0]) < 1e-4
 
 
 def test_states_that_are_not_finite_are_refused():
@@ -663,17 +646,143 @@ def test_states_that_are_not_finite_are_refused():
             verb(model, Source(S, 1), Target(T, 0), mapping=lambda h: h[0], **more)
 
 
-def test_other_vocabularies_are_refused():
+class Words:
+    """As much of a tokenizer as the comparison of two vocabularies asks for."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __len__(self):
+        return len(self.words)
+
+    def get_vocab(self):
+        return {word: i for i, word in enumerate(self.words)}
+
+    def batch_decode(self, ids):
+        return ["".join(self.words[i] for i in row) for row in ids]
+
+    def decode(self, ids, **_how):
+        return "".join(self.words[i] for i in ids)
+
+
+def test_other_vocabularies_are_compared_by_their_texts():
+    """Also where a text has two tokens, none in the other vocabulary, or no text."""
     model, other = model_of("gpt2"), model_of("gpt2", vocab_size=90)
-    seen = patchscope(model, Source(S, 1), Target(T, 0), target_model=other, n_tokens=2)
-    assert seen.logits.shape[1] == 90 and not seen.same_vocabulary
-    assert "precision_at_1" not in seen.to_pandas()
-    with pytest.raises(ValueError, match="different vocabularies"):
+    sources = torch.randint(90, (200, 3), generator=torch.Generator().manual_seed(0))
+    places = Source(sources, 1), Target(sources.flip(0), 0, 1)
+    tops = patchscope(model, *places, target_model=other)
+    tops = [x.argmax(-1).mode().values for x in (tops.source_logits, tops.logits)]
+    for seed, each in enumerate((model, other)):
+        mixed = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+        words = [f" w{i}" for i in mixed.tolist()]
+        words += [f"w{i}" for i in range(0, 20)]  # the same texts again
+        words += ["\ufffd"] * 4 + [f" only{seed}{i}" for i in range(each.d_vocab - 84)]
+        at = words.index(" w7")  # a text that both favour somewhere
+        words[at], words[tops[seed]] = words[tops[seed]], words[at]
+        object.__setattr__(each, "tokenizer", Words(words))
+    one, two = model.tokenizer.words, other.tokenizer.words
+    seen = patchscope(model, *places, target_model=other)
+    grid = patchscope_grid(model, *places, target_model=other, **QUIET)
+    found = seen.to_pandas()
+    assert {*found[METRICS[0]]} == {0.0, 1.0}
+    assert found[METRICS[1]].map(math.isinf).nunique() == 2
+    for n, (p, q) in enumerate(zip(seen.source_logits, seen.logits, strict=True)):
+        a, b = one[int(p.argmax())].strip(), two[int(q.argmax())].strip()
+        p, q = p.softmax(0), q.softmax(0)
+        real = "\ufffd" not in (a, b)
+        under_p = sum(float(x) for w, x in zip(one, p, strict=True) if w.strip() == b)
+        under_q = sum(float(x) for w, x in zip(two, q, strict=True) if w.strip() == a)
+        wanted = [
+            float(a == b and real),
+            -math.log(under_p) if under_p and b != "\ufffd" else math.inf,
+            -math.log(under_q) if under_q and a != "\ufffd" else math.inf,
+        ]
+        for metric, x in zip(METRICS, wanted, strict=True):
+            assert found[metric][n] == pytest.approx(x, abs=1e-9)
+            assert float(grid.by(metric).values[n, 0, 0]) == pytest.approx(x, abs=1e-9)
+    with pytest.raises(ValueError, match="aligned_positions"):
+        fit_affine(model, S, [(0, 0)], target_model=other)
+
+
+def test_vocabularies_without_tokenizers_are_not_compared():
+    model, other = model_of("gpt2"), model_of("gpt2", vocab_size=90)
+    seen = patchscope(model, Source(S, 1), Target(T, 0), target_model=other)
+    with pytest.raises(ValueError, match="97 tokens and the target 90"):
         _ = seen.precision_at_1
-    with pytest.raises(ValueError, match="different vocabularies"):
+    with pytest.raises(ValueError, match="97 tokens and the target 90"):
         patchscope_grid(model, S, T, target_model=other, **QUIET)
     with pytest.raises(ValueError, match="different vocabularies"):
         fit_affine(model, S, [(0, 0)], target_model=other)
+
+
+@pytest.mark.parametrize("kind", [*FEW, *NO_REGISTRY])
+def test_a_head_into_a_head(kind):
+    """What a head gives before the projection, by torch's own hooks on that."""
+    model = model_of(kind)
+    d, (i, j), (h, g) = model.d_head, (2, 4), (3, 1)
+    kept = {}
+
+    def read(_module, args):
+        kept["z"] = args[0][:, i, h * d : (h + 1) * d].clone()
+
+    def put(_module, args):
+        x = args[0].clone()
+        x[:, j, g * d : (g + 1) * d] = kept["z"]
+        return (x, *args[1:])
+
+    def proj(layer):
+        return model.part(layer, model.family.attn_proj)
+
+    with proj(1).register_forward_pre_hook(read):
+        model.logits(torch.tensor([S]))
+    with proj(2).register_forward_pre_hook(put):
+        wanted = model.logits(torch.tensor([T]))[0, -1]
+    source, target = Source(S, 1, i, head=h), Target(T, 2, j, head=g)
+    assert gap(patchscope(model, source, target).logits[0], wanted) < 1e-10
+    grid = patchscope_grid(model, source, target, **QUIET)
+    assert int(grid.top) == int(wanted.argmax())
+
+
+@pytest.mark.parametrize("kind", [*FEW, "granite", *NO_REGISTRY])
+def test_soft_prompts_on_both_sides(kind):
+    """The embeddings of tokens are those tokens, and others are `inputs_embeds`."""
+    model = model_of(kind)
+    with torch.no_grad():
+        s, t = (model.embed(torch.tensor(ids)) for ids in (S, T))
+    plain = patchscope(model, Source(S, 1, 2), Target(T, 0, 3), new_tokens=3)
+    soft = Source(SoftPrompt(s), 1, 2), Target(SoftPrompt(t), 0, 3)
+    seen = patchscope(model, *soft, new_tokens=3)
+    assert seen.tokens == plain.tokens and gap(seen.logits, plain.logits) < 1e-9
+    noise = torch.randn(4, model.d_model, generator=DRAW).double() / 5
+    with torch.no_grad():
+        wanted = model.hf(inputs_embeds=noise[None]).logits[0, -1]
+    itself = Source(SoftPrompt(noise), 1), Target(SoftPrompt(noise), 1)
+    assert gap(patchscope(model, *itself).logits[0], wanted) < 1e-9
+    grid = patchscope_grid(model, [soft[0], Source(S, 1, 2)], soft[1], **QUIET)
+    assert set(grid.top.flatten().tolist()) == {int(plain.top_ids)}
+
+
+def test_heads_and_soft_prompts_that_do_not_fit():
+    model, narrow = model_of("gpt2"), model_of("gpt2", n_embd=16)
+    for verb, more in ((patchscope, {}), (patchscope_grid, QUIET)):
+        with pytest.raises(ValueError, match="names head 1 and the target head None"):
+            verb(model, Source(S, 1, head=1), Target(T, 1), **more)
+        with pytest.raises(IndexError, match="head 4 of the source does not exist"):
+            verb(model, Source(S, 1, head=4), Target(T, 1, head=0), **more)
+        with pytest.raises(IndexError, match="layer -1, the input of block 0"):
+            verb(model, Source(S, -1, head=0), Target(T, 1, head=0), **more)
+        with pytest.raises(ValueError, match=r"have 8 numbers and .* takes 4"):
+            places = Source(S, 1, head=0), Target(T, 1, head=0)
+            verb(model, *places, target_model=narrow, **more)
+        with pytest.raises(ValueError, match="vectors of 16 numbers"):
+            verb(model, Source(SoftPrompt(torch.ones(2, 16)), 1), Target(T, 1), **more)
+        with pytest.raises(ValueError, match="has 65 vectors"):
+            verb(model, Source(S, 1), Target(SoftPrompt(torch.ones(65, 32)), 1), **more)
+    with pytest.raises(ValueError, match="leave head= away"):
+        fit_affine(model, Source(S, head=0), [(0, 0)])
+    with pytest.raises(ValueError, match="name different heads"):
+        two = [Source(S, 1, head=0), Source(S, 1, head=1)]
+        patchscope_grid(model, two, Target(T, 1, head=0), **QUIET)
 
 
 def test_the_grid_refuses_open_edits():
@@ -690,3 +799,54 @@ def test_a_line_needs_equal_layers():
     grid = patchscope_grid(model, S, T, source_layers=[0], target_layers=[1], **QUIET)
     with pytest.raises(ValueError, match="no pair of equal layers"):
         grid.plot(diagonal=True)
+
+
+def test_texts_of_all_pairs_are_those_of_single_patchscopes():
+    """Of prompts of two lengths, two targets, also of soft prompts and other widths."""
+    model = load_model("mini", device="cpu")
+    people = ["Riley Martin works as a", "Jamie Clark lives in", "Jamie Clark"]
+    with torch.no_grad():
+        soft = SoftPrompt(model.embed(model.to_batch(people[2]))[0])
+    targets = [Target(people[1]), Target(people[0], pos=2), Target(soft)]
+    layers = {"source_layers": [-1, 4], "target_layers": [0, 6]}
+    seen = patchscope_texts(model, people, targets, new_tokens=3, **layers, **QUIET)
+    for i, (prompt, target) in enumerate(zip(people, targets, strict=True)):
+        written = (people[1], people[0], people[2])[i]
+        ids = generate(model, model.to_batch(written), 3)[0]
+        text = model.decode(ids).removesuffix("<|endoftext|>")
+        assert seen.unpatched[i] == text
+        for a in (-1, 4):
+            for b in (0, 6):
+                place = Target(target.prompt, b, target.pos)
+                one = patchscope(model, Source(prompt, a), place, new_tokens=3)
+                assert seen.at(a, b)[i] == one.text[0]
+    assert len(seen.to_pandas()) == 3 * 4
+    same = patchscope_texts(model, people[0], people[1], source_layers=[2, 6], **QUIET)
+    assert same.to_pandas().source_layer.tolist() == [2, 6]
+    with pytest.raises(ValueError, match="nothing was written at 2→6"):
+        same.at(2, 6)
+
+
+@pytest.mark.parametrize("kind", [*FEW, *NO_REGISTRY])
+@pytest.mark.parametrize("head", [None, 1])
+def test_texts_on_every_family(kind, head):
+    """Rows of other layers, several positions, and a beginning that all rows share."""
+    model = model_of(kind)
+    object.__setattr__(model, "tokenizer", Words([f" {i}" for i in range(97)]))
+    sources, target = Source([S, OTHER], pos=[0, 2]), Target(T, pos=[3, -1])
+    sources, target = (replace(place, head=head) for place in (sources, target))
+    layers = {"source_layers": [0, 2], "target_layers": [0, 1]}
+    how = {"new_tokens": 4, "mapping": lambda h: 50 * h}  # so that texts differ
+    seen = patchscope_texts(model, sources, target, **how, **layers, **QUIET)
+    for a, b in ((0, 0), (0, 1), (2, 0), (2, 1)):
+        places = replace(sources, layer=a), replace(target, layer=b)
+        assert seen.at(a, b) == patchscope(model, *places, **how).text
+    assert len(set(seen.to_pandas().text)) > 1
+
+
+def test_texts_need_a_tokenizer_and_room():
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        patchscope_texts(model_of("gpt2"), S, T)
+    model = load_model("mini", device="cpu")
+    with pytest.raises(ValueError, match="do not fit"):
+        patchscope_texts(model, "Paris", "Paris", new_tokens=999, source_layers=[1])
