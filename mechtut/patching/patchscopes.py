@@ -6,7 +6,8 @@
 __all__ = ['Texts', 'IDENTITY_PROMPT', 'IDENTITY_PROMPTS', 'DESCRIPTION_PROMPT', 'StateMap', 'PatchscopeMetric', 'SoftPrompt',
            'Source', 'Target', 'precision_at_1', 'surprisal_of_readout_under_source',
            'surprisal_of_source_under_readout', 'AffineMap', 'fit_affine', 'LayerMap', 'aligned_positions', 'generate',
-           'Patchscope', 'patchscope', 'PatchscopeGrid', 'source_tokens', 'patchscope_grid', 'patchscope_texts']
+           'Patchscope', 'patchscope', 'PatchscopeGrid', 'read_states', 'source_tokens', 'patchscope_grid',
+           'patchscope_texts']
 
 # %% ../../nbs/library/patching/patchscopes.ipynb #c002
 from collections.abc import Callable, Iterator, Sequence
@@ -1488,6 +1489,33 @@ def _token_ids(
         bad = int(ids.min() if ids.min() < 0 else ids.max())
         raise ValueError(f"wanted: token id {bad} is outside 0..{model.d_vocab - 1}")
     return ids
+
+
+@checked
+def read_states(
+    model: Model,
+    sources: Source | Sequence[Source] | Texts,
+    layers: Sequence[int],
+) -> Float[Tensor, "prompt layer some d_model"]:
+    """States of some layers at each source's positions.
+
+    Args:
+        model: The model.
+        sources: The prompts, of any lengths, and the positions.
+        layers: The blocks whose outputs are read; -1 is the input of block 0.
+
+    Returns:
+        The states.
+
+    Example:
+        >>> from mechtut import load_model
+        >>> people = ["Riley Martin works as a", "Jamie Clark"]
+        >>> read_states(load_model("mini"), people, [-1, 7]).shape
+        torch.Size([2, 2, 1, 192])
+    """
+    wanted = [_layer(model, layer, "source") for layer in layers]
+    rows = _rows(model, sources, "sources")
+    return _read(model, rows, wanted, logits=False)[0]
 
 
 @checked
