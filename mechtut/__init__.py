@@ -23,6 +23,11 @@ _WHERE = {
     "Grid": "patching.grids",
     "patch_grid": "patching.grids",
     "attribute_grid": "patching.attribution",
+    "patchscope": "patching.patchscopes",
+    "patchscope_grid": "patching.patchscopes",
+    "SoftPrompt": "patching.patchscopes",
+    "Source": "patching.patchscopes",
+    "Target": "patching.patchscopes",
     "ICLPrompt": "prompts.few_shot",
     "load_task": "prompts.few_shot",
     "sample_prompts": "prompts.few_shot",
@@ -44,6 +49,12 @@ _WHERE = {
     "head_scores": "circuits.heads",
     "inspect_head": "circuits.heads",
     "path_patch_grid": "circuits.paths",
+    "logit_attribution": "lenses.attribution",
+    "AffineLens": "lenses.trajectory",
+    "FutureLens": "lenses.future",
+    "JacobianLens": "lenses.jacobian",
+    "TunedLens": "lenses.tuned",
+    "logit_lens": "lenses.trajectory",
     "refine": "circuits.refining",
     "RefinedCircuit": "circuits.refining",
     "collect": "neurons.collect",
@@ -64,6 +75,8 @@ _WHERE = {
     "explain": "papers.neuron_explanation",
     "score_explanation": "papers.neuron_explanation",
     "simulate": "papers.neuron_explanation",
+    "describe": "papers.patchscopes",
+    "token_identity": "papers.patchscopes",
     "edit_fact": "papers.rome",
     "RomeConfig": "papers.rome",
     "RomeEdit": "papers.rome",
@@ -123,6 +136,22 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from mechtut.editing.weights import (
         WeightEdit as WeightEdit,
     )
+    from mechtut.lenses.attribution import (
+        logit_attribution as logit_attribution,
+    )
+    from mechtut.lenses.future import (
+        FutureLens as FutureLens,
+    )
+    from mechtut.lenses.jacobian import (
+        JacobianLens as JacobianLens,
+    )
+    from mechtut.lenses.trajectory import (
+        AffineLens as AffineLens,
+        logit_lens as logit_lens,
+    )
+    from mechtut.lenses.tuned import (
+        TunedLens as TunedLens,
+    )
     from mechtut.mini.world import (
         Fact as Fact,
         World as World,
@@ -168,6 +197,10 @@ if TYPE_CHECKING:  # what type checkers and editors read
         score_explanation as score_explanation,
         simulate as simulate,
     )
+    from mechtut.papers.patchscopes import (
+        describe as describe,
+        token_identity as token_identity,
+    )
     from mechtut.papers.rome import (
         RomeConfig as RomeConfig,
         RomeEdit as RomeEdit,
@@ -181,6 +214,13 @@ if TYPE_CHECKING:  # what type checkers and editors read
         Grid as Grid,
         ablate_grid as ablate_grid,
         patch_grid as patch_grid,
+    )
+    from mechtut.patching.patchscopes import (
+        SoftPrompt as SoftPrompt,
+        Source as Source,
+        Target as Target,
+        patchscope as patchscope,
+        patchscope_grid as patchscope_grid,
     )
     from mechtut.patching.replay import (
         Replay as Replay,

@@ -277,6 +277,36 @@ def neuron_explanation() -> None:
     d.save()
 
 
+def patchscopes() -> None:
+    """A state of one prompt takes the place of a token in another that asks for it."""
+    d = Drawing("patchscopes", 236)
+    sides = (
+        (20, "source", ["last", "year", "we", "moved", "to", "Kyoto"], 5, 2),
+        (380, "target", ["The", "country", "of", "x"], 3, 1),
+    )
+    for x, title, words, at, layer in sides:
+        step = 264 / len(words)
+        d.text(x + 132, 22, title, weight="600")
+        for i, word in enumerate(words):
+            cx = x + step * (i + 0.5)
+            d.text(cx, 226, word, size=13, weight="600" if i == at else "normal")
+            for row in range(4):
+                mine = i == at and (row == layer if at == 5 else row >= layer)
+                d.dot(cx, 196 - 42 * row, KNOWN if mine else LOST, 9,
+                      fill_opacity=0.9 if mine else 0.3)  # fmt: skip
+                if row:
+                    d.line(cx, 185 - 42 * (row - 1), cx, 166 - 42 * (row - 1),
+                           opacity=0.4)  # fmt: skip
+    x1, y1 = 20 + 44 * 5.5, 196 - 42 * 2
+    x2, y2 = 380 + 66 * 3.5, 196 - 42
+    for x, y in ((x1, y1), (x2, y2)):
+        d.dot(x, y, KNOWN, 9, stroke="currentColor", stroke_width=2)
+    d.line(x1 + 12, y1 - 6, x2 - 10, y2 - 8, colour=NEW, width=3, bend=64, arrow=True)
+    d.text(330, 80, "its state", size=13)
+    d.text(x2, 48, "Japan", size=14, weight="600")
+    d.save()
+
+
 ALL = (
     activation_patching,
     causal_tracing,
@@ -284,6 +314,7 @@ ALL = (
     function_vectors,
     acdc,
     neuron_explanation,
+    patchscopes,
 )
 
 if __name__ == "__main__":
