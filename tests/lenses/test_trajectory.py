@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, tiny
-from golden_models import GOLDEN
+from golden_models import GOLDEN, read_json
 from torch import nn
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
@@ -520,3 +520,24 @@ def test_a_readout_that_is_not_the_models_is_refused(part):
         logit_lens(model, S)
     hook.remove()
     assert Path(trajectory.__file__).name == "trajectory.py"
+
+
+def test_logit_lens_on_a_real_model():
+    """What independent code saw on SmolLM2, at every layer of three prompts."""
+    model = load_model("smollm2", device="cpu")
+    for known in read_json("patchscopes/smollm2.f32.json")["logit_lens"]:
+        how = {"positions": -1, "target": known["answer"]}
+        seen = logit_lens(model, known["S"], **how)
+        for row, wanted in enumerate(known["by_layer"]):
+            assert seen.layers[row] == wanted["layer"]
+            assert int(seen.top_ids[row, 0, 0]) == wanted["top1"][0]
+            assert int(seen.rank()[row, 0]) == pytest.approx(
+                wanted["rank_answer"], abs=2, rel=2e-3
+            )
+            for name, key in (
+                ("entropy", "entropy"),
+                ("kl", "kl_final_lens"),
+                ("kl_reverse", "kl_lens_final"),
+            ):
+                found = float(getattr(seen, name)[row, 0])
+                assert found == pytest.approx(wanted[key], abs=2e-3, rel=1e-4)

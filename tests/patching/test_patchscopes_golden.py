@@ -17,6 +17,7 @@ from mechtut.patching.patchscopes import (
     fit_affine,
     patchscope,
     patchscope_grid,
+    patchscope_texts,
 )
 
 FOLDER = GOLDEN / "patchscopes"
@@ -157,3 +158,48 @@ def test_rouge_l():
         assert found.precision == pytest.approx(wanted["precision"], abs=1e-12)
         assert found.recall == pytest.approx(wanted["recall"], abs=1e-12)
         assert found.f == pytest.approx(wanted["fmeasure"], abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """SmolLM2, and what independent code saw on it: logits of 8 digits, float32."""
+    return load_model("smollm2", device="cpu"), read_json(
+        "patchscopes/smollm2.f32.json"
+    )
+
+
+def test_token_identity_on_a_real_model(real):
+    model, known = real
+    for case in known["token_identity"]:
+        for pair in case["pairs"]:
+            source = Source(case["S"], pair["layer"])
+            target = Target(known["identity_prompt"], pair["target_layer"])
+            seen = patchscope(model, source, target)
+            ids = [token for token, _, _ in pair["top5"]]
+            wanted = torch.tensor([logit for _, _, logit in pair["top5"]])
+            assert near(seen.logits[0, ids], wanted.numpy(), 2e-3)
+            assert float(seen.precision_at_1) == pair["precision_at_1"]
+            for metric in (
+                "surprisal_of_readout_under_source",
+                "surprisal_of_source_under_readout",
+            ):
+                found = float(getattr(seen, metric))
+                assert found == pytest.approx(pair[metric], abs=2e-3)
+
+
+def test_texts_on_a_real_model(real):
+    """Written from one shared beginning, row by row of other layers."""
+    model, known = real
+    attribute, hop = known["attribute"], known["multihop"]
+    runs = [
+        (known["description"]["entity"], known["description_prompt"], run)
+        for run in known["description"]["runs"][1:]
+    ]
+    runs += [(attribute["S"], attribute["T"], attribute)]
+    runs += [(hop["S"], hop["T"], run) for run in hop["runs"][:1]]
+    for source, target, run in runs:
+        end = run.get("target_layer", run["layer"])
+        layers = {"source_layers": [run["layer"]], "target_layers": [end]}
+        seen = patchscope_texts(model, source, target, progress=False, **layers)
+        (text,) = seen.at(run["layer"], end)
+        assert text == run["text"]
