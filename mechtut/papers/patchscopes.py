@@ -33,6 +33,7 @@ from mechtut.patching.patchscopes import (
     read_states,
     source_tokens,
 )
+from ..patching.results import half_width
 
 
 @checked
@@ -144,20 +145,22 @@ class Extraction:
     probe: ProbeScores
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per source layer: the patchscope into the same layer, and the probe."""
-        pairs = zip(
-            self.success.source_layers, self.success.hits.unbind(1), strict=True
-        )
-        ends = self.success.target_layers
-        share = [float(h[:, ends.index(a)].mean()) if a in ends else torch.nan
-                 for a, h in pairs]  # fmt: skip
-        best = self.success.by_source_layer()
+        """One row per source layer: the patchscope into the same layer and into its
+        best one, and the probe, each with half its 95 % interval.
+        """
+        own, ends = self.success, self.success.target_layers
+        rows = []
+        for i, layer in enumerate(own.source_layers):
+            hits = own.hits[:, i]
+            same = (
+                hits[:, ends.index(layer)] if layer in ends else hits[:, 0] * torch.nan
+            )
+            rows.append((layer, float(same.mean()), float(half_width(same))))
+        columns = ["layer", "same layer", "half_width"]
         probe = self.probe.to_pandas()
-        return pd.DataFrame(
-            {
-                "layer": best.source_layer,
-                "same layer": share,
-                "best layer": best.share,
+        return pd.DataFrame(rows, columns=columns).assign(
+            **{
+                "best layer": own.by_source_layer().share,
                 "probe": probe.accuracy,
                 "probe's half_width": probe.half_width,
                 "commonest": probe.majority,
@@ -173,10 +176,15 @@ class Extraction:
         Returns:
             The axes.
         """
-        ax = self.probe.plot(ax)
-        table = self.to_pandas()
-        ax.plot(table.layer, table["same layer"], marker=".", label="patchscope")
-        ax.legend(fontsize=8)
+        ax, table = self.probe.plot(ax), self.to_pandas()
+        share, half = table["same layer"], table.half_width
+        (line,) = ax.plot(table.layer, share, marker=".", label="patchscope")
+        low, high = share - half, share + half
+        ax.fill_between(
+            table.layer, low, high, color=line.get_color(), alpha=0.15, lw=0
+        )
+        ax.set(ylim=(0, 1.2), ylabel="share right")
+        ax.legend(fontsize=7, ncol=3, loc="upper center")
         return ax
 
 

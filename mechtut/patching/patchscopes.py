@@ -50,6 +50,7 @@ from mechtut.models.loading import (
 )
 from ..models.precision import at_least_float32
 from .checkpoints import fingerprint, quiet
+from .matmul import fast_matmul
 from .partial import record_blocks
 from .patchscope_texts import PatchscopeTexts
 from .replay import Replay
@@ -1624,7 +1625,9 @@ def patchscope_grid(
     )
     engines: dict[_Row, Replay] = {}
     for number, some in enumerate(_alike(others, lambda _: _TOGETHER)):
-        states, logits = _read(model, [rows[i] for i in some], first, head=heads[0])
+        with fast_matmul(model):
+            some_rows = [rows[i] for i in some]
+            states, logits = _read(model, some_rows, first, head=heads[0])
         log_p = logits.double().log_softmax(-1).cpu()
         best = log_p.argmax(-1) if asked is None else asked[some]
         tokens, which = best.unique(return_inverse=True)
@@ -1822,11 +1825,16 @@ def patchscope_texts(
     plan = _planned(
         model, into, sources, targets, source_layers, target_layers, mapping
     )
-    states, _ = _read(model, plan.rows, plan.first, logits=False, head=plan.heads[0])
+    with fast_matmul(model):
+        how: Any = {"logits": False, "head": plan.heads[0]}
+        states, _ = _read(model, plan.rows, plan.first, **how)
     jobs = [(i, a, b) for a, b in plan.pairs for i in range(len(plan.rows))]
     texts: dict[tuple[int, int, int], str] = {}
-    how: dict[str, Any] = {"desc": "texts", "unit": "text", "delay": 1}
-    with tqdm(total=len(jobs), disable=quiet(progress), **how) as bar:
+    bars: Any = {"desc": "texts", "unit": "text", "delay": 1}
+    with (
+        fast_matmul(into),
+        tqdm(total=len(jobs), disable=quiet(progress), **bars) as bar,
+    ):
         for group in _alike([plan.others[i] for i, _, _ in jobs], lambda _: _ROWS):
             some = [jobs[n] for n in group]
             values = [
