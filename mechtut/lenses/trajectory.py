@@ -823,8 +823,8 @@ def _compared(
     q, gap = log_q.exp(), log_p - log_q
     # log of q over the mixture of both is ln 2 - softplus(gap), of p it is that + gap
     soft = torch.nn.functional.softplus(-gap, threshold=40)
-    kl, reverse = _dot(gap, p), 0 - _dot(gap, q)
-    js = _LN2 - (_dot(soft, p) + _dot(soft, q) - reverse) / 2
+    kl, reverse = _product(gap, p), 0 - _product(gap, q)
+    js = _LN2 - (_product(soft, p) + _product(soft, q) - reverse) / 2
     top = log_q.topk(k)
     no_token = followed < 0
     ids = followed.clamp(min=0).expand(len(logits), -1, -1)
@@ -835,7 +835,7 @@ def _compared(
     return {
         "top_ids": top.indices,
         "top_log_probs": top.values,
-        "entropy": -_dot(log_q, q),
+        "entropy": -_product(log_q, q),
         "kl": kl.clamp(min=0),
         "kl_reverse": reverse.clamp(min=0),
         "js": js.clamp(min=0),
@@ -844,7 +844,7 @@ def _compared(
     }
 
 
-def _dot(x: Tensor, weight: Tensor) -> Float[Tensor, "row cell"]:
+def _product(x: Tensor, weight: Tensor) -> Float[Tensor, "row cell"]:
     """Sum over the vocabulary; the weight may be the same for all rows."""
     rows = "rcv" if weight.ndim == 3 else "cv"
     return torch.einsum(f"rcv,{rows}->rc", x, weight)

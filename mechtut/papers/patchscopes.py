@@ -130,6 +130,7 @@ def describe(
     )
 
 # %% ../../nbs/papers/50_patchscopes.ipynb #r18
+@checked
 @dataclass(frozen=True, eq=False)
 class Extraction:
     """An attribute read by a patchscope, and by linear probes on the same states.
@@ -145,8 +146,10 @@ class Extraction:
     probe: ProbeScores
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per source layer: the patchscope into the same layer and into its
-        best one, and the probe, each with half its 95 % interval.
+        """One row per source layer, for the patchscope and the probe.
+
+        The patchscope goes into the same layer, and into its best one; each has half
+        its 95 % interval beside it.
         """
         own, ends = self.success, self.success.target_layers
         rows = []

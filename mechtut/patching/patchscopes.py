@@ -91,13 +91,15 @@ IDENTITY_PROMPT = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 IDENTITY_PROMPTS = {
     "cat -> cat": IDENTITY_PROMPT,
     "one demonstration": "cat -> cat\n?",
-    "x is x": "bat is bat; 135 is 135; hello is hello; black is black; shoe is shoe; x is",
+    "x is x": "bat is bat; 135 is 135; hello is hello; black is black; shoe is shoe;"
+    " x is",
     "cat cat": "cat cat dog dog 1234 1234 hello hello ?",
     "only ?": "?",
 }
 DESCRIPTION_PROMPT = (
     "Syria: Country in the Middle East, Leonardo DiCaprio: American actor, Samsung:"
-    " South Korean multinational major appliance and consumer electronics corporation, x"
+    " South Korean multinational major appliance and consumer electronics"
+    " corporation, x"
 )
 
 
@@ -721,12 +723,26 @@ class LayerMap(Protocol):
     def pairs(self) -> tuple[tuple[int, int], ...]: ...
 
     def check(self, source: Model, target: Model) -> None:
-        """Refuse models that it was not made for."""
+        """Refuse models that it was not made for.
+
+        Args:
+            source: Where states are read.
+            target: Where they are written.
+        """
 
     def __call__(
         self, states: Tensor, source_layer: int, target_layer: int, /
     ) -> Tensor:
-        """States, mapped."""
+        """States, mapped.
+
+        Args:
+            states: The last axis is the source's width.
+            source_layer: Where they come from.
+            target_layer: Where they go.
+
+        Returns:
+            The states, in the target's width.
+        """
 
 
 StateMap = LayerMap | Callable[[Tensor], Tensor]
