@@ -1539,7 +1539,7 @@ def read_states(
 def source_tokens(
     model: Model, sources: Source | Sequence[Source] | Texts
 ) -> Int[Tensor, "prompt"]:
-    """The token that is read at each source position, the last one if there are several.
+    """The token at each source's position, the last one if there are several.
 
     Args:
         model: The model.
