@@ -24,19 +24,23 @@ import torch
 import mechtut
 from mechtut.__main__ import main
 from mechtut.mini.training import main as mini_main
+from mechtut.papers.patchscopes import extract as extract_attribute
+from mechtut.patching import patchscopes
 from mechtut.prompts.accuracy import known_queries
 
 PACKAGE = str(Path(mechtut.__file__).parent)
 # in this order: of two things with one name the later one is meant
 ROOMS = {
     "models": "files weights hooks loading",
-    "patching": "checkpoints results partial last_token replay",
+    "patching": "checkpoints results partial last_token replay patchscope_texts"
+    " patchscopes",
     "prompts": "subject_noise facts few_shot accuracy completions everyday"
     " mean_activations",
     "editing": "covariance evaluation requests weights",
     "circuits": "graph metrics runs circuit attribution baselines refining known",
+    "lenses": "probes trajectory attribution causal_basis future jacobian tuned",
     "neurons": "records collect statistics rules scoring judging explainer_prompts",
-    "papers": "rome acdc neuron_explanation function_vectors causal_tracing",
+    "papers": "patchscopes rome acdc neuron_explanation function_vectors causal_tracing",
 }
 # by their own name: they have things that others have too
 WHOLE = [
@@ -141,6 +145,8 @@ def names(tmp_path_factory):
         "means": torch.zeros(m.n_layers, m.n_heads, m.d_head),
         "fv": torch.zeros(m.d_model),
         "fv_evaluate": every["evaluate"],
+        "Source": patchscopes.Source,
+        "extract_attribute": extract_attribute,
         "known": known_queries,
         "case": every["world_cases"](world, 1)[0],
         "cov": torch.eye(4 * m.d_model),

@@ -262,7 +262,8 @@ def probe_layers(
     names = sorted(of)
     if not 1 < folds <= len(names):
         raise ValueError(
-            f"folds={folds} of {len(names)} groups: take 2 to {len(names)}"
+            f"folds={folds} of {len(names)} groups: each fold needs one, and there must"
+            " be two folds"
         )
     layers = range(states.shape[1]) if layers is None else layers
     same_length(layers=layers, **{"layers of states": states[0]})

@@ -293,6 +293,8 @@ def _layers(model: Model, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
         return list(range(-1, model.n_layers))
     found = sorted(integer(layer, "layer") for layer in layers)
+    if not found:
+        raise ValueError("layers names none: give at least one, or None for all")
     for layer in found:
         if not -1 <= layer < model.n_layers:
             raise IndexError(

@@ -1524,6 +1524,10 @@ def read_states(
     Returns:
         The states.
 
+    Raises:
+        IndexError: For layers and positions that do not exist.
+        ValueError: For no layer, or states that are not finite.
+
     Example:
         >>> from mechtut import load_model
         >>> people = ["Riley Martin works as a", "Jamie Clark"]
@@ -1531,6 +1535,8 @@ def read_states(
         torch.Size([2, 2, 1, 192])
     """
     wanted = [_layer(model, layer, "source") for layer in layers]
+    if not wanted:
+        raise ValueError("layers names none: give at least one")
     rows = _rows(model, sources, "sources")
     return _read(model, rows, wanted, logits=False)[0]
 
