@@ -228,6 +228,8 @@ def extract(
         ValueError: For other numbers of prompts, answers and subjects.
     """
     same_length(prompts=prompts, answers=answers, subjects=subjects)
+    states = read_states(model, prompts, layers)[:, :, 0]
+    probe = probe_layers(states, answers, subjects, layers=layers, folds=folds)
     texts = patchscope_texts(
         model,
         prompts,
@@ -237,8 +239,6 @@ def extract(
         new_tokens=new_tokens,
         progress=progress,
     )
-    states = read_states(model, prompts, layers)[:, :, 0]
-    probe = probe_layers(states, answers, subjects, layers=layers, folds=folds)
     return Extraction(texts, texts.success(answers, rule), probe)
 
 # %% ../../nbs/papers/50_patchscopes.ipynb #r28
