@@ -1,14 +1,14 @@
 """All pairs of layers of token identity on SmolLM2, against whole passes.
 
-    python benchmarks/patchscopes.py [--prompts 20] [--sample 24] [--float64] [--threads 1]
+    python benchmarks/patchscopes.py [--prompts 20] [--sample 24] [--rows] [--float64]
 
 The plain way writes the states with hooks and runs the whole model once for each pair
 of layers, all prompts in one batch, with the same matrix products; its time is
 extrapolated from the pairs named by --sample, drawn at random. With --rows it takes one
 pass for each prompt and pair instead. With --float64 both are held against whole passes
-in double precision, which tells what rounding alone does. The bound is what has to be computed in any case,
-the blocks above each target layer for one token and the unembedding of each cell, at
-the pace of large batches.
+in double precision, which tells what rounding alone does. The bound is what has to be
+computed in any case, the blocks above each target layer for one token and the
+unembedding of each cell, at the pace of large batches.
 """
 
 import argparse

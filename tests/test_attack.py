@@ -40,7 +40,8 @@ ROOMS = {
     "circuits": "graph metrics runs circuit attribution baselines refining known",
     "lenses": "probes trajectory attribution causal_basis future jacobian tuned",
     "neurons": "records collect statistics rules scoring judging explainer_prompts",
-    "papers": "patchscopes rome acdc neuron_explanation function_vectors causal_tracing",
+    "papers": "patchscopes rome acdc neuron_explanation function_vectors"
+    " causal_tracing",
 }
 # by their own name: they have things that others have too
 WHOLE = [
