@@ -68,7 +68,7 @@ def test_integrated_gradients_are_complete():
     contrast = contrast_of()
     graph = contrast.graph
     inputs, activations = (
-        contrast_scores(contrast, f"eap-ig-{kind}", 60)
+        contrast_scores(contrast, f"eap-ig-{kind}", 30)
         for kind in ("inputs", "activations")
     )
     for group, tolerance in (

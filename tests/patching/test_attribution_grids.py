@@ -110,7 +110,7 @@ def test_all_families_and_completeness(kind):
     model = load_model(tiny(kind).double())
     given = (model, CLEAN, OTHER, METRIC)
     off = []
-    for steps in (1, 40):
+    for steps in (1, 100):
         grid = attribute_grid(*given, by="layer", layers=[0], steps=steps, **QUIET)
         off.append(float((grid.values[:, 0] - grid.target).abs().max()))
     if kind not in EXPERTS:  # a mixture jumps from one expert to another
