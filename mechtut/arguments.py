@@ -307,6 +307,10 @@ def _number(whole: bool, bounds: Bounds) -> _Reader:
     wanted = " ".join(w for w in ("a", kind, "number", joint, repr(bounds)) if w)
 
     def read(value: Any, name: str, sizes: Sizes) -> Any:
+        if type(value) is int or (type(value) is float and not whole):  # the usual
+            if not bounds.hold(value):
+                _refuse(name, wanted, value, ValueError)
+            return value
         if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
             value = value.item()
         kinds = numbers.Integral if whole else numbers.Real
@@ -318,7 +322,8 @@ def _number(whole: bool, bounds: Bounds) -> _Reader:
             return integer(value, name)
         return value if type(value) in (int, float) else float(value)
 
-    plain = frozenset({int} if whole and not repr(bounds) else ())
+    every = not repr(bounds) and (whole or not bounds.finite)  # no number is refused
+    plain = frozenset(({int} if whole else {int, float}) if every else ())
     return _Reader(wanted, read, lambda v: type(v) is (int if whole else float), plain)
 
 
@@ -362,6 +367,8 @@ def _many(item: _Reader, plural: str, make: Callable[[list], Any] | None) -> _Re
     wanted = f"a list of {plural}"
 
     def read(value: Any, name: str, sizes: Sizes) -> Any:
+        if type(value) in (list, tuple) and item.plain.issuperset(map(type, value)):
+            return make(value) if make else value
         if isinstance(value, _UNORDERED) or not isinstance(value, Iterable):
             _refuse(name, wanted, value)
         if isinstance(value, Tensor | np.ndarray):

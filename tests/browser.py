@@ -154,15 +154,20 @@ def phone(browser, address):
     context.close()
 
 
-def serious(page, colours: bool = True) -> list[str]:
-    """What axe-core finds serious or worse on an open page."""
+def serious(page, rule: str = "") -> list[str]:
+    """What axe-core finds serious or worse on an open page, by all rules, by one, or by
+    all but one (`-color-contrast`).
+    """
     # a colour on its way to the dark one is not what people read
     page.add_style_tag(content="* { transition: none !important }")
-    page.add_script_tag(path=vendor.fetch("axe-core") / "axe.min.js")
-    rules = {"color-contrast": {"enabled": colours}}
-    found = page.evaluate(
-        "rules => axe.run({resultTypes: ['violations'], preload: false, rules})", rules
-    )["violations"]
+    if not page.evaluate("'axe' in window"):
+        page.add_script_tag(path=vendor.fetch("axe-core") / "axe.min.js")
+    how = {"resultTypes": ["violations"], "preload": False}
+    if rule.startswith("-"):
+        how["rules"] = {rule[1:]: {"enabled": False}}
+    elif rule:
+        how["runOnly"] = [rule]
+    found = page.evaluate("how => axe.run(how)", how)["violations"]
     return [
         f"{v['id']}: {n['html'][:120]} ({n['failureSummary'][:160]})"
         for v in found

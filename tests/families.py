@@ -107,9 +107,33 @@ CONFIGS = {
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe")
 WITH_NEURONS = sorted(k for k in CONFIGS if k not in EXPERTS)
 # their attention is not in transformers' registry
+# their configuration scales the stream, or what the unembedding gives
+SCALED = ("granite", "granitemoe", "cohere", "cohere2")
 NO_REGISTRY = ("gptj", "gpt_neo", "falcon", "bloom", "mpt")
 IN_CIRCUITS = [k for k in CONFIGS if k not in (*NO_REGISTRY, "phi3")]
 POST_NORM = [k for k in CONFIGS if FAMILIES[k].post_norm]
+
+
+def different(kinds):
+    """One family for each way in which rows differ other than by the modules' names.
+
+    `models/test_families.py` runs every site on every family. What is made of sites
+    knows a family by its row only; there, two families with one set of these answers
+    take the same path. A row that answers anew is a family more, without a change here.
+    """
+    seen = dict[tuple, str]()
+    for kind in kinds:
+        row = FAMILIES[kind]
+        parts = (row.attn_proj, row.mlp_proj, row.positions, row.embed_norm)
+        norms = (row.norm_attn, row.norm_mlp, row.norm_attn == row.norm_mlp)
+        answers = [row.attention_interface, row.parallel, row.post_norm]
+        answers += [row.first_position, row.adds_in_place, kind in SCALED]
+        answers += [row.attn_out == row.attn, row.mlp_out == row.mlp_proj]
+        answers += [x is None or x is True for x in (*parts, *norms)]
+        seen.setdefault(tuple(answers), kind)
+    return list(seen.values())
+
+
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 

@@ -116,6 +116,7 @@ def test_imports(path):
     assert not {n for n in imported(path) if n.startswith(".")}
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     return import_graph(ROOT / "mechtut", mechtut._WHERE)
 

@@ -261,8 +261,8 @@ def test_killed_at_every_file_operation(job, tmp_path, monkeypatch):
     total, disk.n = disk.n, 0
     same(expected(job), JOBS[job](tmp_path / "whole"), job)
     assert total > 10 and disk.n < 6, "a finished folder is left as it is"
-    # every second one of the two that take longest
-    places = range(0, total, 2 if job in ("facts", "acdc") else 1)
+    # every second one of the three that take longest
+    places = range(0, total, 2 if job in ("facts", "acdc", "collect") else 1)
     for limit in places:
         folder = tmp_path / str(limit)
         disk.n, disk.limit = 0, limit
@@ -309,12 +309,12 @@ def run_in_child(job, folder):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @each_job
 def test_killed_at_random_moments(job, tmp_path):
-    """SIGKILL to a child, eight times for each kind of work."""
+    """SIGKILL to a child, five times for each kind of work."""
     start = time.perf_counter()
     JOBS[job](tmp_path / "first")
     took, draw, killed = time.perf_counter() - start, random.Random(job), 0
     same(expected(job), JOBS[job](tmp_path / "first"), job)
-    for i in range(8):
+    for i in range(5):
         folder = tmp_path / str(i)
         pid = run_in_child(job, folder)
         time.sleep(draw.uniform(0.05, 0.9) * took)

@@ -19,6 +19,12 @@ OTHER_PAGES = [
     "references.html",
     "CONTRIBUTING.html",
 ]
+# what scrolls sideways and nobody reaches with the keyboard
+UNREACHED = """() => [...document.querySelectorAll("article *")].filter(e =>
+  e.scrollWidth > e.clientWidth + 13 && e.clientWidth > 0 &&
+  /auto|scroll/.test(getComputedStyle(e).overflowX) && e.tabIndex < 0 &&
+  ![...e.querySelectorAll("*")].some(x => x.tabIndex >= 0)
+).map(e => e.outerHTML.slice(0, 200))"""
 
 
 def test_every_notebook_has_a_page_with_its_figures(site):
@@ -52,6 +58,7 @@ def test_page_works_on_a_phone(phone, path):
         " !i.naturalWidth }).map(i => i.src)",
     )
     assert not broken
+    assert not page.evaluate(UNREACHED), "scrolls by a mouse only"
     assert not complaints
 
 

@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -207,13 +208,18 @@ def features(
         [('on', 'token', ' May'), ('after', 'token', ' in')]
     """
 
-    def of(place: str, token: str) -> list[Feature]:
-        out = [(place, "token", token)]
+    def kinds(token: str) -> list[tuple[str, str]]:
+        out = [("token", token)]
         if "\n" in token:
-            out.append((place, "line break", ""))
+            out.append(("line break", ""))
         if category_of is not None and (category := category_of(token)) is not None:
-            out.append((place, "category", category))
+            out.append(("category", category))
         return out
+
+    known = {token: kinds(token) for token in set(tokens)}
+
+    def of(place: str, token: str) -> list[Feature]:
+        return [(place, kind, value) for kind, value in known[token]]
 
     found = []
     for i, token in enumerate(tokens):
@@ -266,7 +272,8 @@ class RuleSimulator:
                 " function"
             )
         ahead = any(place == "before" for place, _, _ in weights)
-        seen = [features(e, self.category_of, ahead=ahead) for e in excerpts]
+        asked = self.category_of if categories else None
+        seen = [features(e, asked, ahead=ahead) for e in excerpts]
         return [[sum(weights.get(f, 0.0) for f in at) for at in row] for row in seen]
 
 # %% ../../nbs/library/neurons/rules.ipynb #c020
@@ -401,8 +408,7 @@ class RuleExplainer:
             for at in features(r.tokens, self.category_of, ahead=self.ahead)
         ]
         rows = [[known.setdefault(f, len(known)) for f in at] for at in said]
-        width = max(map(len, rows))
-        columns = np.array([row + [len(known)] * (width - len(row)) for row in rows])
+        columns = np.array(list(zip_longest(*rows, fillvalue=len(known)))).T
         chosen, weights = induce(
             y,
             columns,

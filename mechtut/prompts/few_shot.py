@@ -114,15 +114,11 @@ def load_task(source: str | Path) -> Task:
         >>> load_task("antonym").name
         'antonym'
     """
-    # neither is needed to read a file, and the other module stands on this one
-    from mechtut.mini.world import World
-    from mechtut.prompts.everyday import everyday_tasks
-
     text, path = str(source), Path(source)
     if text.startswith("todd/"):
         path = _fetch(text.removeprefix("todd/"))
     elif not path.suffix:
-        world, everyday = World(), everyday_tasks()
+        world, everyday = _named_tasks()
         if text in everyday:
             return everyday[text]
         if text in world.list_tasks:
@@ -135,6 +131,16 @@ def load_task(source: str | Path) -> Task:
             )
         return Task(text, world.tasks[text].pairs)
     return Task(path.stem, _read_pairs(path))
+
+
+@cache
+def _named_tasks() -> tuple[Any, dict[str, Task]]:
+    """The embedded world and the everyday tasks, read at the first name."""
+    # neither is needed to read a file, and the other module stands on this one
+    from mechtut.mini.world import World
+    from mechtut.prompts.everyday import everyday_tasks
+
+    return World(), everyday_tasks()
 
 
 def _read_pairs(path: Path) -> tuple[Pair, ...]:
@@ -518,9 +524,7 @@ def _corrupted(
 
 @cache
 def _world_words() -> tuple[str, ...]:
-    from mechtut.mini.world import World
-
-    return tuple(w for w in World().words if w.isalpha())
+    return tuple(w for w in _named_tasks()[0].words if w.isalpha())
 
 
 def _check_corrupt(corrupt: str | None) -> None:

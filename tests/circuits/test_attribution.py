@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from families import IN_CIRCUITS, tiny
+from families import IN_CIRCUITS, different, tiny
 
 from mechtut.circuits.attribution import (
     EdgeScores,
@@ -44,7 +44,7 @@ def contrast_of(kind="gpt2", metric=None, small=None, **options):
 
 
 @pytest.mark.parametrize("split_qkv", [True, False])
-@pytest.mark.parametrize("kind", IN_CIRCUITS)
+@pytest.mark.parametrize("kind", different(IN_CIRCUITS))
 def test_eap_is_the_derivative_of_cutting(kind, split_qkv):
     """Where the two runs are very close, cutting an edge changes the metric by its
     score.
@@ -68,7 +68,7 @@ def test_integrated_gradients_are_complete():
     contrast = contrast_of()
     graph = contrast.graph
     inputs, activations = (
-        contrast_scores(contrast, f"eap-ig-{kind}", 60)
+        contrast_scores(contrast, f"eap-ig-{kind}", 30)
         for kind in ("inputs", "activations")
     )
     for group, tolerance in (

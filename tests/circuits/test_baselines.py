@@ -4,7 +4,7 @@ finite differences and known circuits.
 
 import pytest
 import torch
-from families import IN_CIRCUITS, POST_NORM, tiny
+from families import IN_CIRCUITS, POST_NORM, different, tiny
 
 from mechtut.circuits import known
 from mechtut.circuits.attribution import faithfulness, select
@@ -51,7 +51,7 @@ def some_nodes(graph, every=2):
 
 @pytest.mark.parametrize("ablation", ["resample", "zero"])
 @pytest.mark.parametrize("split_qkv", [True, False])
-@pytest.mark.parametrize("kind", IN_CIRCUITS)
+@pytest.mark.parametrize("kind", different(IN_CIRCUITS))
 def test_masking_nodes_is_cutting_their_edges(kind, split_qkv, ablation):
     """A run with masks of 0 and 1 has the metric of the circuit of the nodes with a 1,
     in every family.

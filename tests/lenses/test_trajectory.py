@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import CONFIGS, different, tiny
 from golden_models import GOLDEN, read_json
 from torch import nn
 from torch.nn.functional import pad
@@ -127,7 +127,7 @@ def test_every_layer_equals_torch_hooks(kind):
     assert seen.rank(seen.next_ids)[:, -1].tolist() == [-1] * 4
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", different(CONFIGS))
 def test_states_between_attention_and_mlp(kind):
     model = model_of(kind)
     if model.family.parallel:

@@ -501,14 +501,16 @@ def test_the_card_says_what_a_run_on_a_processor_cost(tmp_path):
 
 
 def test_the_shipped_model_knows_its_facts(mini):
-    table = facts_table(Candidate(mini), World(0))
-    assert int(table["n"].sum()) >= 500
+    world = World(0)
+    world.facts = world.facts[::2]  # the card was made from all
+    table = facts_table(Candidate(mini), world)
+    assert int(table["n"].sum()) >= 250
     assert (table["n"] * table["held out"]).sum() / table["n"].sum() >= 0.9
     assert table["training"].min() >= 0.9
 
 
 def test_the_shipped_model_shows_the_tracing_picture(mini):
-    resid = trace_roles(Candidate(mini), World(0), n=25, seed=3)
+    resid = trace_roles(Candidate(mini), World(0), n=12, seed=3)
     early = slice(1, 5)
     last = resid.loc["last subject"].iloc[early].max()
     others = resid.loc[["first subject", "middle subject"]].iloc[:, early].max().max()

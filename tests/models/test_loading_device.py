@@ -33,7 +33,7 @@ except ImportError as error:
         f"this PyTorch has no Python back ends: {error}", allow_module_level=True
     )
 
-KINDS = ["gpt2", "llama", "gemma3_text", "gpt_neox", "opt"]
+KINDS = ["gpt2", "llama", "gemma3_text", "opt"]
 PROMPT = "Riley Martin works as a"
 TOKENS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
 PAIRS = "hot cold big small up down in out good bad fast slow old young rich poor"

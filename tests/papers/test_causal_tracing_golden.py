@@ -77,12 +77,14 @@ def test_the_cases_are_all_there():
 
 
 def test_subject_is_found_where_the_authors_find_it():
+    asked = set()
     for case in CASES:
-        if not case["name"].endswith("extra1"):
-            found = trace(
-                MODELS["f32"], case["prompt"], case["subject"], tokens=[0], n_samples=1
-            ).subject_range
+        prompt = case["prompt"], case["subject"]
+        if not case["name"].endswith("extra1") and prompt not in asked:
+            asked.add(prompt)
+            found = trace(MODELS["f32"], *prompt, tokens=[0], n_samples=1).subject_range
             assert list(found) == case["subject_range"], case["name"]
+    assert len(asked) > 1
 
 
 def test_quirks_matter():
@@ -104,10 +106,13 @@ def test_quirks_matter():
         assert differs > 1e-3
 
 
-@pytest.mark.parametrize("level", ["s3", "u1.0"])
 @pytest.mark.parametrize(
-    "kind, component",
-    [("state", "resid_post"), ("mlp", "mlp_out"), ("attn", "attn_out")],
+    "kind, component, level",
+    [
+        ("state", "resid_post", "s3"),
+        ("mlp", "mlp_out", "s3"),
+        ("attn", "attn_out", "u1.0"),
+    ],
 )
 def test_averages_over_facts(kind, component, level):
     """25 facts by token role; the authors ran float32 and printed float32 means."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import CONFIGS, different, tiny
 from golden_fv import TASK, fv_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,7 +80,7 @@ def definition(model, prompts, means):
 # ---------------------------
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", different(CONFIGS))
 def test_streams_are_the_plain_loop_in_every_family(kind):
     model = load_model(tiny(kind, torch.float64))
     generator = torch.Generator().manual_seed(0)
@@ -191,7 +191,7 @@ def test_class_effects_of_the_last_token_are_the_head_effects():
 # ---------------------------
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", different(CONFIGS))
 def test_all_heads_of_a_layer_write_what_the_layer_writes(kind):
     """With the means of a single prompt the contributions add up to attn_out, also
     behind a norm, but for the bias.

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from families import WITH_NEURONS, tiny
+from families import WITH_NEURONS, different, tiny
 from scripted_server import Script, serving
 from transformers import AutoTokenizer
 
@@ -298,7 +298,7 @@ def test_token_ids(mini, lively):
         token_ids(mini, ActivationRecord(["In M", "ay"], [0.0, 1.0]))
 
 
-@pytest.mark.parametrize("kind", WITH_NEURONS)
+@pytest.mark.parametrize("kind", different(WITH_NEURONS))
 def test_every_family(kind):
     """Collect, explain, score and ablate on a tiny model of each family (its tokens are
     named by their ids).

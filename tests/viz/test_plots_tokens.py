@@ -122,13 +122,15 @@ FIGURES = {
 
 # enough to break what is not careful; drawing takes a tenth of a second
 DRAWN = ["$$", "$x$", r"$\frac{$", r"\frac{", "^_{}%#&~", "<b>", '"', "\x00", "\ud800"]
+# the same, in two texts: one that mathtext cannot read, and one that it would change
+TOGETHER = [r"$\frac{$", '^_{}%#&~ <b>" \x00 $x_1$ \ud800']
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_text_can_be_drawn_and_stands_there(name):
-    for text in DRAWN:
-        if name == "scores" and text == "\ud800":
-            continue  # no column of pandas can be called so
+    for text in DRAWN if name == "heat_map" else TOGETHER:
+        if name == "scores":  # no column of pandas can be called so
+            text = text.replace("\ud800", "")
         wanted = plots.written(text.strip() or text)
         assert any(wanted in t for t in drawn(FIGURES[name](text))), text
         plt.close("all")
