@@ -75,6 +75,7 @@ _WHERE = {
     "explain": "papers.neuron_explanation",
     "score_explanation": "papers.neuron_explanation",
     "simulate": "papers.neuron_explanation",
+    "compare_lenses": "papers.lenses",
     "describe": "papers.patchscopes",
     "token_identity": "papers.patchscopes",
     "edit_fact": "papers.rome",
@@ -191,6 +192,9 @@ if TYPE_CHECKING:  # what type checkers and editors read
         function_vector as function_vector,
         indirect_effect as indirect_effect,
         inject as inject,
+    )
+    from mechtut.papers.lenses import (
+        compare_lenses as compare_lenses,
     )
     from mechtut.papers.neuron_explanation import (
         explain as explain,

@@ -304,6 +304,38 @@ def patchscopes() -> None:
     d.line(x1 + 12, y1 - 6, x2 - 10, y2 - 8, colour=NEW, width=3, bend=64, arrow=True)
     d.text(330, 80, "its state", size=13)
     d.text(x2, 48, "Japan", size=14, weight="600")
+
+
+def lenses() -> None:
+    """States leave the stream at three heights, and are read like the last one."""
+    d = Drawing("lenses", 262)
+    heights = (206, 134, 62)
+    names = ("block 8", "block 23", "block 29")
+    ways = (
+        ("affine, tuned", "a map, fitted"),
+        ("identity prompt", "the model itself"),
+        ("logit lens", "as it is"),
+    )
+    words = (("“the”", 0.25), ("“Tokyo”", 0.6), ("“Tokyo”", 0.95))
+    d.text(96, 258, "Japan is", size=13)
+    for y, name, way, (word, sure) in zip(heights, names, ways, words, strict=True):
+        d.box(56, y - 16, 80, 32, LOST, opacity=0.18)
+        d.text(96, y + 5, name, size=13)
+        d.line(96, y + 34, 96, y + 16, width=2, opacity=0.5)
+        d.line(96, y - 16, 96, y - 38, width=2, opacity=0.5)
+        d.dot(96, y - 30, KNOWN, 8, stroke="currentColor", stroke_width=1.5)
+        d.line(108, y - 30, 236, y - 30, width=2, arrow=True)
+        d.box(242, y - 50, 136, 40, NEW, opacity=0.25)
+        d.text(310, y - 33, way[0], size=13, weight="600")
+        d.text(310, y - 17, way[1], size=12)
+        d.line(380, y - 30, 426, y - 30, width=2, arrow=True)
+        d.line(548, y - 30, 592, y - 30, width=2, arrow=True)
+        d.dot(606, y - 30, GIVEN, 7, fill_opacity=sure)
+        d.text(620, y - 25, word, size=14, anchor="start", weight="600")
+    d.box(432, 6, 114, 192, KNOWN, opacity=0.18)
+    d.text(489, 94, "final norm", size=13)
+    d.text(489, 112, "unembedding", size=13)
+    d.text(489, 220, "the model's own", size=12)
     d.save()
 
 
@@ -315,6 +347,7 @@ ALL = (
     acdc,
     neuron_explanation,
     patchscopes,
+    lenses,
 )
 
 if __name__ == "__main__":

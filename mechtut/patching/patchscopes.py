@@ -262,8 +262,8 @@ def _prompts(model: Model, place: Source | Target) -> list[Int[Tensor, "pos"]]:
     padded = padded_row(model, torch.stack(rows)) if alike else None
     if padded is not None:
         raise ValueError(
-            f"row {padded} of the ids looks padded: give mask=, 0 for padding, or"
-            " unpadded ids as a list of lists"
+            f"row {padded} of the ids looks padded: give mask=, 0 for padding and 1 for"
+            " all else"
         )
     return rows
 
