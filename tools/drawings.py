@@ -304,6 +304,7 @@ def patchscopes() -> None:
     d.line(x1 + 12, y1 - 6, x2 - 10, y2 - 8, colour=NEW, width=3, bend=64, arrow=True)
     d.text(330, 80, "its state", size=13)
     d.text(x2, 48, "Japan", size=14, weight="600")
+    d.save()
 
 
 def lenses() -> None:
