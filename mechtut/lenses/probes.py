@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..arguments import Count, Positive, Seed, checked, same_length
+from ..arguments import Count, Positive, Seed, checked, same_length, warn
 from ..patching.results import Result, half_width
 
 # %% ../../nbs/library/lenses/probes.ipynb #c005
@@ -137,7 +137,17 @@ def _fit(
         return total
 
     with torch.enable_grad():
-        search.step(loss)
+        for _ in range(5):  # a new start forgets the curvature of far away
+            search.step(loss)
+            slopes = [p.grad for p in (weight, bias) if p.grad is not None]
+            slope = max(float(grad.abs().max()) for grad in slopes)
+            if slope <= tolerance:
+                break
+        else:
+            warn(
+                f"the fit ended at a gradient of {slope:.1g}, more than {tolerance}: are"
+                " the states of very different sizes? divide them by their spread"
+            )
     return weight.detach() @ basis.T, bias.detach()
 
 # %% ../../nbs/library/lenses/probes.ipynb #c007

@@ -870,8 +870,9 @@ def _numbers(
     many, few = (max(1, n // width) for n in (_IN_MEMORY, _IN_CACHE))
     pieces = (states.split(many, dim=1), final.split(many), followed.split(many))
     for x, own, ids in zip(*pieces, strict=True):
-        below = model.unembed(x[:-1].flatten(0, 1)).unflatten(0, (n_rows - 1, -1))
-        logits = torch.cat([below, own[None]])  # the last row is the model's own
+        below = model.unembed(x[:-1].flatten(0, 1))
+        # the last row is the model's own
+        logits = torch.cat([below, own]).reshape(n_rows, *own.shape)
         smaller = (logits.split(few, dim=1), own.split(few), ids.split(few))
         for z, mine, some in zip(*smaller, strict=True):
             part = _compared(z, mine.log_softmax(-1), some, k)

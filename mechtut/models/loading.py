@@ -424,7 +424,9 @@ class Model:
         return self.tokenizer
 
     def _fits(self, length: int) -> None:
-        """Refuse what is longer than the model's context."""
+        """Refuse what is empty, or longer than the model's context."""
+        if not length:
+            raise ValueError("embeds has no positions: give at least one")
         if length > self.n_ctx:
             raise ValueError(
                 f"prompt has {length} tokens but {self.name} reads at most"

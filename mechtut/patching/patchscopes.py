@@ -196,6 +196,8 @@ def _rows(model: Model, given: Any, what: str) -> list[_Row]:
     for place in _places(given):
         where = Edit("embed", None, 0.0, pos=place.pos)
         if isinstance(place.prompt, SoftPrompt):
+            if place.mask is not None:
+                raise ValueError("a soft prompt has no padding: leave mask= away")
             soft = _fitting(model, place.prompt, what)
             n = len(soft.vectors)
             rows.append(_Row((0,) * n, tuple(where.positions(n)), soft))
@@ -253,7 +255,10 @@ def _prompts(model: Model, place: Source | Target) -> list[Int[Tensor, "pos"]]:
         ]
     if isinstance(prompt, str):
         return [model.to_tokens(prompt)]
-    assert not isinstance(prompt, SoftPrompt)
+    if isinstance(prompt, SoftPrompt):
+        raise ValueError(
+            "a soft prompt has vectors and no tokens, which are needed here"
+        )
     one = len(prompt) > 0 and np.ndim(prompt[0]) == 0 and not _text(prompt[0])
     several: Any = [prompt] if one else prompt
     rows = [model.to_tokens(p) for p in several]
@@ -1561,6 +1566,10 @@ def source_tokens(
         ' works'
     """
     rows = _rows(model, sources, "sources")
+    if any(row.soft is not None for row in rows):
+        raise ValueError(
+            "a soft prompt has vectors and no tokens, which are needed here"
+        )
     return torch.tensor([row.ids[row.positions[-1]] for row in rows])
 
 
@@ -1800,7 +1809,7 @@ def patchscope_texts(
     *,
     new_tokens: Count = 10,
     source_layers: Sequence[int] | None = None,
-    target_layers: Sequence[int] | Literal["same"] | None = "same",
+    target_layers: Sequence[int] | Literal["same"] | None = None,
     mapping: LayerMap | Callable[[Tensor], Tensor] | None = None,
     target_model: Model | None = None,
     progress: bool | None = None,
@@ -1817,8 +1826,8 @@ def patchscope_texts(
         new_tokens: How many tokens to write, at most.
         source_layers: Which layers to read; by default the one that the sources name,
             or all blocks.
-        target_layers: Which layers to write; `"same"` takes pairs of equal layers.
-            `None` is the layer that the targets name, or all blocks.
+        target_layers: Which layers to write; by default the one that the targets
+            name, or `"same"`, pairs of equal layers.
         mapping: What is done to states in between, as in `patchscope`.
         target_model: The model that reads the targets, by default the same.
         progress: Whether to show a bar; by default for what takes more than a second.
@@ -1844,12 +1853,19 @@ def patchscope_texts(
             f"{into.name} was loaded without a tokenizer, so it writes no text: use"
             " patchscope(..., new_tokens=...).tokens"
         )
+    if target_layers is None:
+        named = any(place.layer is not None for place in _places(targets))
+        target_layers = None if named else "same"
     plan = _planned(
         model, into, sources, targets, source_layers, target_layers, mapping
     )
     with fast_matmul(model):
         how: Any = {"logits": False, "head": plan.heads[0]}
         states, _ = _read(model, plan.rows, plan.first, **how)
+    mapped = {
+        (a, b): _mapped(mapping, states[:, plan.first.index(a)], plan.width, (a, b))
+        for a, b in plan.pairs
+    }
     jobs = [(i, a, b) for a, b in plan.pairs for i in range(len(plan.rows))]
     texts: dict[tuple[int, int, int], str] = {}
     bars: Any = {"desc": "texts", "unit": "text", "delay": 1}
@@ -1859,10 +1875,7 @@ def patchscope_texts(
     ):
         for group in _alike([plan.others[i] for i, _, _ in jobs], lambda _: _ROWS):
             some = [jobs[n] for n in group]
-            values = [
-                _mapped(mapping, states[i, plan.first.index(a)], plan.width, (a, b))
-                for i, a, b in some
-            ]
+            values = [mapped[a, b][i] for i, a, b in some]
             written = _written(
                 into,
                 plan.others[some[0][0]],

@@ -27,7 +27,7 @@ from mechtut.lenses.trajectory import (
 from mechtut.models.families import FAMILIES
 from mechtut.models.hooks import Edit, capture, intervene
 from mechtut.models.loading import load_model
-from mechtut.patching.patchscopes import Source, Target, patchscope
+from mechtut.patching.patchscopes import SoftPrompt, Source, Target, patchscope
 from mechtut.patching.results import read_result
 
 FOLDER = GOLDEN / "patchscopes"
@@ -541,3 +541,12 @@ def test_logit_lens_on_a_real_model():
             ):
                 found = float(getattr(seen, name)[row, 0])
                 assert found == pytest.approx(wanted[key], abs=2e-3, rel=1e-4)
+
+
+def test_the_last_layer_alone_and_vectors():
+    model = load_model("mini", device="cpu")
+    seen = logit_lens(model, "Riley Martin works as a", layers=[7])
+    assert seen.layers == (7,) and seen.entropy.shape == (1, 5)
+    assert float(seen.kl.abs().max()) < 1e-6
+    with pytest.raises(ValueError, match="no tokens"):
+        logit_lens(model, SoftPrompt(torch.zeros(3, 192)))

@@ -850,3 +850,32 @@ def test_texts_need_a_tokenizer_and_room():
     model = load_model("mini", device="cpu")
     with pytest.raises(ValueError, match="do not fit"):
         patchscope_texts(model, "Paris", "Paris", new_tokens=999, source_layers=[1])
+
+
+def test_texts_go_where_the_target_says_and_map_all_prompts_at_once():
+    model = load_model("mini", device="cpu")
+    people = ["Riley Martin works as a", "Jamie Clark lives in", "Everyone knows that"]
+    source, target = Source(people, 3), Target(people[0], layer=5, pos=1)
+    seen = patchscope_texts(model, source, target, new_tokens=2, **QUIET)
+    assert seen.target_layers == (5,)
+    assert seen.at(3, 5) == patchscope(model, source, target, new_tokens=2).text
+    sizes = []
+
+    def centred(states):
+        sizes.append(states.shape)
+        return states - states.mean(0, keepdim=True)
+
+    how = {"mapping": centred, "new_tokens": 2}
+    seen = patchscope_texts(model, source, target, **how, **QUIET)
+    assert seen.at(3, 5) == patchscope(model, source, target, **how).text
+    assert set(sizes) == {(3, 1, 192)}
+
+
+def test_soft_prompts_have_no_tokens():
+    model = load_model("mini", device="cpu")
+    soft = SoftPrompt(torch.zeros(3, 192))
+    with pytest.raises(ValueError, match="no tokens"):
+        patchscopes.source_tokens(model, Source(soft))
+    mask = torch.tensor([[1, 1, 0]])
+    with pytest.raises(ValueError, match="leave mask= away"):
+        patchscope(model, Source(soft, 2, mask=mask), Target("Paris", 2))
