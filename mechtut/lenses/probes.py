@@ -145,8 +145,8 @@ def _fit(
                 break
         else:
             warn(
-                f"the fit ended at a gradient of {slope:.1g}, more than {tolerance}: are"
-                " the states of very different sizes? divide them by their spread"
+                f"the fit ended at a gradient of {slope:.1g}, not {tolerance}: are the"
+                " states of very different sizes? divide them by their spread"
             )
     return weight.detach() @ basis.T, bias.detach()
 

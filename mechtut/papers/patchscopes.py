@@ -331,7 +331,8 @@ def cross_model(
         model: The model whose states are read.
         into: The model that reads them.
         texts: What the affine map is fitted to, where both tokenizers agree.
-        held_out: The texts whose tokens are read, but for the first that both tokenizers cut alike.
+        held_out: The texts whose tokens are read, where both tokenizers cut alike, but
+            for the first such place.
         pairs: Layers, (of the one, of the other).
         asks: See `token_identity`. Tokens are compared as texts.
         prompt: The target prompt.
