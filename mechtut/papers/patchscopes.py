@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_identity', 'describe', 'Extraction', 'extract', 'back_patch', 'cross_model']
 
-# %% ../../nbs/papers/50_patchscopes.ipynb #r06
+# %% ../../nbs/papers/50_patchscopes.ipynb #c003
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -35,7 +35,7 @@ from mechtut.patching.patchscopes import (
 )
 from ..patching.results import half_width
 
-
+# %% ../../nbs/papers/50_patchscopes.ipynb #r06
 @checked
 def token_identity(
     model: Model,
