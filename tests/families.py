@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mechtut.models.families import FAMILIES
+from mechtut.models.loading import load_model
 
 _SMALL = {
     "vocab_size": 97,
@@ -153,3 +154,18 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, **changes):
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return hf
+
+
+def model_of(kind: str, **changes):
+    """The same in float64, loaded."""
+    return load_model(tiny(kind, **changes).double())
+
+
+def gap(a, b) -> float:
+    """The largest difference of two tensors."""
+    return float((torch.as_tensor(a) - torch.as_tensor(b)).detach().abs().max())
+
+
+def stream_of(output):
+    """The residual stream that a block gives, as torch's own hooks see it."""
+    return output[0] if isinstance(output, tuple) else output

@@ -285,20 +285,14 @@ class TextSuccess(Result):
         """
         from mechtut.viz import plots
 
-        ax = plots.heat_map(
+        return plots.layer_pairs(
             self.mean.numpy(),
-            [str(layer) for layer in self.source_layers],
-            low=0.0,
-            high=1.0,
+            self.source_layers,
+            self.target_layers,
             label="share of prompts",
-            xlabel="target layer",
+            high=1.0,
             ax=ax,
         )
-        step = 1 + len(self.target_layers) // 16
-        ticks = range(0, len(self.target_layers), step)
-        ax.set_xticks(ticks, [str(self.target_layers[i]) for i in ticks])
-        ax.set_ylabel("source layer")
-        return ax
 
 
 def _any(hits: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from mechtut.models.hooks import (
 )
 from mechtut.models.loading import (
     Model,
+    end_tokens,
     evaluating,
     mask_arguments,
     padded_row,
@@ -893,11 +894,7 @@ def _generate(
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], list[list[int]]]:
     """The prompt's logits, and what is written after it."""
     rows, n_pos = tokens.shape
-    if n_pos + new_tokens > model.n_ctx:
-        raise ValueError(
-            f"a prompt of {n_pos} tokens and {new_tokens} new ones do not fit into"
-            f" {model.n_ctx}"
-        )
+    _check_room(model, n_pos, new_tokens)
     # counted from the start, so that they stay where they are while the text grows
     edits = [e.at(e.positions(n_pos)) for e in edits]
     new = tokens[:, :0]
@@ -917,6 +914,14 @@ def _generate(
     return prompt.to(at_least_float32(prompt.dtype)), written
 
 
+def _check_room(model: Model, n_pos: int, new_tokens: int) -> None:
+    if n_pos + new_tokens > model.n_ctx:
+        raise ValueError(
+            f"a prompt of {n_pos} tokens and {new_tokens} new ones do not fit into"
+            f" {model.n_ctx}"
+        )
+
+
 def _go_on(
     model: Model, answer: Any, rows: int, n_pos: int, new_tokens: int, stop: bool
 ) -> Int[Tensor, "batch new"]:
@@ -931,23 +936,14 @@ def _go_on(
     return new
 
 
-def _ends(model: Model) -> set[int]:
-    """The tokens after which a text is over; chat models have several."""
-    found: set[Any] = set()
-    for config in (model.config, getattr(model.hf, "generation_config", None)):
-        ends = getattr(config, "eos_token_id", None)
-        found |= set(ends if isinstance(ends, list | tuple) else [ends])
-    return {int(end) for end in found if end is not None}
-
-
 def _all_ended(model: Model, new: Tensor) -> bool:
-    ends = torch.tensor(sorted(_ends(model)), dtype=new.dtype, device=new.device)
+    ends = torch.tensor(sorted(end_tokens(model)), dtype=new.dtype, device=new.device)
     return bool(torch.isin(new, ends).any(-1).all())
 
 
 def _until_end(model: Model, ids: list[int]) -> list[int]:
     """What is written up to the first end token, with it."""
-    ends = _ends(model)
+    ends = end_tokens(model)
     last = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return ids[: last + 1]
 
@@ -1223,7 +1219,7 @@ def _by_text(
 def _texts(model: Model, written: Sequence[Sequence[int]]) -> tuple[str, ...]:
     if model.tokenizer is None:
         return ()
-    ends = _ends(model)
+    ends = end_tokens(model)
     return tuple(
         model.decode(ids[:-1] if ids and ids[-1] in ends else ids) for ids in written
     )
@@ -1342,22 +1338,14 @@ class PatchscopeGrid(Result):
 
         name = self.metric.replace("_", " ")
         if not diagonal:
-            rows = [str(layer) for layer in self.source_layers]
-            end = 1.0 if self.metric == "precision_at_1" else None
-            ax = plots.heat_map(
+            return plots.layer_pairs(
                 self.mean.float().cpu().numpy(),
-                rows,
-                low=0.0,
-                high=end,
+                self.source_layers,
+                self.target_layers,
                 label=name,
-                xlabel="target layer",
+                high=1.0 if self.metric == "precision_at_1" else None,
                 ax=ax,
             )
-            step = 1 + len(self.target_layers) // 16
-            ticks = range(0, len(self.target_layers), step)
-            ax.set_xticks(ticks, [str(self.target_layers[i]) for i in ticks])
-            ax.set_ylabel("source layer")
-            return ax
         line = self.diagonal()
         if line.empty:
             raise ValueError(
@@ -1755,11 +1743,7 @@ def _written(
     The tokens before the first patched position are the same in all rows, and run once.
     """
     rows, n_pos = len(layers), target.length
-    if n_pos + new_tokens > model.n_ctx:
-        raise ValueError(
-            f"a prompt of {n_pos} tokens and {new_tokens} new ones do not fit into"
-            f" {model.n_ctx}"
-        )
+    _check_room(model, n_pos, new_tokens)
     ids = torch.tensor([target.ids], device=model.device)
     start, kept = min(target.positions), None
     where = torch.tensor(target.positions, device=model.device) - start

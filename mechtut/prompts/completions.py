@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import Count, Natural, Positive, Seed, checked, integer, shown
-from ..models.loading import Model, evaluating
+from ..models.loading import Model, end_tokens, evaluating
 from mechtut.prompts.few_shot import (
     ICLPrompt,
     Prompt,
@@ -60,7 +60,7 @@ def complete(
             f"a prompt of {len(ids)} tokens and {n_tokens} new ones do not fit into"
             f" {model.n_ctx}"
         )
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     step = torch.tensor([ids], device=model.device)
     for _ in range(n_tokens):
         mask = torch.ones(1, len(ids) + len(out), dtype=torch.long, device=model.device)
@@ -74,15 +74,6 @@ def complete(
         kept = answer.past_key_values if cache else None
         step = new if cache else torch.cat([step, new], dim=1)
     return out
-
-
-def _end_tokens(model: Model) -> set[int]:
-    """The tokens after which a text is over; chat models have several."""
-    found: set[Any] = set()
-    for config in (model.config, getattr(model.hf, "generation_config", None)):
-        ends = getattr(config, "eos_token_id", None)
-        found |= set(ends if isinstance(ends, list | tuple) else [ends])
-    return {int(end) for end in found if end is not None}
 
 # %% ../../nbs/library/prompts/completions.ipynb #c007
 def _words(text: str) -> list[str]:

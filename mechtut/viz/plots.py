@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'TraceLike', 'AverageLike', 'GridLike', 'AgreementLike', 'PLAIN', 'written', 'plain_legend', 'heat_map',
-           'layer_ticks', 'starred', 'causal_trace', 'causal_traces', 'average_trace', 'average_lines', 'head_effects',
-           'grid', 'agreement', 'accuracy_by_layer']
+           'layer_pairs', 'layer_ticks', 'starred', 'causal_trace', 'causal_traces', 'average_trace', 'average_lines',
+           'head_effects', 'grid', 'agreement', 'accuracy_by_layer']
 
 # %% ../../nbs/library/viz/plots.ipynb #c002
 from collections.abc import Mapping, Sequence
@@ -132,6 +132,39 @@ def heat_map(
     ax.set_xlabel(written(xlabel), **PLAIN)
     colours = ax.figure.colorbar(image, ax=ax, pad=0.02)
     colours.set_label(written(label), **PLAIN)
+    return ax
+
+
+@checked
+def layer_pairs(
+    values: Annotated[Float[np.ndarray, "source_layer target_layer"], UNBOUNDED],
+    source_layers: Sequence[int],
+    target_layers: Sequence[int],
+    *,
+    label: str,
+    high: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Pairs of layers: source layers down, target layers across.
+
+    Args:
+        values: What is shown, from 0.
+        source_layers: The layer of each row.
+        target_layers: The layer of each column; some of many are named.
+        label: What the values are.
+        high: The value of the darkest colour, by default the largest.
+        ax: Where to draw, by default a new figure.
+
+    Returns:
+        The axes.
+    """
+    rows = [str(layer) for layer in source_layers]
+    ax = heat_map(
+        values, rows, low=0.0, high=high, label=label, xlabel="target layer", ax=ax
+    )
+    ticks = range(0, len(target_layers), 1 + len(target_layers) // 16)
+    ax.set_xticks(ticks, [str(target_layers[i]) for i in ticks])
+    ax.set_ylabel("source layer")
     return ax
 
 

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, EXPERTS, POST_NORM, WITH_NEURONS, tiny
+from families import CONFIGS, EXPERTS, POST_NORM, WITH_NEURONS, gap, model_of, tiny
 from golden_models import GOLDEN
 from transformers import AutoModelForCausalLM
 
@@ -23,14 +23,6 @@ GOLDENS = {"gpt2t": 1e-9, "llamat": 1e-6, "neoxt": 1e-9}
 DRAW = torch.Generator().manual_seed(0)
 IDS = [torch.randint(5, 90, (n,), generator=DRAW).tolist() for n in (6, 4, 6)]
 RIGHT, WRONG = [7, 8, 9], [17, 18, 19]
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((a - b).detach().abs().max())
 
 
 @pytest.mark.parametrize("name", GOLDENS)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from families import tiny
+from families import gap, model_of, tiny
 from golden_models import GOLDEN
 from transformers import AutoModelForCausalLM
 
@@ -22,14 +22,6 @@ FOLDER = GOLDEN / "patchscopes"
 QUIET = {"progress": False}
 DRAW = torch.Generator().manual_seed(0)
 IDS = [torch.randint(5, 90, (n,), generator=DRAW).tolist() for n in (6, 4, 6)]
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((a - b).detach().abs().max())
 
 
 class Affine:

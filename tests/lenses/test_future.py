@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import tiny
+from families import gap, model_of
 from golden_models import GOLDEN
 from transformers import AutoModelForCausalLM
 
@@ -41,14 +41,6 @@ def golden_model(name):
         FOLDER / name, attn_implementation="eager"
     )
     return load_model(hf.double())
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((torch.as_tensor(a) - torch.as_tensor(b)).detach().abs().max())
 
 
 def lens_of(model, vectors, layer, target_layer=None, ahead=()):

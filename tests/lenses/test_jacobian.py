@@ -7,7 +7,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, tiny
+from families import CONFIGS, gap, model_of, stream_of, tiny
 from golden_models import GOLDEN
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
@@ -20,18 +20,6 @@ from mechtut.models.loading import load_model
 QUIET = {"progress": False}
 DRAW = torch.Generator().manual_seed(0)
 A, B, C = (torch.randint(5, 90, (n,), generator=DRAW).tolist() for n in (6, 6, 5))
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((a - b).detach().abs().max())
-
-
-def stream_of(output):
-    return output[0] if isinstance(output, tuple) else output
 
 
 def streams(model, ids):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, different, tiny
+from families import CONFIGS, different, gap, model_of, stream_of, tiny
 from golden_models import GOLDEN, read_json
 from torch import nn
 from torch.nn.functional import pad
@@ -34,18 +34,6 @@ FOLDER = GOLDEN / "patchscopes"
 DRAW = torch.Generator().manual_seed(0)
 S, OTHER = (torch.randint(5, 90, (n,), generator=DRAW).tolist() for n in (5, 3))
 PARALLEL = ("gpt_neox", "cohere", "cohere2", "phi", "gptj")
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((a - b).detach().abs().max())
-
-
-def stream_of(output):
-    return output[0] if isinstance(output, tuple) else output
 
 
 def run(model, ids):

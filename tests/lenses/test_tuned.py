@@ -7,7 +7,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from families import tiny
+from families import gap, model_of, tiny
 from golden_models import GOLDEN
 from transformers import AutoModelForCausalLM
 
@@ -27,18 +27,6 @@ FEW = ["gpt2", "llama", "gemma2", "gpt_neox", "gptj", "granite", "cohere", "olmo
 EXACT = ["gpt2", "gpt_neox", "gptj"]
 DRAW = torch.Generator().manual_seed(0)
 DATA = torch.randint(5, 90, (6, 7), generator=DRAW)
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((a - b).detach().abs().max())
-
-
-def stream_of(output):
-    return output[0] if isinstance(output, tuple) else output
 
 
 def run(model, ids):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import CONFIGS, NO_REGISTRY, different, tiny
+from families import CONFIGS, NO_REGISTRY, different, gap, model_of, stream_of, tiny
 from golden_models import rome_model
 from torch.nn.functional import pad
 
@@ -40,18 +40,6 @@ METRICS = [
     "surprisal_of_readout_under_source",
     "surprisal_of_source_under_readout",
 ]
-
-
-def model_of(kind, **changes):
-    return load_model(tiny(kind, **changes).double())
-
-
-def gap(a, b):
-    return float((a - b).detach().abs().max())
-
-
-def stream_of(output):
-    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
