@@ -42,10 +42,11 @@ MAY_IMPORT = {
     "editing": {"models", "patching", "prompts", "mini"},
     "circuits": {"models", "patching", "viz"},
     "lenses": {"models", "patching", "viz"},
+    "steering": {"models", "patching", "prompts", "mini", "lenses", "viz"},
     "neurons": {"models", "patching", "viz"},
     "papers": {
         *("models", "patching", "mini", "prompts", "editing", "circuits", "lenses"),
-        *("neurons", "viz"),
+        *("neurons", "steering", "grokking", "viz"),
     },
 }
 MAY_IMPORT["experiments"] = {*MAY_IMPORT, "papers"}

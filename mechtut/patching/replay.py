@@ -167,14 +167,17 @@ def _split(
     groups: dict[tuple, tuple[list[Edit], list[int]]] = {}
     for i in branch.members:
         edits = getattr(plans[i], where).get(layer, [])
-        same = tuple(
-            (e.site, e.pos, e.head, e.neuron, e.mode, _identity(e.value)) for e in edits
-        )
+        same = tuple((*_how(e), _identity(e.value)) for e in edits)
         groups.setdefault(same, (edits, []))[1].append(i)
     return list(groups.values())
 
 
-def _identity(value: Tensor | float) -> Any:
+def _how(e: Edit) -> tuple:
+    """Everything about an edit inside its layer but the value."""
+    return e.site, e.pos, e.head, e.neuron, e.mode, e.amount, e.keep_norm
+
+
+def _identity(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.data_ptr(), value.shape, value.stride()
     return value
@@ -476,7 +479,7 @@ class Replay:
         refuse_open_edits(self.model, "the replay engine")
         interventions = [list(edits) for edits in interventions]
         for edits in interventions:
-            _check_intervention(self.model, edits, self.n_pos_full)
+            _check_intervention(self.model, edits, self.n_pos_full, self._mask)
         n_layers, n_pos = self.model.n_layers, self.n_pos_full
         plans = [_plan(e, n_pos, n_layers, self.readout) for e in interventions]
         key = _key(self, interventions, metric) if folder else ""
@@ -510,9 +513,19 @@ def _check_base(base_edits: Intervention) -> None:
         )
 
 
-def _check_intervention(model: Model, edits: Intervention, n_pos: int) -> None:
+def _check_intervention(
+    model: Model, edits: Intervention, n_pos: int, mask: Tensor | None
+) -> None:
     check_edits(model, edits)
     for edit in edits:
+        counts = isinstance(edit.pos, Where) and edit.pos.rule in _FROM_THE_ENDS
+        if counts and mask is not None and not bool(mask.all()):
+            assert isinstance(edit.pos, Where)
+            raise ValueError(
+                f"pos={edit.pos.rule!r} counts from the ends of each prompt, and the"
+                " engine does not see which tokens are padding: name positions, or run"
+                " prompts of one length together"
+            )
         if isinstance(edit.pos, Where) and not edit.positions(n_pos):
             raise ValueError(
                 f"pos={edit.pos.rule!r} is nowhere in a prompt of {n_pos} tokens, so"
@@ -525,6 +538,7 @@ def _check_intervention(model: Model, edits: Intervention, n_pos: int) -> None:
             )
 
 
+_FROM_THE_ENDS = ("last", "front", "mid", "back")
 _REPLAYABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_act", *"qkvz")
 
 
@@ -616,5 +630,5 @@ def _key(replay: Replay, interventions: Sequence[Intervention], metric: Metric) 
     for edits in [replay._edits, *interventions]:
         parts.append(len(edits))
         for e in edits:
-            parts += [(e.site, e.layer, e.pos, e.head, e.neuron, e.mode), e.value]
+            parts += [(e.layer, *_how(e)), e.value]
     return fingerprint(*parts)

@@ -159,7 +159,7 @@ def test_transformer_lens_names_in_edits():
         ({"pos": "1"}, ValueError, "unknown rule '1'"),
         ({"layer": 1.0}, TypeError, "layer"),
         ({"head": True}, TypeError, "head"),
-        ({"mode": "ADD"}, ValueError, "'set' or 'add', not 'ADD'"),
+        ({"mode": "ADD"}, ValueError, "one of 'set'.*not 'ADD'"),
         ({"site": "z.0"}, ValueError, "contradicts layer=1"),
         ({"site": "embed"}, ValueError, "no layers"),
         ({"site": 3}, TypeError, "site must be a string"),
