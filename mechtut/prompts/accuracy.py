@@ -18,6 +18,7 @@ from ..arguments import Count, Natural, Seed, checked, same_length
 from ..models.hooks import check_layer
 from ..models.loading import Model
 from ..patching.last_token import Change, run_changes
+from ..patching.results import wilson
 from mechtut.prompts.few_shot import (
     Encoded,
     Prompt,
@@ -180,10 +181,9 @@ def with_interval(table: pd.DataFrame, column: str = "top1") -> pd.DataFrame:
         [0.91]
     """
     _has(table, "n", column)
-    z, n, p = 1.96, table.n, table[column]
-    middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-    return table.assign(low=low.clip(0, 1), high=high.clip(0, 1))
+    ends = [wilson(p, n) for p, n in zip(table[column], table.n, strict=True)]
+    low, high = ([end[side] for end in ends] for side in (0, 1))
+    return table.assign(low=low, high=high)
 
 
 @checked

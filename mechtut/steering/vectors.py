@@ -191,8 +191,13 @@ def marked(model: Model, ids: Sequence[int], positions: Sequence[int]) -> str:
         if not -n <= p < n:
             raise IndexError(f"position {p} is outside a text of {n} tokens")
         found.add(p % n)
-    tokens = [readable_token(model, int(i)) for i in ids]
+    tokens = [_token(model, int(i)) for i in ids]
     return "".join(f"«{t}»" if i in found else t for i, t in enumerate(tokens))
+
+
+def _token(model: Model, token: int) -> str:
+    """A token as text; without a tokenizer its number."""
+    return readable_token(model, token) if model.tokenizer else f" {token}"
 
 # %% ../../nbs/library/steering/vectors.ipynb #c007
 @checked

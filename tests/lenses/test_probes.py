@@ -5,9 +5,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from golden_models import GOLDEN
+from golden_models import GOLDEN, read_json
 
-from mechtut.lenses.probes import Probe, ProbeScores, probe_layers
+from mechtut.lenses.probes import (
+    DirectionProbe,
+    Probe,
+    ProbeScores,
+    probe,
+    probe_layers,
+)
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -102,3 +108,146 @@ def test_states_of_very_different_sizes_are_fitted_or_told():
     (nll + weight.square().sum() / 2).backward()
     slope = max(float(weight.grad.abs().max()), float(bias.grad.abs().max()))
     assert slope <= 1e-4 or any("gradient of" in str(w.message) for w in told)
+
+
+@pytest.mark.parametrize("kind", ["task", "control"])
+def test_direction_of_scikit_learn(kind):
+    """scikit-learn 1.9.1, two classes, C = 1 (tests/golden/steering/probes)."""
+    about = read_json("steering/probes/probes.json")
+    z = np.load(GOLDEN / f"steering/probes/{kind}.npz")
+    train, test, told = about["train_rows"], about["test_rows"], about["results"][kind]
+    given = (torch.tensor(z["X"]), z["y"], range(40), False)
+    how = {"test": test, "standardise": False}
+    found = probe(*given, **how)
+    assert np.abs(found.weight.numpy() / z["coef"] - 1).max() < 1e-3
+    assert found.bias == pytest.approx(float(z["intercept"][0]), 1e-3)
+    assert found.accuracy == pytest.approx(told["logistic_test"])
+    assert found.train_accuracy == told["logistic_train"]
+    mean = probe(*given, **how, method="mean")
+    assert np.abs(mean.weight.numpy() - z["dm"]).max() < 1e-9
+    assert mean.accuracy == pytest.approx(told["mean_test"])
+    assert len(train) + len(test) == 40 and len(found.labels) == len(test)
+
+
+def test_selectivity_of_the_golden_words():
+    """Words are the types; the control labels that were dealt to them are given."""
+    about = read_json("steering/probes/probes.json")
+    task, other = (
+        np.load(GOLDEN / f"steering/probes/{kind}.npz") for kind in ("task", "control")
+    )
+    vocabulary = read_json("steering/models/tokenizer/tokenizer.json")["model"]["vocab"]
+    at = about["word_position"] - 1  # a token of its own begins the text
+    words = [text.split()[at] for text in about["texts"]]
+    control = {w: about["control_labels"][str(vocabulary[w])] for w in set(words)}
+    assert [control[w] for w in words] == other["y"].tolist()
+    with pytest.warns(UserWarning, match="2 of 12 held-out states"):
+        found = probe(
+            torch.tensor(task["X"]),
+            task["y"],
+            range(40),
+            control,
+            types=words,
+            test=about["test_rows"],
+            standardise=False,
+        )
+    told = about["results"]
+    assert float(found.control.mean()) == pytest.approx(
+        told["control"]["logistic_test"]
+    )
+    assert found.selectivity == pytest.approx(told["selectivity"])
+
+
+def _two_kinds(n: int, d: int = 6):
+    """States of two labels that differ along one axis, and noise of unlike sizes."""
+    draw = torch.Generator().manual_seed(1)
+    y = [i % 2 for i in range(n)]
+    x = torch.randn(n, d, generator=draw).double()
+    x[:, 0] += 3 * torch.tensor(y).double()
+    return x * torch.logspace(-1, 2, d).double(), y
+
+
+def test_training_statistics_only_and_weights_for_states_as_they_are():
+    """By hand: scikit-learn's objective on states divided by the spread of training."""
+    x, y = _two_kinds(40)
+    found = probe(x, y, range(40), False, test=range(30, 40))
+    mean, spread = x[:30].mean(0), x[:30].std(0, unbiased=False)
+    z, labels = (x[:30] - mean) / spread, torch.tensor(y[:30]).double()
+    w = (found.weight * spread).requires_grad_()
+    b = torch.tensor(found.bias + float(mean @ found.weight)).requires_grad_()
+    nll = torch.nn.functional.binary_cross_entropy_with_logits
+    (nll(z @ w + b, labels, reduction="sum") + w.square().sum() / 2).backward()
+    assert w.grad.abs().max() < 1e-5 and b.grad.abs() < 1e-5
+    far = x.clone()
+    far[30:] *= 1000  # what is held out does not count
+    again = probe(far, y, range(40), False, test=range(30, 40))
+    assert torch.equal(again.weight, found.weight) and again.bias == found.bias
+    assert torch.allclose(found.score(x[30:]), found.scores, rtol=1e-12)
+
+
+def test_whitened_is_fishers_direction():
+    x, y = _two_kinds(60)
+    found = probe(x, y, range(60), False, test=[0, 1], method="whitened")
+    rest, labels = x[2:].numpy(), np.array(y[2:])
+    zero, one = rest[labels == 0], rest[labels == 1]
+    inside = np.concatenate([zero - zero.mean(0), one - one.mean(0)])
+    covariance = inside.T @ inside / len(inside)
+    want = np.linalg.solve(covariance, one.mean(0) - zero.mean(0))
+    assert np.allclose(found.weight, want, 1e-6)
+    middle = (zero.mean(0) + one.mean(0)) / 2
+    assert float(found.score(torch.tensor(middle))) == pytest.approx(0, abs=1e-9)
+
+
+def test_items_are_whole_and_the_interval_counts_them():
+    x, y = _two_kinds(80)
+    groups = [f"q{i // 4}" for i in range(80)]
+    found = probe(x, y, groups, seed=3)
+    assert len(set(found.groups)) == 6 and len(found.labels) == 24
+    told = found.right.reshape(6, 4).mean(1)  # q by q, as they are in order
+    p, n = float(told.mean()), 6
+    root = 1.96 * (p * (1 - p) / n + 1.96**2 / 4 / n**2) ** 0.5
+    low = (p + 1.96**2 / 2 / n - root) / (1 + 1.96**2 / n)
+    assert found.interval[0] == pytest.approx(low)
+    assert torch.equal(probe(x, y, groups, seed=3).weight, found.weight)
+    assert set(probe(x, y, groups, seed=4).groups) != set(found.groups)
+
+
+def test_control_that_hangs_on_items_is_chance_and_on_words_is_not():
+    """Each state names its word: any labels of words are learned, none of items."""
+    words = [i % 8 for i in range(160)]
+    x = torch.eye(8)[words].double() * 5
+    y = [w % 2 for w in words]
+    by_sentence = probe(x, y, range(160), types=words)
+    assert by_sentence.accuracy == 1 and by_sentence.selectivity == 0
+    with pytest.warns(UserWarning, match="selectivity is too high"):
+        probe(x, y, words, types=words)
+    assert probe(x, y, words, control=False).selectivity is None
+
+
+def test_a_probe_is_kept_and_shown(tmp_path):
+    x, y = _two_kinds(40)
+    found = probe(x, y, range(40))
+    again = DirectionProbe.load(found.save(tmp_path))
+    assert torch.equal(again.weight, found.weight)
+    assert again.to_pandas().equals(found.to_pandas())
+    assert len(found.plot().patches) > 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": [0, 1, 2, 1]}, "a label of y must be at least 0 and at most 1, not 2"),
+        ({"y": [1, 1, 1, 1]}, "all are 1"),
+        ({"y": [0, 1]}, "equally long"),
+        ({"groups": [0, 0, 1, 2], "test": [1]}, "item 0 has states in both"),
+        ({"test": 0.0}, "holds 0 of 4 items out"),
+        ({"test": 1.0}, "holds 4 of 4 items out"),
+        ({"types": list("abc")}, "equally long"),
+        ({"control": {0: 1}}, "no label for type 1"),
+        ({"x": torch.full((4, 2), torch.nan)}, "NaN"),
+        ({"x": torch.ones(4, 2), "test": [3]}, "no direction"),
+    ],
+)
+def test_probe_refuses(change, message):
+    given = {"x": torch.eye(4)[:, :2], "y": [0, 1, 0, 1], "groups": [0, 1, 2, 3]}
+    with pytest.raises((ValueError, IndexError), match=message):
+        probe(**{**given, "control": False, **change})

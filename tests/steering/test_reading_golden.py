@@ -1,0 +1,124 @@
+"""Reading against the packages' own code: RepE's reader class, repeng, steering-vectors
+(tests/golden/steering/repe).
+"""
+
+import numpy as np
+import pytest
+import torch
+from golden_steering import apart, steering_model, steering_numbers
+
+from mechtut.models.hooks import Edit, intervene
+from mechtut.prompts.completions import complete
+from mechtut.steering.reading import reading_vectors
+
+STATES = {"f32": 2e-5, "f64": 1e-9}
+# RepE and repeng keep directions in float32 at one point or another
+DIRECTIONS = {"f32": 2e-5, "f64": 1e-6}
+LOGITS = {"f32": 1e-4, "f64": 1e-9}
+each = pytest.mark.parametrize("half", STATES)
+
+
+def _read(half, method, **how):
+    told, z = steering_numbers("repe")
+    model = steering_model("llama", half)
+    found = reading_vectors(model, told["train"], told["labels"], method, **how)
+    return told, z, model, found
+
+
+@each
+def test_shuffled_pca_of_repe(half):
+    """Their texts are in shuffled order already."""
+    told, z, _, readers = _read(half, "pca", components=2, shuffle=False)
+    sizes = z[f"{half}_explained"]
+    assert apart(readers.directions, z[f"{half}_directions"]) < DIRECTIONS[half]
+    shares = sizes[:, :2] / sizes.sum(1, keepdims=True)
+    assert apart(readers.explained, shares) < DIRECTIONS[half]
+    # what they take off states is the mean of the shuffled differences
+    assert apart(readers.centre, z[f"{half}_diff_means"]) < STATES[half]
+    assert readers.accuracy(told["test"]).tolist() == told[f"{half}_test_accuracy"]
+
+
+@each
+def test_scan_of_repe(half):
+    told, z, _, readers = _read(half, "pca", shuffle=False)
+    scan = readers.scan(told["prompt_ids"])
+    assert apart(scan.scores, z[f"{half}_lat"]) < 10 * STATES[half]
+    assert len(scan.tokens) == len(told["prompt_ids"])
+
+
+@each
+@pytest.mark.parametrize("method", ["pca_diff", "pca_center"])
+def test_recipes_of_repeng(half, method):
+    """Its top layer is behind the final norm."""
+    told, z = steering_numbers("repe")
+    how = {"layers": told["repeng_layers"], "normed_last": True}
+    *_, readers = _read(half, method, **how)
+    assert apart(readers.directions[:, 0], z[f"{half}_repeng_{method}"]) < 1e-5
+    if half == "f64":
+        assert apart(readers.directions[:, 0], z[f"{half}_repeng_{method}"]) < 1e-6
+
+
+@each
+def test_aggregators_of_steering_vectors(half):
+    _, z, _, mean = _read(half, "mean")
+    raw = mean.vector(scaled=True).values
+    assert apart(raw, z[f"{half}_sv_mean"]) < STATES[half]
+    symmetric = _read(half, "pca_symmetric")[-1].directions[:, 0]
+    assert apart(symmetric, z[f"{half}_sv_pca"]) < DIRECTIONS[half]
+
+
+@each
+def test_logistic_of_steering_vectors(half):
+    """scikit-learn stops there at its default tolerance, ours goes on."""
+    _, z, _, readers = _read(half, "logistic")
+    wanted = torch.tensor(z[f"{half}_sv_logistic"]).double()
+    found = readers.directions[:, 0].double()
+    assert (found - wanted).norm(dim=1).max() < 1e-2
+    assert ((found * wanted).sum(-1) / wanted.norm(dim=1)).min() > 1 - 2e-5
+
+
+def test_logistic_is_the_least_loss():
+    """steering-vectors' objective, by Newton's method."""
+    told, z, _, readers = _read("f64", "logistic")
+    flat = np.ravel(told["labels"]) == 1
+    for i, direction in enumerate(readers.directions[:, 0].numpy()):
+        h = z["f64_block_outputs"][:, i]
+        middle = (h[flat] + h[~flat]) / 2
+        x = np.concatenate([h[flat] - middle, h[~flat] - middle])
+        y = np.repeat([1.0, 0.0], len(middle))
+        w = np.zeros(x.shape[1])
+        for _ in range(30):
+            p = 1 / (1 + np.exp(-x @ w))
+            curvature = (x.T * (p * (1 - p))) @ x + np.eye(len(w))
+            w -= np.linalg.solve(curvature, x.T @ (p - y) + w)
+        assert np.abs(direction - w / np.linalg.norm(w)).max() < 1e-3
+
+
+@each
+def test_control_by_the_first_direction(half):
+    """RepE adds 3 times the signed direction at blocks 1, 2 and 3, everywhere."""
+    told, z, model, readers = _read(half, "pca", shuffle=False)
+    vector = told["coeff"] * readers.vector(layers=told["layers"])
+    edits = [Edit("resid_post", i, vector.at(i), mode="add") for i in vector.layers]
+    with intervene(model, edits):
+        logits = model.logits([told["prompt_ids"]])[0]
+    assert apart(logits, z[f"{half}_control_linear_comb"]) < 10 * LOGITS[half]
+
+
+@each
+def test_control_of_repeng(half):
+    """Its vectors at three blocks, which do not touch the normalised top layer."""
+    told, z = steering_numbers("repe")
+    how = {"layers": told["repeng_control_layers"]}
+    *_, model, readers = _read(half, "pca_diff", **how)
+    vector = told["coeff"] * readers.vector()
+    edits = [
+        Edit("resid_post", i, vector.at(i), mode="add", pos="text")
+        for i in vector.layers
+    ]
+    with intervene(model, edits):
+        logits = model.logits([told["prompt_ids"]])[0]
+        written = complete(model, (told["prompt_ids"], 0), 10)
+    # its directions were float32 when they were added
+    assert apart(logits, z[f"{half}_repeng_logits"]) < 1e-4
+    assert written == told[f"{half}_repeng_greedy10"]
