@@ -340,6 +340,35 @@ def lenses() -> None:
     d.save()
 
 
+def steering() -> None:
+    """The difference of two sentences' states is added to the states of a third."""
+    d = Drawing("steering", 250)
+    rows = ((60, "The film was wonderful.", GIVEN), (130, "The film was terrible.", LOST))
+    for y, words, colour in rows:
+        d.text(20, y + 5, words, size=14, anchor="start")
+        d.line(196, y, 226, y, width=2, arrow=True)
+        d.dot(240, y, colour, 11)
+    d.line(240, 116, 240, 74, colour=NEW, width=3, arrow=True)
+    d.text(258, 100, "the steering vector", size=14, anchor="start", weight="600")
+    d.text(20, 215, "The hotel was", size=14, anchor="start")
+    for i in range(3):
+        x = 186 + 86 * i
+        d.line(x - 52 if i else x - 66, 210, x - 12, 210, width=2, arrow=True)
+        d.dot(x, 210, LOST if i < 2 else KNOWN, 11)
+    d.line(300, 112, 352, 194, colour=NEW, width=3, bend=-10, arrow=True)
+    d.text(344, 150, "times c, added", size=14, anchor="start")
+    d.text(272, 242, "block by block", size=12)
+    for y, words, c, colour in (
+        (180, "a dream come true", "c = 1", GIVEN),
+        (240, "a nightmare", "c = −1", LOST),
+    ):
+        d.line(372, 210, 448, y, width=2, bend=0, arrow=True)
+        d.dot(462, y, colour, 8)
+        d.text(480, y + 5, words, size=14, anchor="start", weight="600")
+        d.text(640, y + 5, c, size=13, anchor="start")
+    d.save()
+
+
 ALL = (
     activation_patching,
     causal_tracing,
@@ -349,6 +378,7 @@ ALL = (
     neuron_explanation,
     patchscopes,
     lenses,
+    steering,
 )
 
 if __name__ == "__main__":
