@@ -343,7 +343,10 @@ def lenses() -> None:
 def steering() -> None:
     """The difference of two sentences' states is added to the states of a third."""
     d = Drawing("steering", 250)
-    rows = ((60, "The film was wonderful.", GIVEN), (130, "The film was terrible.", LOST))
+    rows = (
+        (60, "The film was wonderful.", GIVEN),
+        (130, "The film was terrible.", LOST),
+    )
     for y, words, colour in rows:
         d.text(20, y + 5, words, size=14, anchor="start")
         d.line(196, y, 226, y, width=2, arrow=True)
