@@ -183,9 +183,7 @@ def _among_many(
     intercept: bool,
 ) -> tuple[Float[Tensor, "label d"], Float[Tensor, "label"]]:
     """A row of weights and a bias for each class: L-BFGS from 0."""
-    weight = torch.zeros(
-        n_classes, inside.shape[1], dtype=inside.dtype, requires_grad=True
-    )
+    weight = torch.zeros(n_classes, inside.shape[1], dtype=inside.dtype, requires_grad=True)
     bias = torch.zeros(n_classes, dtype=inside.dtype, requires_grad=intercept)
     free = [weight, bias] if intercept else [weight]
     search = torch.optim.LBFGS(

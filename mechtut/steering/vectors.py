@@ -8,7 +8,7 @@ __all__ = ['Pairs', 'SteeringVector', 'marked', 'act_add', 'mean_difference', 'p
 # %% ../../nbs/library/steering/vectors.ipynb #c002
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -50,8 +50,8 @@ class SteeringVector(Result):
 
     def __post_init__(self) -> None:
         places = self.layers if self.positions is None else self.positions
-        rows: tuple[int, ...] = places
-        same_length(**{"rows of values": self.values, "their places": rows})
+        lists: dict[str, Any] = {"rows of values": self.values, "their places": places}
+        same_length(**lists)
         if self.positions is not None and len(self.layers) != 1:
             raise ValueError(
                 f"rows that are positions belong to one layer, not to {self.layers}"
