@@ -85,13 +85,14 @@ class HeadDirections(Result):
             where: The positions, as of `Edit`: by default the prompt's last token and
                 all that is written after it, as the authors generate; `Where("from",
                 n)` is every token of an answer that begins at position n, as they
-                score answers; `"text"` is every token.
+                score answers; `"all"` is every token but padding.
 
         Returns:
             An edit for each head.
         """
+        pos = "text" if isinstance(where, str) and where == "all" else where
         return [
-            Edit("z", layer, value, pos=where, head=head, mode="add")
+            Edit("z", layer, value, pos=pos, head=head, mode="add")
             for (layer, head), value in zip(self.heads, self.displacement, strict=True)
         ]
 
