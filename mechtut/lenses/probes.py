@@ -183,8 +183,8 @@ def _among_many(
     intercept: bool,
 ) -> tuple[Float[Tensor, "label d"], Float[Tensor, "label"]]:
     """A row of weights and a bias for each class: L-BFGS from 0."""
-    weight = torch.zeros(n_classes, inside.shape[1], dtype=inside.dtype, requires_grad=True)
-    bias = torch.zeros(n_classes, dtype=inside.dtype, requires_grad=intercept)
+    weight = inside.new_zeros(n_classes, inside.shape[1], requires_grad=True)
+    bias = inside.new_zeros(n_classes, requires_grad=intercept)
     free = [weight, bias] if intercept else [weight]
     search = torch.optim.LBFGS(
         free,
@@ -217,8 +217,8 @@ def _among_many(
 
 def _warn_of(slope: float, tolerance: float) -> None:
     warn(
-        f"the fit ended at a gradient of {slope:.1g}, not {tolerance}: are the states of"
-        " very different sizes? divide them by their spread"
+        f"the fit ended at a gradient of {slope:.1g}, not {tolerance}: are the"
+        " states of very different sizes? divide them by their spread"
     )
 
 # %% ../../nbs/library/lenses/probes.ipynb #c007
