@@ -548,8 +548,8 @@ def probe(
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(10, 1)
         >>> found = probe(x, [1, 0] * 10, list(range(20)), control=False)
-        >>> found.accuracy, found.majority, len(found.labels)
-        (1.0, 0.5, 6)
+        >>> found.accuracy, len(found.labels)
+        (1.0, 6)
     """
     same_length(x=x, y=y, groups=groups, types=groups if types is None else types)
     for label in y:

@@ -57,8 +57,8 @@ class HeadDirections(Result):
         ... )
         >>> found.displacement
         tensor([[6., 8.]])
-        >>> found.edits()[0].pos
-        Where(rule='last', start=0)
+        >>> found.edits()[0].pos.rule
+        'last'
     """
 
     heads: tuple[tuple[int, int], ...]
