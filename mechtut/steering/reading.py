@@ -561,8 +561,9 @@ def _directions(
         rank = int((sizes > 1e-6 * size).sum())
         if rank < k:
             raise ValueError(
-                f"{method!r} finds {rank} of {k} directions in {len(pairs.one)} pairs at"
-                f" layer {layer}: give more pairs, fewer components, or method='mean'"
+                f"{method!r} finds {rank} of {k} directions in {len(pairs.one)} pairs"
+                f" at layer {layer}: give more pairs, fewer components, or"
+                " method='mean'"
             )
         found = found[:k]
         most = found.abs().argmax(1, keepdim=True)

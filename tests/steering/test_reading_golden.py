@@ -2,13 +2,16 @@
 (tests/golden/steering/repe).
 """
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
 from golden_steering import apart, steering_model, steering_numbers
 
-from mechtut.models.hooks import Edit, intervene
+from mechtut.models.hooks import Where
 from mechtut.prompts.completions import complete
+from mechtut.steering.acting import steer
 from mechtut.steering.reading import reading_vectors
 
 STATES = {"f32": 2e-5, "f64": 1e-9}
@@ -95,14 +98,20 @@ def test_logistic_is_the_least_loss():
 
 
 @each
-def test_control_by_the_first_direction(half):
-    """RepE adds 3 times the signed direction at blocks 1, 2 and 3, everywhere."""
+def test_control_of_repe(half):
+    """3 times the signed direction at blocks 1, 2 and 3, everywhere; along the side on
+    which each state lies; and at one block and token, where the length is kept.
+    """
     told, z, model, readers = _read(half, "pca", shuffle=False)
-    vector = told["coeff"] * readers.vector(layers=told["layers"])
-    edits = [Edit("resid_post", i, vector.at(i), mode="add") for i in vector.layers]
-    with intervene(model, edits):
-        logits = model.logits([told["prompt_ids"]])[0]
-    assert apart(logits, z[f"{half}_control_linear_comb"]) < 10 * LOGITS[half]
+    vector, limit = readers.vector(layers=told["layers"]), LOGITS[half]
+    for name, how in (
+        ("linear_comb", {}),
+        ("piecewise_linear", {"mode": "piecewise"}),
+        ("last_normalised", {"layers": [2], "where": -1, "keep_norm": True}),
+    ):
+        with steer(model, vector, coefficient=told["coeff"], **how):
+            logits = model.logits([told["prompt_ids"]])[0]
+        assert apart(logits, z[f"{half}_control_{name}"]) < limit, name
 
 
 @each
@@ -112,13 +121,30 @@ def test_control_of_repeng(half):
     how = {"layers": told["repeng_control_layers"]}
     *_, model, readers = _read(half, "pca_diff", **how)
     vector = told["coeff"] * readers.vector()
-    edits = [
-        Edit("resid_post", i, vector.at(i), mode="add", pos="text")
-        for i in vector.layers
-    ]
-    with intervene(model, edits):
+    with steer(model, vector):
         logits = model.logits([told["prompt_ids"]])[0]
         written = complete(model, (told["prompt_ids"], 0), 10)
+    with steer(model, vector, keep_norm=True):
+        normalised = model.logits([told["prompt_ids"]])[0]
     # its directions were float32 when they were added
     assert apart(logits, z[f"{half}_repeng_logits"]) < 1e-4
+    assert apart(normalised, z[f"{half}_repeng_logits_normalised"]) < 1e-4
     assert written == told[f"{half}_repeng_greedy10"]
+
+
+@each
+def test_operators_of_steering_vectors(half):
+    """The mean at all blocks from position 4 on: added, removed, removed and added."""
+    told, z, model, readers = _read(half, "mean")
+    vector, where = readers.vector(scaled=True), Where("from", 4)
+    for name, modes in (
+        ("add", ["add"]),
+        ("ablate", ["ablate"]),
+        ("ablate_add", ["ablate", "add"]),
+    ):
+        with ExitStack() as stack:
+            for mode in modes:
+                how = {"coefficient": 1.5, "where": where, "mode": mode}
+                stack.enter_context(steer(model, vector, **how))
+            logits = model.logits([told["prompt_ids"]])[0]
+        assert apart(logits, z[f"{half}_sv_logits_{name}"]) < LOGITS[half], name
