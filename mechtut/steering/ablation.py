@@ -89,7 +89,7 @@ def ablation_direction(
     positions: Sequence[int] = (-1,),
     layers: Sequence[int] | None = None,
 ) -> AblationDirections:
-    """Candidates for a direction that makes the difference between two kinds of prompts.
+    """Candidates for a direction that tells two kinds of prompts apart.
 
     Args:
         model: The model.
@@ -241,7 +241,7 @@ def select_direction(
     least_added: AnyFloat = 0.0,
     layer_share: Share = 0.8,
 ) -> Selection:
-    """Choose the candidate that the behaviour hangs on (Arditi et al. 2024, appendix C).
+    """Choose the candidate that a behaviour hangs on (Arditi et al. 2024, app. C).
 
     Args:
         model: The model.
@@ -349,7 +349,8 @@ def orthogonalise(
         >>> model = load_model("mini", device="cpu")
         >>> d = torch.eye(192)[3]
         >>> changed = orthogonalise(model, d)
-        >>> float(capture(changed, "Paris is", "resid_post.7")["resid_post.7"][..., 3].abs().max())
+        >>> last = capture(changed, "Paris is", "resid_post.7")["resid_post.7"]
+        >>> float(last[..., 3].abs().max())
         0.0
     """
     rows = (
@@ -359,8 +360,8 @@ def orthogonalise(
         raise ValueError(f"one direction is removed, and this vector has {len(rows)}")
     if rows.shape[-1] != model.d_model:
         raise ValueError(
-            f"the direction has {rows.shape[-1]} numbers, and {model.name} has states of"
-            f" {model.d_model}"
+            f"the direction has {rows.shape[-1]} numbers, and {model.name} has states"
+            f" of {model.d_model}"
         )
     length = rows[0].double().norm()
     if not bool(length > 0):

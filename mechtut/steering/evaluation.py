@@ -223,7 +223,7 @@ class SteeringReport(Result):
         baseline_mass: The masses without steering.
         nll: Change of the mean negative log-likelihood of each held text, in nats a
             token, steered everywhere.
-        kl: Mean KL divergence of the plain from the steered prediction, in nats a token.
+        kl: Mean KL divergence of plain from steered predictions, in nats a token.
         solved: Share of the other task's prompts whose answer is likeliest; NaN without
             a task.
         solved_plain: The same without steering.
@@ -291,8 +291,7 @@ class SteeringReport(Result):
         return pd.DataFrame(rows)
 
     def pareto(self) -> pd.DataFrame:
-        """Effect against price, where no other coefficient of the vector gives more for
-        less.
+        """The coefficients of which no other one gives more effect for less price.
 
         Returns:
             The rows of the vector that are not beaten, by price.
@@ -369,7 +368,7 @@ def evaluate_steering(
     seed: Seed = 0,
     progress: bool | None = None,
 ) -> SteeringReport:
-    """Measure a vector on prompts that it has not seen, beside controls, with its price.
+    """Measure a vector on prompts it has not seen, beside controls, with its price.
 
     Args:
         model: The model.

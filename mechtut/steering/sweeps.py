@@ -138,8 +138,7 @@ class Sweep(Result):
         return table
 
     def summary(self) -> pd.DataFrame:
-        """One row per layer and coefficient: the mean effect with its interval, and
-        what random directions do.
+        """One row per layer and coefficient: effect, interval, and random directions.
 
         Returns:
             `effect` and `half_width` (95 %, over prompts), mean and spread of the

@@ -2,16 +2,13 @@
 that was checked against it.
 """
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from golden_models import GOLDEN
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from golden_steering import TYPES, apart
+from golden_steering import steering_model as model_of
+from golden_steering import steering_numbers as golden
 
 from mechtut.models.hooks import Where
-from mechtut.models.loading import load_model
 from mechtut.prompts.completions import complete
 from mechtut.steering.ablation import (
     ablation_direction,
@@ -23,34 +20,10 @@ from mechtut.steering.acting import next_logits, steer, steering_edits
 from mechtut.steering.evaluation import steerability
 from mechtut.steering.vectors import act_add, equal_norms, mean_difference
 
-FOLDER = GOLDEN / "steering"
-TYPES = {"f32": torch.float32, "f64": torch.float64}
 LOGITS = {"f32": 1e-4, "f64": 1e-9}
 VECTORS = {"f32": 2e-5, "f64": 1e-9}
 each = pytest.mark.parametrize("half", TYPES)
 kinds = pytest.mark.parametrize("kind", ["gpt2", "llama"])
-
-
-def model_of(kind, half):
-    folder = FOLDER / "models"
-    hf = AutoModelForCausalLM.from_pretrained(
-        folder / kind, attn_implementation="eager"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return load_model(hf.to(TYPES[half]), tokenizer)
-
-
-def golden(topic, kind):
-    numbers = np.load(FOLDER / topic / f"{kind}.npz")
-    return json.loads((FOLDER / topic / f"{kind}.json").read_text()), numbers
-
-
-def apart(found, wanted):
-    found = (
-        found.detach().double().numpy() if isinstance(found, torch.Tensor) else found
-    )
-    assert np.shape(found) == wanted.shape
-    return float(np.abs(np.asarray(found, dtype=float) - wanted).max())
 
 
 @kinds
