@@ -57,6 +57,15 @@ _WHERE = {
     "logit_lens": "lenses.trajectory",
     "refine": "circuits.refining",
     "RefinedCircuit": "circuits.refining",
+    "SteeringVector": "steering.vectors",
+    "act_add": "steering.vectors",
+    "mean_difference": "steering.vectors",
+    "reading_vectors": "steering.reading",
+    "head_directions": "steering.heads",
+    "steer": "steering.acting",
+    "ablation_direction": "steering.ablation",
+    "orthogonalise": "steering.ablation",
+    "evaluate_steering": "steering.evaluation",
     "collect": "neurons.collect",
     "NeuronRecords": "neurons.records",
     "explore_heads": "viz.interactive",
@@ -241,6 +250,27 @@ if TYPE_CHECKING:  # what type checkers and editors read
     )
     from mechtut.prompts.subject_noise import (
         Noise as Noise,
+    )
+    from mechtut.steering.ablation import (
+        ablation_direction as ablation_direction,
+        orthogonalise as orthogonalise,
+    )
+    from mechtut.steering.acting import (
+        steer as steer,
+    )
+    from mechtut.steering.evaluation import (
+        evaluate_steering as evaluate_steering,
+    )
+    from mechtut.steering.heads import (
+        head_directions as head_directions,
+    )
+    from mechtut.steering.reading import (
+        reading_vectors as reading_vectors,
+    )
+    from mechtut.steering.vectors import (
+        SteeringVector as SteeringVector,
+        act_add as act_add,
+        mean_difference as mean_difference,
     )
     from mechtut.viz.interactive import (
         explore_heads as explore_heads,

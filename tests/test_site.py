@@ -44,7 +44,7 @@ def test_front_page_says_what_this_is_within_one_screen(visit):
     assert box["y"] + box["height"] < 900, "the figure ends below the first screen"
     paths = page.locator(".paths .sd-card")
     assert paths.count() == 2 and paths.first.bounding_box()["y"] < 900
-    assert page.locator(".sd-card").count() == 8
+    assert page.locator(".sd-card").count() == 10
 
 
 @pytest.mark.parametrize("path", NOTEBOOK_PAGES + OTHER_PAGES)
@@ -118,6 +118,6 @@ def test_chart_leads_to_the_methods(visit):
     links = page.eval_on_selector_all(
         ".choose a", "all => all.map(a => a.getAttribute('href'))"
     )
-    assert len(links) == 15 and all(x.endswith(".html") for x in links)
+    assert len(links) == 19 and all(x.endswith(".html") for x in links)
     page.locator(".choose a").first.click()
     page.wait_for_url("**/models/hooks.html")

@@ -28,6 +28,7 @@ from ..patching.results import Result, provenance
 from .acting import SteeringMode, steering_edits
 from mechtut.steering.sweeps import (
     Metric,
+    Prompts,
     ReadOdds,
     random_like,
     refuse_training_texts,
@@ -194,7 +195,7 @@ def shuffled_labels(
         The control, of the vector's layers and lengths.
 
     Raises:
-        ValueError: For fewer than two pairs.
+        ValueError: For fewer than two pairs, or differences that cancel.
     """
     if len(pairs) < 2:
         raise ValueError(f"{len(pairs)} pair cannot be shuffled; two or more can")
@@ -204,6 +205,11 @@ def shuffled_labels(
     signs[list(swapped)] = -1
     difference = states[:, 0] - states[:, 1]
     mixed = (signs.to(states.device)[:, None, None] * difference).mean(0)
+    if not bool((mixed.norm(dim=-1) > 0).all()):
+        raise ValueError(
+            "the pairs' differences are all the same, and cancel when half are swapped:"
+            " there is nothing left to make a control of"
+        )
     scale = vector.norms.to(mixed) / mixed.norm(dim=-1)
     return replace(vector, values=(mixed * scale[:, None]).to(vector.values))
 
@@ -353,10 +359,10 @@ class SteeringReport(Result):
 def evaluate_steering(
     model: Model,
     vector: SteeringVector,
-    prompts: Sequence[str],
+    prompts: Prompts,
     metric: Metric,
     layer: int,
-    texts: Sequence[str],
+    texts: Prompts,
     *,
     coefficients: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
     where: Any = "all",
@@ -409,7 +415,7 @@ def evaluate_steering(
         >>> report.names
         ('vector', 'random 1', 'random 2')
     """
-    refuse_training_texts(vector, [*prompts, *texts])
+    refuse_training_texts(model, vector, [*prompts, *texts])
     mine = vector.of([layer])
     randoms = random_like(mine, controls, seed)
     directions = {"vector": mine}
@@ -458,7 +464,7 @@ def evaluate_steering(
 def price_of_edits(
     model: Model,
     interventions: Sequence[Sequence[Edit]],
-    texts: Sequence[str],
+    texts: Prompts,
     *,
     progress: bool | None = None,
 ) -> Float[Tensor, "intervention text 2"]:

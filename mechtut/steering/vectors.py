@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -373,7 +373,7 @@ def paired_states(
 def relative_strength(
     model: Model,
     vector: SteeringVector,
-    texts: Sequence[str] | Int[Tensor, "text pos"],
+    texts: Sequence[str | Sequence[int]],
     *,
     skip_first: Natural = 1,
 ) -> Float[Tensor, "row"]:
@@ -403,7 +403,8 @@ def relative_strength(
     layers = [layer - first for layer in vector.layers]
     total, count = torch.zeros(len(layers), dtype=torch.float64), 0
     for text in texts:
-        states = read_states(model, Source(text, pos=None), layers)[0, :, skip_first:]
+        place = Source(model.to_tokens(text).tolist(), pos=None)
+        states = read_states(model, place, layers)[0, :, skip_first:]
         total += states.double().norm(dim=-1).sum(1).cpu()
         count += states.shape[1]
     if not count:
