@@ -43,9 +43,10 @@ MAY_IMPORT = {
     "circuits": {"models", "patching", "viz"},
     "lenses": {"models", "patching", "viz"},
     "neurons": {"models", "patching", "viz"},
+    "grokking": {"models", "patching", "viz"},
     "papers": {
         *("models", "patching", "mini", "prompts", "editing", "circuits", "lenses"),
-        *("neurons", "viz"),
+        *("neurons", "grokking", "viz"),
     },
 }
 MAY_IMPORT["experiments"] = {*MAY_IMPORT, "papers"}
