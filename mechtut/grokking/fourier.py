@@ -334,7 +334,7 @@ class Frequencies(Result):
             1, 4, figsize=(10, 2.2), layout="constrained", sharey=True
         )
         for ax, name in zip(axes, READINGS, strict=True):
-            ax.bar(range(1, self.p // 2 + 1), getattr(self, name))
+            ax.bar(range(1, self.p // 2 + 1), getattr(self, name).tolist())
             ax.set(title=name.replace("_", " "), xlabel="frequency")
             layer_ticks(ax)
         axes[0].set_ylabel("share")

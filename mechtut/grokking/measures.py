@@ -396,7 +396,7 @@ def progress(run: Run, keys: Keys | None = None) -> Progress:
         )
     split, rows = run.settings().split(), []
     every = range(1, run.settings().p // 2 + 1)
-    for step in run.at.tolist():
+    for step, row in zip(run.at.tolist(), run.weights, strict=True):
         network = run.network(step)
         logits = network.all_logits()
         tables = network.W_E.detach().T[:-1], network.W_U.detach().T[:-1]
@@ -408,7 +408,7 @@ def progress(run: Run, keys: Keys | None = None) -> Progress:
                 "restricted": restricted_loss(logits, keys),
                 "excluded": excluded_loss(logits, keys, split.train),
                 "excluded_each": excluded_loss(logits, every, split.train, each=True),
-                "squares": sum(float(w.square().sum()) for w in network.parameters()),
+                "squares": float(row.double().square().sum()),
                 "gini_embedding": gini(waves[0]),
                 "gini_unembedding": gini(waves[1]),
                 "neurons": trig_fraction(mlp_activity(network), keys),
