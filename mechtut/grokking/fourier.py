@@ -299,9 +299,9 @@ class Frequencies(Result):
     Attributes:
         p: The modulus.
         neurons: Of the neurons in a cluster.
-        embedding: Of the squared norm of the embedding's waves.
-        neuron_logit_map: Of the squared norm of the map's waves.
-        logits: Of the squared coefficients of cos k(a + b − c).
+        embedding: Of the norms of the embedding's waves.
+        neuron_logit_map: Of the norms of the map's waves.
+        logits: Of the sizes of the coefficients of cos k(a + b − c).
     """
 
     p: int
@@ -363,10 +363,12 @@ def frequencies(model: ModularAddition, *, fve: Share = 0.85) -> Frequencies:
     members = found.frequency[found.fve >= fve]
     counts = torch.bincount(members, minlength=n + 1)[1:].double()
     tables = (model.W_E.T[:-1], neuron_logit_map(model))
-    powers = [component_norms(t)[1:].square() for t in tables]
-    by_k = [rearrange(x, "(k kind) -> kind k", kind=2).sum(0) for x in powers]
-    squares = [*by_k, logit_coefficients(model.all_logits()).coefficient.square()]
-    embedding, weights, logits = (x / x.sum() for x in squares)
+    waves = [
+        rearrange(component_norms(t)[1:], "(k kind) -> kind k", kind=2) for t in tables
+    ]
+    sizes = [x.norm(dim=0) for x in waves]
+    sizes.append(logit_coefficients(model.all_logits()).coefficient.abs())
+    embedding, weights, logits = (x / x.sum() for x in sizes)
     return Frequencies(
         p=model.p,
         neurons=counts / counts.sum().clamp(min=1),

@@ -114,7 +114,7 @@ class GrokkingRecipe:
         )
 
 
-SMALL = GrokkingRecipe(p=31, d_model=32, d_mlp=96, share=0.6, lr=3e-3)
+SMALL = GrokkingRecipe(p=31, d_model=64, d_mlp=128, share=0.6, lr=3e-3)
 
 # %% ../../nbs/library/grokking/training.ipynb #c008
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -230,6 +230,11 @@ def put_weights(network: ModularAddition, row: Float[Tensor, "parameter"]) -> No
     for own, part in zip(network.parameters(), row.split(sizes), strict=True):
         own.copy_(part.view_as(own))
 
+
+def _row(network: ModularAddition) -> Float[Tensor, "parameter"]:
+    """All weights, one after the other."""
+    return torch.cat([w.detach().flatten() for w in network.parameters()]).cpu()
+
 # %% ../../nbs/library/grokking/training.ipynb #c009
 class _Training:
     """A network on its way, and all that is needed to go on."""
@@ -274,13 +279,21 @@ class _Training:
         squares = sum(float(w.double().square().sum()) for w in self.weights)
         self.log.append([*row, squares])
 
+    @property
+    def measured(self) -> set[int]:
+        """Steps that are in the log: the last one, if any."""
+        return {int(row[0]) for row in self.log[-1:]}
+
     def row(self) -> Float[Tensor, "parameter"]:
         """All weights."""
-        return torch.cat([w.detach().flatten() for w in self.weights]).cpu()
+        return _row(self.network)
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` takes."""
-        held = {"weights": self.row(), "log": torch.tensor(self.log).double()}
+        held = {
+            "weights": self.row(),
+            "log": torch.tensor(self.log, dtype=torch.float64),
+        }
         for name in ("exp_avg", "exp_avg_sq"):
             moments = [self.optimiser.state[w].get(name) for w in self.weights]
             if self.step:
@@ -302,7 +315,7 @@ class _Training:
 
     def run(self, rows: dict[int, Tensor]) -> Run:
         """What is there so far."""
-        step, *measured = torch.tensor(self.log).double().T
+        step, *measured = torch.tensor(self.log, dtype=torch.float64).T
         loss, test_loss, accuracy, test_accuracy, squares = measured
         return Run(
             recipe=asdict(self.recipe),
@@ -404,9 +417,7 @@ def _train(
     with tqdm(total=steps, mininterval=0.5, unit="step", **begin) as bar:
         while True:
             step = training.step
-            if step % _LOG_EVERY == 0 and not (
-                training.log and _last(training) == step
-            ):
+            if step % _LOG_EVERY == 0 and step not in training.measured:
                 training.measure()
                 _, loss, test_loss, *_ = training.log[-1]
                 bar.set_postfix_str(f"loss {loss:.1e}, test {test_loss:.1e}", False)
@@ -425,10 +436,6 @@ def _train(
             bar.update()
 
 
-def _last(training: _Training) -> int:
-    return int(training.log[-1][0])
-
-
 def _snapshot(store: Store, step: int) -> Float[Tensor, "parameter"]:
     """A snapshot that the state says is there."""
     piece = f"step-{step:06d}"
@@ -440,14 +447,14 @@ def _snapshot(store: Store, step: int) -> Float[Tensor, "parameter"]:
 # %% ../../nbs/library/grokking/training.ipynb #c013
 @checked
 def write_small(
-    run: Run, file: str | Path, steps: Annotated[Sequence[Natural], NOT_EMPTY]
+    run: Run, file: str | Path, steps: Annotated[Sequence[Count], NOT_EMPTY]
 ) -> None:
-    """Write a run with half the bytes, or fewer.
+    """Write a run with a quarter of the bytes: eight bits a weight.
 
     Args:
         run: The run.
         file: The file.
-        steps: Which snapshots are kept.
+        steps: Which snapshots are kept, beside that of step 0.
 
     Raises:
         ValueError: If there is no snapshot of a step.
@@ -455,18 +462,22 @@ def write_small(
     at = run.at.tolist()
     if missing := sorted(set(steps) - set(at)):
         raise ValueError(f"there is no snapshot of step {missing[0]}")
-    first, *rest = (run.weights[at.index(step)].float() for step in steps)
-    known, changes = first.clone(), []
-    for row in rest:  # from what a reader knows: errors do not add up
-        changes.append((row - known).half())
-        known += changes[-1].float()
+    network = run.settings().network()
+    sizes = [w.numel() for w in network.parameters()]
+    known = _row(network)
+    changes, scales = [], []
+    for step in steps:
+        parts = (run.weights[at.index(step)].float() - known).split(sizes)
+        scale = torch.stack([part.abs().max().clamp(min=1e-12) for part in parts]) / 127
+        whole = [(part / s).round() for part, s in zip(parts, scale, strict=True)]
+        changes.append(torch.cat(whole).to(torch.int8))
+        scales.append(scale)
+        known = known + _change(changes[-1], scale, sizes)
     kept = run.steps <= max(steps)
     log = {name: getattr(run, name)[kept].float() for name in _LOGGED}
-    tensors = {"steps": run.steps[kept].int(), **log, "at": torch.tensor(steps).int()}
-    if changes:
-        tensors["changes"] = torch.stack(changes)
-    told = {name: repr(value) for name, value in run.recipe.items()}
-    write_tensors(file, {**tensors, "first": first}, told)
+    tensors = {"steps": run.steps[kept].int(), "at": torch.tensor(steps).int(), **log}
+    tensors |= {"changes": torch.stack(changes), "scales": torch.stack(scales)}
+    write_tensors(file, tensors, {k: repr(value) for k, value in run.recipe.items()})
 
 
 @checked
@@ -487,20 +498,27 @@ def read_small(file: str | Path) -> Run:
     try:
         kinds = {k: type(v) for k, v in asdict(GrokkingRecipe()).items()}
         recipe = GrokkingRecipe(**{k: kinds[k](v) for k, v in told.items()})
-        rows = [tensors["first"]]
-        for change in tensors.get("changes", ()):
-            rows.append(rows[-1] + change.float())
-        log = {name: tensors[name].double() for name in _LOGGED}
+        network = recipe.network()
+        sizes, rows = [w.numel() for w in network.parameters()], [_row(network)]
+        for change, scale in zip(tensors["changes"], tensors["scales"], strict=True):
+            rows.append(rows[-1] + _change(change, scale, sizes))
         return Run(
             recipe=asdict(recipe),
             steps=tensors["steps"].long(),
-            at=tensors["at"].long(),
+            at=torch.cat([torch.zeros(1), tensors["at"]]).long(),
             weights=torch.stack(rows),
             provenance={"model": f"p = {recipe.p}, seed {recipe.seed}"},
-            **log,
+            **{name: tensors[name].double() for name in _LOGGED},
         )
     except KeyError as error:
         raise damaged(Path(file), f"has no {error}") from None
+
+
+def _change(
+    change: Int[Tensor, "parameter"], scale: Float[Tensor, "matrix"], sizes: list[int]
+) -> Float[Tensor, "parameter"]:
+    """Eight bits and a scale for each matrix, as numbers."""
+    return change.float() * scale.repeat_interleave(torch.tensor(sizes))
 
 
 _LOGGED = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "squares")

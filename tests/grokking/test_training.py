@@ -57,7 +57,8 @@ def test_a_plain_loop_trains_the_same_weights():
     for step in range(26):
         logits = whole_sequence(weights, ids)
         if step % 10 == 0:
-            losses.append(float(F.cross_entropy(logits[test].double(), answers[test])))
+            loss = F.cross_entropy(logits[test].double(), answers[test])
+            losses.append(loss.item())
         if step < 25:
             loss = F.cross_entropy(logits[train].double(), answers[train])
             adam.zero_grad()
@@ -103,13 +104,17 @@ def test_interrupted_at_a_random_moment(tmp_path):
 
 
 def test_it_stops_at_a_loss_and_shows_itself():
+    whole = train_modular(TINY, steps=100, snapshot_every=10, **QUIET)
+    until = float(whole.test_loss.min()) + 1e-9
+    end = int(whole.steps[whole.test_loss.argmin()])
+    assert 0 < end < 100
     seen = []
     run = train_modular(
-        TINY, steps=500, snapshot_every=10, until=1.9, watch=seen.append, **QUIET
+        TINY, steps=100, snapshot_every=10, until=until, watch=seen.append, **QUIET
     )
-    assert int(run.steps[-1]) < 500 and float(run.test_loss[-1]) < 1.9
-    assert (run.test_loss[:-1] >= 1.9).all()
-    assert [int(r.at[-1]) for r in seen] == list(range(0, int(run.steps[-1]) + 1, 10))
+    assert int(run.steps[-1]) == int(run.at[-1]) == end
+    assert torch.equal(run.weights, whole.weights[: end // 10 + 1])
+    assert [int(r.at[-1]) for r in seen] == list(range(0, end + 1, 10))
 
 
 def test_damage_is_told(tmp_path):
@@ -149,16 +154,16 @@ def test_a_run_is_saved_and_read(tmp_path):
         put_weights(ModularAddition(9), run.weights[0])
 
 
-def test_half_the_bytes(tmp_path):
-    """Errors do not add up, however many snapshots there are."""
+def test_a_quarter_of_the_bytes(tmp_path):
+    """Eight bits a weight: errors do not add up, however many snapshots there are."""
     run = train_modular(TINY, steps=200, snapshot_every=5, **QUIET)
-    write_small(run, tmp_path / "a.safetensors", run.at.tolist())
+    write_small(run, tmp_path / "a.safetensors", run.at[1:].tolist())
     again = read_small(tmp_path / "a.safetensors")
     assert again.settings() == TINY and torch.equal(again.at, run.at)
     largest = (run.weights[1:] - run.weights[:-1]).abs().max()
-    assert gap(again.weights, run.weights) < float(largest) / 1000
+    assert gap(again.weights, run.weights) < float(largest) / 250
     assert gap(again.test_loss, run.test_loss) < 1e-5
-    write_small(run, tmp_path / "b.safetensors", [0, 50])
+    write_small(run, tmp_path / "b.safetensors", [50])
     assert read_small(tmp_path / "b.safetensors").steps.tolist() == [
         0,
         10,
@@ -168,7 +173,7 @@ def test_half_the_bytes(tmp_path):
         50,
     ]
     with pytest.raises(ValueError, match="no snapshot of step 7"):
-        write_small(run, tmp_path / "c.safetensors", [0, 7])
+        write_small(run, tmp_path / "c.safetensors", [7])
     raw = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(raw[:-1] + b"\x7f")
     with pytest.raises(ValueError, match="does not match its checksum"):
