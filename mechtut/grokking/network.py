@@ -114,23 +114,23 @@ class ModularAddition(nn.Module):
             p + 1 numbers a row; the last is that of "=".
         """
         x = self.embed(F.embedding(ids, self.W_E.T) + self.W_pos)
-        read = rearrange(
-            torch.stack([self.W_K, self.W_V]), "kv head d_head d -> (kv head d_head) d"
-        )
         n_heads, d_head, _ = self.W_Q.shape
-        split = "batch pos (kv head d_head) -> kv batch head pos d_head"
-        k, v = rearrange(F.linear(x, read), split, kv=2, head=n_heads)
-        last = x[:, -1:]
-        q = F.linear(last, rearrange(self.W_Q, "head d_head d -> (head d_head) d"))
-        q = rearrange(
-            q, "batch one (head d_head) -> batch head one d_head", head=n_heads
+        last, queries = (
+            x[:, -1:],
+            rearrange(self.W_Q, "head d_head d -> (head d_head) d"),
         )
-        pattern = ((q * k).sum(-1) / d_head**0.5).softmax(-1)
+        split = "batch 1 (head d_head) -> head batch d_head"
+        q = rearrange(F.linear(last, queries), split, head=n_heads)
+        # W_K carries the queries into the stream, where they meet the positions, and
+        # W_V what was mixed there: keys and values are never made
+        asked = torch.bmm(q, self.W_K).transpose(0, 1)
+        pattern = (torch.bmm(asked, x.transpose(1, 2)) / d_head**0.5).softmax(-1)
         if self.attention != 1:
             pattern = self.attention * pattern + (1 - self.attention) / 3
         pattern = self.pattern(pattern[:, :, None])
-        z = (rearrange(pattern, "batch head one pos -> batch head pos one") * v).sum(2)
-        z = self.z(rearrange(z, "batch head d_head -> batch 1 (head d_head)"))
+        mixed = torch.bmm(pattern[:, :, 0], x).transpose(0, 1)
+        z = torch.bmm(mixed, self.W_V.transpose(1, 2))
+        z = self.z(rearrange(z, "head batch d_head -> batch 1 (head d_head)"))
         mid = self.resid_mid(last + self.attn_out(F.linear(z, self.W_O)))
         act = self.mlp_act(F.relu(self.mlp_pre(F.linear(mid, self.W_in, self.b_in))))
         out = self.mlp_out(F.linear(act, self.W_out, self.b_out))

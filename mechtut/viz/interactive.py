@@ -265,6 +265,7 @@ _STRIP = """<style>
 #{id} > div {{scroll-snap-type: x mandatory}}
 #{id} > div > div {{scroll-snap-align: start}}
 </style>"""
+_MOVE = "const s = this.nextElementSibling; s.scrollLeft = this.value * s.clientWidth"
 _TALL = 120  # of the highest bar, in pixels
 
 
@@ -341,7 +342,9 @@ def bars_by_step(
         f'<div id="{unique}" role="group" aria-label="{what} by {across}"'
         ' style="max-width: 640px; font: 12px/1.5 sans-serif">'
         + _STRIP.format(id=unique)
-        + f'<div tabindex="0" style="{columns}; overflow-x: scroll;'
+        + f'<input type="range" min="0" max="{len(steps) - 1}" value="0"'
+        f' aria-label="{across}" style="width: 100%" oninput="{_MOVE}">'
+        f'<div tabindex="0" style="{columns}; overflow-x: scroll;'
         f' padding-bottom: 6px">{strip}</div><p style="margin: 4px 0 0">Scroll'
         f" sideways: {len(steps)} charts, by {across}. Height: {what}, 0 to"
         f" {highest:.2f}. Point at a bar to read it.</p></div>"
