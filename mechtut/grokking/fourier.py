@@ -356,7 +356,8 @@ def frequencies(model: ModularAddition, *, fve: Share = 0.85) -> Frequencies:
         The shares.
 
     Example:
-        >>> frequencies(ModularAddition(7)).keys()["neurons"]
+        >>> untrained = ModularAddition(31, d_model=8, d_mlp=16)
+        >>> frequencies(untrained).keys()["neurons"]
         ()
     """
     found, n = neuron_frequencies(mlp_activity(model)), model.p // 2

@@ -10,7 +10,7 @@ __all__ = ['Keys', 'Logits', 'key_waves', 'check_keys', 'addition_loss', 'restri
 # %% ../../nbs/library/grokking/measures.ipynb #c002
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, overload
+from typing import Literal, overload
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arguments import NOT_EMPTY, Count, Positive, Seed, checked
+from ..arguments import Count, Positive, Seed, checked
 from mechtut.grokking.fourier import (
     check_logits,
     component_norms,
@@ -216,7 +216,7 @@ def excluded_loss(
 
 # %% ../../nbs/library/grokking/measures.ipynb #c008
 @checked
-def gini(x: Annotated[Float[Tensor, "n"], NOT_EMPTY]) -> float:
+def gini(x: Float[Tensor, "n"]) -> float:
     """How unequal numbers are.
 
     Args:
@@ -226,14 +226,14 @@ def gini(x: Annotated[Float[Tensor, "n"], NOT_EMPTY]) -> float:
         0 if all are equal, (n − 1) / n if one has everything.
 
     Raises:
-        ValueError: For a negative number, or if all are zero.
+        ValueError: For a negative number, for none at all, or if all are zero.
 
     Example:
         >>> gini(torch.ones(4)), gini(torch.tensor([0.0, 0.0, 0.0, 2.0]))
         (0.0, 0.75)
     """
     x = x.double().sort().values
-    if x[0] < 0 or x[-1] == 0:
+    if not len(x) or x[0] < 0 or x[-1] == 0:
         raise ValueError(
             "the Gini coefficient is that of amounts: none may be negative, and not all"
             f" zero; the numbers are {x.tolist()[:5]}"

@@ -8,7 +8,6 @@ __all__ = ['SMALL', 'Split', 'GrokkingRecipe', 'Run', 'put_weights', 'train_modu
 # %% ../../nbs/library/grokking/training.ipynb #c002
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -369,16 +368,21 @@ def train_modular(
     Raises:
         RuntimeError: If someone else works in the folder.
         ValueError: If the folder holds a run of another recipe, one that is damaged, or
-            one that is longer already.
+            one that is longer already; or if there is no such device.
 
     Example:
         >>> recipe = GrokkingRecipe(p=7, d_model=8, d_mlp=16, share=0.5)
         >>> train_modular(recipe, steps=20, progress=False).at
         tensor([ 0, 20])
     """
-    training = _Training(recipe, torch.device(device or "cpu"))
-    rows: dict[int, Tensor] = {}
-    with alone_in(folder) if folder else nullcontext():
+    where = torch.device(device or "cpu")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {device!r}, but PyTorch finds no GPU here; use 'cpu' or leave"
+            " it out"
+        )
+    training, rows = _Training(recipe, where), dict[int, Tensor]()
+    with alone_in(folder):
         key = fingerprint(asdict(recipe), snapshot_every)
         store = Store(Path(folder), key) if folder else None
         if store and (state := store.read("state")):

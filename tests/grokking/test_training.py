@@ -202,6 +202,13 @@ def test_a_share_that_leaves_nothing(share, what):
         GrokkingRecipe(p=7, share=share)
 
 
+def test_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="PyTorch finds no GPU here; use 'cpu'"):
+        train_modular(TINY, steps=1, device="cuda", **QUIET)
+
+
 def test_wrong_recipes():
     for wrong, message in (
         ({"p": 10}, "p must be odd"),
