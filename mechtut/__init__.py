@@ -66,6 +66,8 @@ _WHERE = {
     "ablation_direction": "steering.ablation",
     "orthogonalise": "steering.ablation",
     "evaluate_steering": "steering.evaluation",
+    "ModularAddition": "grokking.network",
+    "train_modular": "grokking.training",
     "collect": "neurons.collect",
     "NeuronRecords": "neurons.records",
     "explore_heads": "viz.interactive",
@@ -145,6 +147,12 @@ if TYPE_CHECKING:  # what type checkers and editors read
     )
     from mechtut.editing.weights import (
         WeightEdit as WeightEdit,
+    )
+    from mechtut.grokking.network import (
+        ModularAddition as ModularAddition,
+    )
+    from mechtut.grokking.training import (
+        train_modular as train_modular,
     )
     from mechtut.lenses.attribution import (
         logit_attribution as logit_attribution,

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "lenses": {"models", "patching", "viz"},
     "steering": {"models", "patching", "prompts", "mini", "lenses", "viz"},
     "neurons": {"models", "patching", "viz"},
+    "grokking": {"models", "patching", "viz"},
     "papers": {
         *("models", "patching", "mini", "prompts", "editing", "circuits", "lenses"),
         *("neurons", "steering", "grokking", "viz"),

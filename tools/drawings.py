@@ -5,6 +5,7 @@ as an image in a notebook, the style `alone` follows the reader's colour scheme.
 only mark shapes, never text, so that they can be read on white and on black.
 """
 
+import math
 from html import escape
 from pathlib import Path
 
@@ -372,6 +373,48 @@ def steering() -> None:
     d.save()
 
 
+def modular_addition() -> None:
+    """Two numbers as angles; turned one after the other they end at their sum."""
+    d = Drawing("modular_addition", 236)
+    p, a, b, radius = 7, 5, 4, 58
+
+    def spot(x, number, r=radius):
+        angle = 2 * math.pi * number / p
+        return round(x + r * math.sin(angle), 1), round(122 - r * math.cos(angle), 1)
+
+    for x, number, colour, title in (
+        (92, a, KNOWN, f"a = {a}"),
+        (266, b, GIVEN, f"b = {b}"),
+        (440, a + b, NEW, f"a + b = {a + b}, and {(a + b) % p} mod {p}"),
+    ):
+        d.text(x, 22, title, weight="600")
+        d.dot(x, 122, "none", radius, stroke="currentColor", stroke_opacity=0.4)
+        for n in range(p):
+            d.dot(*spot(x, n), colour if n == number % p else LOST, 6)
+            tx, ty = spot(x, n, radius + 16)
+            d.text(tx, round(ty + 4.5, 1), str(n), size=13)
+        if number == a + b:  # the turns one after the other
+            d.line(x, 122, *spot(x, a, radius - 9), colour=KNOWN, width=2)
+            d.line(*spot(x, a, 26), *spot(x, a + b, 26), colour=GIVEN, bend=26)
+        d.line(x, 122, *spot(x, number, radius - 9), colour=colour, width=3)
+        d.text(x, 226, ("angle w·a", "angle w·b", "angle w·(a + b)")[(x - 92) // 174],
+               size=13)  # fmt: skip
+    d.text(179, 128, "+", size=20)
+    d.text(353, 128, "=", size=20)
+    d.text(628, 22, "logit of c", weight="600")
+    for c in range(p):
+        height = round(46 * math.cos(2 * math.pi * (a + b - c) / p), 1)
+        top, right = 122 - max(height, 0), c == (a + b) % p
+        d.box(562 + 19 * c, top, 15, abs(height), NEW if right else LOST, r=1,
+              line="none", opacity=1.0 if right else 0.6)  # fmt: skip
+        d.text(
+            569.5 + 19 * c, 196, str(c), size=13, weight="600" if right else "normal"
+        )
+    d.line(556, 122, 700, 122, width=1, opacity=0.5)
+    d.text(628, 226, "cos w(a + b − c)", size=13)
+    d.save()
+
+
 ALL = (
     activation_patching,
     causal_tracing,
@@ -382,6 +425,7 @@ ALL = (
     patchscopes,
     lenses,
     steering,
+    modular_addition,
 )
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm, to_hex
 
-from ..arguments import UNBOUNDED, checked
+from ..arguments import UNBOUNDED, checked, same_length
 from . import plots
 
 # %% auto #0
-__all__ = ['Interactive', 'hover_map', 'explore_trace', 'explore_heads']
+__all__ = ['Interactive', 'hover_map', 'explore_trace', 'explore_heads', 'bars_by_step']
 
 # %% ../../nbs/library/viz/interactive.ipynb #c005
 @checked
@@ -259,3 +259,98 @@ def explore_heads(
         marked=[(h, layer) for layer, h in heads],
         draw=lambda: plots.head_effects(effects, heads, label=label),
     )
+
+# %% ../../nbs/library/viz/interactive.ipynb #s002
+_STRIP = """<style>
+#{id} > div {{scroll-snap-type: x mandatory}}
+#{id} > div > div {{scroll-snap-align: start}}
+</style>"""
+_MOVE = "const s = this.nextElementSibling; s.scrollLeft = this.value * s.clientWidth"
+_TALL = 120  # of the highest bar, in pixels
+
+
+@checked
+def bars_by_step(
+    values: Float[np.ndarray, "step bar"],
+    steps: Sequence[str],
+    bars: Sequence[str],
+    *,
+    label: str,
+    xlabel: str = "step",
+    captions: Sequence[str] | None = None,
+    marked: Sequence[int] = (),
+) -> Interactive:
+    """Bar charts of several steps, to scroll through.
+
+    Args:
+        values: The heights, which may not be negative.
+        steps: A name for each step.
+        bars: A name for each bar.
+        label: What the heights are.
+        xlabel: What the steps are.
+        captions: What to say of each step.
+        marked: Bars that get another colour.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If names and values do not match, or a value is negative or not
+            finite.
+
+    Example:
+        >>> heights = np.array([[1.0], [2.0]])
+        >>> figure = bars_by_step(heights, ["0", "9"], ["a"], label="n")
+        >>> 'title="step 9 · a · n 2.00"' in figure.html
+        True
+    """
+    values = np.asarray(values, dtype=float)
+    if values.shape != (len(steps), len(bars)):
+        raise ValueError(
+            f"values have shape {values.shape}, but there are {len(steps)} steps and"
+            f" {len(bars)} bars"
+        )
+    if not values.size or values.min() < 0:
+        raise ValueError("heights may not be negative, and there must be one at least")
+    said = [""] * len(steps) if captions is None else [f" · {c}" for c in captions]
+    same_length(steps=steps, captions=said)
+    highest = float(values.max()) or 1.0
+    charts = []
+    for step, caption, row in zip(steps, said, values, strict=True):
+        cells = []
+        for i, (name, value) in enumerate(zip(bars, row, strict=True)):
+            told = f"{xlabel} {step} · {name} · {label} {value:.2f}"
+            high = round(_TALL * value / highest)
+            colour = "#e08a2e" if i in marked else "#8464c9"
+            cells.append(
+                f'<i style="height: {high}px; margin: {_TALL - high}px 0 0; background:'
+                f' {colour}" title="{html.escape(told)}"></i>'
+            )
+        head = html.escape(f"{xlabel} {step}{caption}")
+        grid = (
+            f"display: grid; gap: 1px; grid-template-columns: repeat({len(bars)}, 1fr)"
+        )
+        charts.append(
+            f'<div><p style="margin: 0 0 6px">{head}</p><div style="{grid}">'
+            f"{''.join(cells)}</div></div>"
+        )
+    strip = "".join(charts)
+    unique = "m" + hashlib.sha256(strip.encode(errors="replace")).hexdigest()[:10]
+    what, across = html.escape(label), html.escape(xlabel)
+    columns = f"display: grid; grid-template-columns: repeat({len(steps)}, 100%)"
+    text = (
+        f'<div id="{unique}" role="group" aria-label="{what} by {across}"'
+        ' style="max-width: 640px; font: 12px/1.5 sans-serif">'
+        + _STRIP.format(id=unique)
+        + f'<input type="range" min="0" max="{len(steps) - 1}" value="0"'
+        f' aria-label="{across}" style="width: 100%" oninput="{_MOVE}">'
+        f'<div tabindex="0" style="{columns}; overflow-x: scroll;'
+        f' padding-bottom: 6px">{strip}</div><p style="margin: 4px 0 0">Scroll'
+        f" sideways: {len(steps)} charts, by {across}. Height: {what}, 0 to"
+        f" {highest:.2f}. Point at a bar to read it.</p></div>"
+    )
+
+    def static() -> Axes:
+        return plots.heat_map(values, list(steps), low=0.0, label=label, xlabel="bar")
+
+    return Interactive(text, static)

@@ -82,10 +82,11 @@ def test_a_sweep_is_one_full_pass_per_cell(kind, rule):
     directions = [v, *random_like(v.of([0, 2]), 2)]
     for i, direction in enumerate(directions):
         for j, layer in enumerate((0, 2)):
+            row = direction.of([layer]).values[0]
             for k, c in enumerate((-1.5, 2.0)):
 
-                def change(x, n, c=c, d=direction.of([layer]).values[0]):
-                    x[:, PLACES[rule](n)] += c * d
+                def change(x, n, push=c * row):
+                    x[:, PLACES[rule](n)] += push
 
                 logits = pushed(model, layer, change)
                 found = swept.effects[i, j, k]
@@ -113,11 +114,11 @@ def test_the_prediction_is_the_slope(kind, rule):
     # norms of a Llama compute in float32, also in a float64 model
     step, near = (1e-4, 1e-5) if kind == "gpt2" else (1e-2, 5e-3)
     for layer in range(3):
-        rise = []
+        rise, row = [], v.values[layer]
         for c in (-step, step):
 
-            def change(x, n, c=c, d=v.of([layer]).values[0]):
-                x[:, PLACES[rule](n)] += c * d
+            def change(x, n, push=c * row):
+                x[:, PLACES[rule](n)] += push
 
             rise.append(ODDS(pushed(model, layer, change)))
         slope = (rise[1] - rise[0]) / (2 * step)

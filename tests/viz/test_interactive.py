@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechtut.viz.interactive import explore_heads, explore_trace, hover_map
+from mechtut.viz.interactive import (
+    bars_by_step,
+    explore_heads,
+    explore_trace,
+    hover_map,
+)
 
 TEXT = st.text(min_size=0, max_size=8)
 
@@ -127,3 +132,52 @@ def test_small_values_keep_their_digits():
     figure = hover_map(np.array([[0.00031, -0.0002]]), ["a"], ["0", "1"], label="AIE")
     assert Cells(figure.html).told[0] == "a · layer 0 · AIE 0.00031"
     assert "-0.0002 to 0.0003." in figure.html
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(TEXT, min_size=1, max_size=3), st.lists(TEXT, min_size=1, max_size=3), TEXT
+)
+def test_any_name_of_a_bar_is_shown_as_it_is(steps, bars, label):
+    values = np.arange(len(steps) * len(bars), dtype=float).reshape(len(steps), -1)
+    figure = bars_by_step(values, steps, bars, label=label, captions=steps)
+    cells = Cells(figure.html)
+    wanted = [
+        f"step {s} · {b} · {label} {v:.2f}"
+        for s, row in zip(steps, values, strict=True)
+        for b, v in zip(bars, row, strict=True)
+    ]
+    assert cells.told == wanted
+    assert cells.tags <= {"div", "style", "input", "i", "p"}, "a name became a tag"
+    assert not re.search(r"<script|https?:|@import|url\(", figure.html)
+    handlers = re.findall(r' on\w+="([^"]*)"', figure.html)
+    assert len(handlers) == 1 and "scrollLeft" in handlers[0]  # no name gets in
+
+
+def test_bars_stand_on_one_line_without_their_style_sheet():
+    """With what JupyterLab's sanitiser keeps, in a notebook that is not trusted."""
+    figure = bars_by_step(
+        np.array([[1.0, 4.0], [0.0, 2.0]]),
+        ["0", "1"],
+        ["a", "b"],
+        label="n",
+        marked=[1],
+    )
+    bare = re.sub(r"<style>.*?</style>", "", figure.html, flags=re.DOTALL)
+    styles = re.findall(r'style="([^"]*)"', bare)
+    used = {rule.split(":")[0].strip() for s in styles for rule in s.split(";")}
+    kept = {"display", "gap", "grid-template-columns", "height", "background", "font"}
+    kept |= {"max-width", "overflow-x", "padding-bottom", "margin", "width"}
+    assert used <= kept
+    bars = re.findall(r"<i [^>]*height: (\d+)px; margin: (\d+)px 0 0", bare)
+    assert [int(h) for h, _ in bars] == [30, 120, 0, 60]
+    assert {int(h) + int(m) for h, m in bars} == {120}
+    assert figure.png().startswith(b"\x89PNG")
+
+
+def test_bars_that_do_not_fit_their_names():
+    for values in ([[1.0]], [[-1.0, 1.0]]):
+        with pytest.raises(ValueError, match="heights|values have shape"):
+            bars_by_step(np.array(values), ["0"], ["a", "b"], label="n")
+    with pytest.raises(ValueError, match="equally long"):
+        bars_by_step(np.ones((1, 2)), ["0"], ["a", "b"], label="n", captions=["", ""])
