@@ -27,10 +27,13 @@ from mechtut.mini.training import main as mini_main
 from mechtut.papers.patchscopes import extract as extract_attribute
 from mechtut.patching import patchscopes
 from mechtut.prompts.accuracy import known_queries
+from mechtut.steering.sweeps import sweep as steering_sweep
 
 PACKAGE = str(Path(mechtut.__file__).parent)
 # in this order: of two things with one name the later one is meant
 ROOMS = {
+    "steering": "vectors acting ablation sweeps evaluation reading heads formats",
+    "grokking": "network training fourier measures",
     "models": "files weights hooks loading",
     "patching": "checkpoints results partial last_token replay patchscope_texts"
     " patchscopes",
@@ -40,7 +43,7 @@ ROOMS = {
     "circuits": "graph metrics runs circuit attribution baselines refining known",
     "lenses": "probes trajectory attribution causal_basis future jacobian tuned",
     "neurons": "records collect statistics rules scoring judging explainer_prompts",
-    "papers": "patchscopes rome acdc neuron_explanation function_vectors"
+    "papers": "steering patchscopes rome acdc neuron_explanation function_vectors"
     " causal_tracing",
 }
 # by their own name: they have things that others have too
@@ -172,6 +175,9 @@ def names(tmp_path_factory):
         "who": every["evaluation"].Candidate(m),
         "tsk": world.tasks["plural"],
         "rng": random.Random(0),
+        "sv": every["mean_difference"](m, [(prompt, "Paris is in")]),
+        "steering_sweep": steering_sweep,
+        "odds": every["TokenOdds"]((5,), (7,)),
     }
 
 

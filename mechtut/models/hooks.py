@@ -157,6 +157,11 @@ class Where:
                     f"{name}={given!r} does not fit the rule {self.rule!r}: it is for"
                     f" {', '.join(map(repr, rules))}, which need it"
                 )
+        if self.rows and not any(self.rows):
+            raise ValueError("pos names no position in any row")
+        for row in self.rows:
+            if len(set(row)) < len(row):
+                raise ValueError(f"pos names one twice in a row: {row}")
 
     def of_prompt(self, n_pos: Count) -> list[int]:
         """The positions in a prompt without padding.

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from ..arguments import AnyFloat, NotNegative, Share, checked
-from ..models.hooks import capture
+from ..arguments import AnyFloat, Natural, NotNegative, Share, checked, integer
+from ..models.hooks import capture, check_layer
 from ..models.loading import Model
 from ..models.precision import rounding
 from ..patching.patchscopes import Source, read_states
@@ -112,7 +112,8 @@ def ablation_direction(
         >>> ablation_direction(model, a, b, positions=[-2, -1]).values.shape
         torch.Size([2, 8, 192])
     """
-    chosen = list(range(model.n_layers)) if layers is None else list(layers)
+    every = range(model.n_layers) if layers is None else layers
+    chosen = [check_layer(model, layer, "resid_pre") for layer in every]
     where = list(positions)
     means = []
     for name, kind in (("a", a), ("b", b)):
@@ -139,7 +140,7 @@ Score = Callable[[Float[Tensor, "text d_vocab"]], Float[Tensor, "text"]]
 
 
 @checked
-def token_log_odds(tokens: Sequence[int], eps: NotNegative = 1e-8) -> Score:
+def token_log_odds(tokens: Sequence[Natural], eps: NotNegative = 1e-8) -> Score:
     """A score of a behaviour that shows in the next token.
 
     Args:
@@ -161,6 +162,7 @@ def token_log_odds(tokens: Sequence[int], eps: NotNegative = 1e-8) -> Score:
         raise ValueError("tokens holds none: give those that show the behaviour")
 
     def score(logits: Float[Tensor, "text d_vocab"]) -> Float[Tensor, "text"]:
+        integer(max(wanted), "a token id", 0, logits.shape[-1] - 1)
         p = logits.double().softmax(-1)[:, wanted].sum(-1)
         return (p + eps).log() - (1 - p + eps).log()
 

@@ -100,6 +100,8 @@ def _places(
 ) -> list[tuple[str, int, Tensor]]:
     """Site, layer and direction of each place where a vector acts."""
     chosen = [layers] if isinstance(layers, int) else layers
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
+        raise ValueError(f"layers must be different, at least one, not {chosen}")
     whole = isinstance(vector, SteeringVector)
     values = vector.values if whole else vector
     if values.shape[-1] != model.d_model:

@@ -170,6 +170,8 @@ def bootstrap_mean(
         (7, 12)
     """
     x = values.detach().double().cpu().numpy()
+    if not len(x):
+        raise ValueError("values holds none: there is no mean")
     picks = np.random.RandomState(seed).randint(0, len(x), (draws, len(x)))
     low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
     return float(low), float(high)
@@ -416,6 +418,8 @@ def evaluate_steering(
         ('vector', 'random 1', 'random 2')
     """
     refuse_training_texts(model, vector, [*prompts, *texts])
+    if not coefficients:
+        raise ValueError("coefficients names none: give at least one")
     mine = vector.of([layer])
     randoms = random_like(mine, controls, seed)
     directions = {"vector": mine}

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..arguments import Count, Natural, Seed, checked
+from ..arguments import Count, Natural, Seed, checked, integer, shown
 from ..models.hooks import Edit, capture
 from ..models.loading import Model
 from ..patching.replay import Replay
@@ -78,7 +78,7 @@ class TokenOdds:
     def __call__(
         self, logits: Float[Tensor, "*batch d_vocab"]
     ) -> Float[Tensor, "*batch"]:
-        plus, minus = (logits[..., list(s)].logsumexp(-1) for s in self._sides)
+        plus, minus = (x.logsumexp(-1) for x in self._parts(logits))
         return plus - minus
 
     def mass(
@@ -92,12 +92,13 @@ class TokenOdds:
         Returns:
             That of `plus`, then that of `minus`.
         """
-        p = logits.softmax(-1)
-        return torch.stack([p[..., list(s)].sum(-1) for s in self._sides], dim=-1)
+        parts = self._parts(logits.softmax(-1))
+        return torch.stack([x.sum(-1) for x in parts], dim=-1)
 
-    @property
-    def _sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.plus, self.minus
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """What belongs to each side's tokens."""
+        integer(max(*self.plus, *self.minus), "a token id", 0, x.shape[-1] - 1)
+        return [x[..., list(side)] for side in (self.plus, self.minus)]
 
 # %% ../../nbs/library/steering/sweeps.ipynb #c007
 Metric = Callable[[Float[Tensor, "*batch d_vocab"]], Float[Tensor, "*batch"]]
@@ -254,6 +255,8 @@ def sweep(
         torch.Size([6, 2, 4, 1])
     """
     refuse_training_texts(model, vector, prompts)
+    if not coefficients:
+        raise ValueError("coefficients names none: give at least one")
     chosen = vector.layers if layers is None else tuple(layers)
     directions = [vector.of(chosen), *random_like(vector.of(chosen), controls, seed)]
     shape = (len(directions), len(chosen), len(coefficients))
@@ -301,10 +304,10 @@ class ReadOdds:
         self, logits: Float[Tensor, "*batch d_vocab"]
     ) -> Float[Tensor, "*batch 3"]:
         value = self.metric(logits)
-        if value.shape != logits.shape[:-1]:
+        if not isinstance(value, Tensor) or value.shape != logits.shape[:-1]:
             raise ValueError(
-                "the metric must give one number a prompt, not"
-                f" {tuple(value.shape)} for logits {tuple(logits.shape)}"
+                f"the metric must give one number a prompt, not {shown(value)} for"
+                f" logits {tuple(logits.shape)}"
             )
         mass = getattr(self.metric, "mass", lambda x: x.new_zeros(*x.shape[:-1], 2))
         return torch.cat([value[..., None], mass(logits)], dim=-1)
@@ -486,10 +489,20 @@ def predict_effect(
         sites = [f"{e.site}.{e.layer}" for e in edits]
         acts = capture(model, ids, sites, gradients=True)
         states = [acts[site] for site in sites]
-        value = metric(acts.logits[:, -1]).sum()
-        slopes = torch.autograd.grad(value, states)
+        value = metric(acts.logits[:, -1])
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise ValueError(
+                "the metric must be made of the logits, so that it has a slope; this"
+                f" one gives {shown(value)}, which has none"
+            )
+        slopes = torch.autograd.grad(value.sum(), states)
         for row, (slope, edit) in enumerate(zip(slopes, edits, strict=True)):
-            steered = slope[:, edit.positions(length)].double()
+            if not (at := edit.positions(length)):
+                raise ValueError(
+                    f"where={where!r} is nowhere in a prompt of {length} tokens, so that"
+                    " nothing is steered: name positions of the prompt"
+                )
+            steered = slope[:, at].double()
             push = torch.as_tensor(edit.value).to(steered)
             out[row, numbers] = (steered * push).sum((1, 2)).cpu()
     return out

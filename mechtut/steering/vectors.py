@@ -16,7 +16,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..arguments import Natural, checked, integers, same_length
+from ..arguments import Natural, checked, integers, one_of, same_length
 from ..models.hooks import capture, check_layer
 from ..models.loading import Model, document_start, readable_token
 from ..models.precision import at_least_float32
@@ -56,6 +56,9 @@ class SteeringVector(Result):
             raise ValueError(
                 f"rows that are positions belong to one layer, not to {self.layers}"
             )
+        one_of(self.site, ("resid_post", "resid_pre"), "site")
+        if not places or len(set(places)) < len(places):
+            raise ValueError(f"rows need different places, at least one, not {places}")
         if not bool(torch.isfinite(self.values).all()):
             raise ValueError("values has a number that is NaN or infinite")
 
@@ -92,10 +95,12 @@ class SteeringVector(Result):
         Returns:
             A vector with these layers, in this order.
         """
+        if not layers:
+            raise ValueError("layers names none: give at least one")
+        rows = [self.at(layer) for layer in layers]
         if self.positions is not None:
-            self.at(*layers)
             return self
-        values = torch.stack([self.at(layer) for layer in layers])
+        values = torch.stack(rows)
         return replace(self, values=values, layers=tuple(layers))
 
     def unit(self) -> Self:
@@ -121,6 +126,8 @@ class SteeringVector(Result):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Self:
+        if not divisor:
+            raise ValueError("a vector cannot be divided by 0")
         return self * (1 / divisor)
 
     def __neg__(self) -> Self:
@@ -425,8 +432,10 @@ def equal_norms(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
         The scaled vectors.
 
     Raises:
-        ValueError: For vectors of different places, or a row that is zero.
+        ValueError: For no vector, different places, or a row that is zero.
     """
+    if not vectors:
+        raise ValueError("vectors holds none: give at least one")
     total = vectors[0]
     for other in vectors[1:]:
         total = total + other  # refuses vectors of other places
