@@ -352,7 +352,7 @@ class SteeringReport(Result):
                     )
         ax.axhline(0, color="0.5", lw=0.8)
         ax.set(xlabel="price: KL in nats a token", ylabel="change of the metric")
-        ax.legend(frameon=False)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
         return ax
 
 

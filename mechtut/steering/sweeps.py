@@ -499,7 +499,7 @@ def predict_effect(
         for row, (slope, edit) in enumerate(zip(slopes, edits, strict=True)):
             if not (at := edit.positions(length)):
                 raise ValueError(
-                    f"where={where!r} is nowhere in a prompt of {length} tokens, so that"
+                    f"where={where!r} is nowhere in a prompt of {length} tokens, so"
                     " nothing is steered: name positions of the prompt"
                 )
             steered = slope[:, at].double()
