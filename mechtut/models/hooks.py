@@ -244,7 +244,8 @@ class Edit:
         mode: With v the value and x what is there: `"set"` v, `"add"` x + v,
             `"ablate"` x without its component along v, `"project"` x less `amount`
             times that component, `"piecewise"` x + sign(x·v) v, `"apply"` v(x), a
-            function of what is there.
+            function of what is there (under a rule it is given all positions, and
+            what it gives at the others is not used).
         neuron: One neuron, or `None` for all (`mlp_act` only); its value is `[batch,
             pos]`.
         amount: What v is multiplied by, where that means something: `"set"`, `"add"`,
@@ -287,6 +288,14 @@ class Edit:
         object.__setattr__(self, "site", site.name)
         object.__setattr__(self, "layer", site.layer if layer is None else layer)
         object.__setattr__(self, "pos", _parse_positions(self.pos))
+        vectors = self.mode in ("ablate", "project", "piecewise") or self.keep_norm
+        if vectors and (self.site == "pattern" or self.neuron is not None):
+            what = "keep_norm" if self.keep_norm else f"mode {self.mode!r}"
+            where = "a single neuron" if self.site == "mlp_act" else "'pattern'"
+            raise ValueError(
+                f"{what} needs a vector at each position, and {where} has none: use"
+                " mode='apply' with a function"
+            )
         if self.head is not None:
             object.__setattr__(self, "head", integer(self.head, "head"))
         if self.neuron is not None:
@@ -430,9 +439,11 @@ def _changed(edit: Edit, old: Tensor, value: Tensor) -> Tensor:
 def _rescaled(old: Tensor, new: Tensor) -> Tensor:
     """Each vector with its old length; one that became zero stays zero."""
     wide = torch.promote_types(new.dtype, at_least_float32(old.dtype))
-    length = new.to(wide).norm(dim=-1, keepdim=True)
     wanted = old.to(wide).norm(dim=-1, keepdim=True)
-    return new.to(wide) * torch.where(length > 0, wanted / length, 1.0)
+    square = new.to(wide).square().sum(-1, keepdim=True)
+    # the root of 0 has no slope, so it is not taken there
+    length = torch.where(square > 0, square, 1.0).sqrt()
+    return new.to(wide) * torch.where(square > 0, wanted / length, 1.0)
 
 
 def write(x: Tensor, edit: Edit, columns: Sequence[int | None]) -> Tensor:
@@ -915,6 +926,17 @@ class _Pass:
                 wrote = True
         return (out if wrote else x), wrote
 
+    def _knows_the_prompt(self, where: Where, n: int) -> None:
+        """Refuse a rule that counts from the prompt's end if that cannot be known: its
+        pass was outside the block, or it comes in pieces.
+        """
+        if self.prompt_length is None and (self.ends is None or n > 1):
+            raise ValueError(
+                f"pos={where.rule!r} counts from the end of the prompt, and this pass"
+                " has cached keys of tokens that were not seen whole: run the prompt"
+                " in one pass inside the block, or give prompt_length="
+            )
+
     def _positions(self, where: Where, n_rows: int, total: int) -> list[list[int]]:
         """The positions of each row, counted in the sequence."""
         if where.rule == "rows":
@@ -944,6 +966,8 @@ class _Pass:
         self, where: Where, first: int, n: int, x: Tensor
     ) -> Bool[Tensor, "batch pos"]:
         columns = torch.arange(first, first + n, device=x.device).expand(len(x), -1)
+        if where.rule in ("prompt", "new", "last") and first:
+            self._knows_the_prompt(where, n)
         ends = columns[:, -1:] if self.ends is None else self.ends.to(x.device)
         start = torch.tensor(where.start, device=x.device).reshape(-1, 1)
         if len(start) not in (1, len(x)):

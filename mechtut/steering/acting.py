@@ -8,6 +8,7 @@ __all__ = ['SteeringMode', 'EVERYWHERE', 'steering_edits', 'steer', 'next_logits
 # %% ../../nbs/library/steering/acting.ipynb #c002
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from ..models.hooks import Edit, Where, check_layer, intervene
 from ..models.interrupts import shielded
 from ..models.loading import Model
 from ..patching.matmul import fast_matmul
-from .vectors import SteeringVector, marked
+from .vectors import SteeringVector, check_vector, marked
 
 # %% ../../nbs/library/steering/acting.ipynb #c005
 SteeringMode = Literal["add", "ablate", "project", "piecewise"]
@@ -46,8 +47,8 @@ def steering_edits(
         model: The model.
         vector: A steering vector, a direction for each layer, or one for all.
         layers: The blocks where it acts, by default those of the vector. A single
-            direction that is ablated without layers is removed wherever something is
-            written into the residual stream (Arditi et al. 2024): at every block's
+            direction, also a vector of one row, that is ablated without layers is
+            removed wherever something is written into the residual stream (Arditi et al. 2024): at every block's
             input and at the outputs of attention and MLP.
         coefficient: What the vector is multiplied by, one number or one a layer; 0
             leaves the model alone. `"ablate"` takes no notice of it.
@@ -84,15 +85,28 @@ def steering_edits(
     same_length(coefficient=amounts, **{"places that are steered": places})
     for (site, layer, v), amount in zip(places, amounts, strict=True):
         how: dict[str, Any] = {"pos": pos, "keep_norm": keep_norm}
-        if mode == "ablate":
+        if mode == "ablate" and toward is not None:
+            put = _Replaced(v, toward)
+            edits.append(Edit(site, layer, put, mode="apply", **how))
+        elif mode == "ablate":
             edits.append(Edit(site, layer, v, mode=mode, **how))
-            if toward is not None:
-                unit = v / v.norm()
-                kept = (toward.to(unit) @ unit) * unit
-                edits.append(Edit(site, layer, kept, pos=pos, mode="add"))
         elif amount:
             edits.append(Edit(site, layer, v, mode=mode, amount=float(amount), **how))
     return edits
+
+
+@dataclass(frozen=True, eq=False)
+class _Replaced:
+    """States whose component along a direction is that of another state."""
+
+    direction: Float[Tensor, "d_model"]
+    toward: Float[Tensor, "d_model"]
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Tensor:
+        unit = (self.direction / self.direction.norm()).to(x.device)
+        wide = x.to(torch.promote_types(unit.dtype, x.dtype))
+        wanted = self.toward.to(unit) @ unit
+        return wide + (wanted - (wide @ unit))[..., None] * unit
 
 
 def _places(
@@ -112,20 +126,16 @@ def _places(
     if not bool(torch.isfinite(values).all()):
         raise ValueError("the vector has a number that is NaN or infinite")
     if whole:
-        name = vector.provenance.get("model", model.name)
-        if name != model.name and not any_model:
-            raise ValueError(
-                f"this vector was read in {name!r}, not in {model.name!r}: a direction"
-                " of one model means nothing in another, unless the one was made of"
-                " the other; any_model=True if so"
-            )
+        check_vector(model, vector, any_model=any_model)
+        one = len(values) == 1 and vector.positions is None
+        if mode == "ablate" and chosen is None and one:
+            return _everywhere(model, values[0])
         rows = [
             (i, vector.at(i)) for i in (vector.layers if chosen is None else chosen)
         ]
         return [(vector.site, check_layer(model, i, vector.site), v) for i, v in rows]
     if values.ndim == 1 and chosen is None and mode == "ablate":
-        blocks = range(model.n_layers)
-        return [(site, layer, values) for layer in blocks for site in EVERYWHERE]
+        return _everywhere(model, values)
     if values.ndim == 2 and chosen is None and len(values) == model.n_layers:
         chosen = range(model.n_layers)
     if chosen is None or values.ndim > 2:
@@ -138,6 +148,14 @@ def _places(
     site = "resid_post"
     found = zip(chosen, values, strict=True)
     return [(site, check_layer(model, i, site), v) for i, v in found]
+
+
+def _everywhere(
+    model: Model, direction: Float[Tensor, "d_model"]
+) -> list[tuple[str, int, Tensor]]:
+    """All places where something is written into the residual stream."""
+    blocks = range(model.n_layers)
+    return [(site, layer, direction) for layer in blocks for site in EVERYWHERE]
 
 
 def _rule(vector: Any, where: Any) -> Any:
@@ -154,8 +172,8 @@ def _rule(vector: Any, where: Any) -> Any:
             )
         return Where("front" if where == "all" else where, width=width)
     if not isinstance(where, Where):
-        n = torch.as_tensor(where).shape[-1] if not isinstance(where, slice) else None
-        if n != width:
+        numbers = isinstance(where, Tensor | Sequence) and len(where)
+        if not numbers or torch.as_tensor(where).shape[-1] != width:
             raise ValueError(
                 f"the vector has a row for each of {width} positions, and where="
                 f"{where!r} names others: give {width} positions"

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, Seed, checked, same_length
+from ..arguments import Count, Positive, Seed, checked, same_length
 from ..models.hooks import Edit
 from ..models.loading import Model
 from ..patching.checkpoints import quiet
@@ -28,16 +28,17 @@ from ..patching.results import Result, provenance
 from .acting import SteeringMode, steering_edits
 from mechtut.steering.sweeps import (
     Metric,
-    Prompts,
     ReadOdds,
     random_like,
-    refuse_training_texts,
     run_steered,
 )
 from mechtut.steering.vectors import (
     Pairs,
+    Prompts,
     SteeringVector,
+    check_vector,
     paired_states,
+    refuse_training_texts,
     relative_strength,
 )
 
@@ -112,13 +113,18 @@ class Steerability(Result):
 
 @checked
 def steerability(
-    propensity: Float[Tensor, "prompt multiplier"], multipliers: Sequence[float]
+    propensity: Float[Tensor, "prompt multiplier"],
+    multipliers: Sequence[float],
+    *,
+    within: Positive | None = None,
 ) -> Steerability:
     """Slopes of a metric over coefficients, prompt by prompt.
 
     Args:
         propensity: The metric of each prompt at each coefficient.
         multipliers: The coefficients.
+        within: Only coefficients of at most this size make the line; a strong push
+            saturates. By default all do, as in the paper.
 
     Returns:
         Slopes, residuals and rank correlations.
@@ -136,11 +142,16 @@ def steerability(
     if len(set(x.tolist())) < 2:
         raise ValueError(f"a slope needs two coefficients, not {tuple(multipliers)}")
     y = propensity.detach().double().cpu()
-    x0, y0 = x - x.mean(), y - y.mean(1, keepdim=True)
-    slopes = (y0 @ x0) / (x0 @ x0)
-    left = y0 - slopes[:, None] * x0
+    near = x.abs() <= (x.abs().max() if within is None else within)
+    if len(set(x[near].tolist())) < 2:
+        raise ValueError(
+            f"within={within} leaves fewer than two of {tuple(x.tolist())}"
+        )
     ranks = pd.DataFrame(y.T.numpy()).rank()
     rank = ranks.corrwith(pd.Series(x.numpy()).rank()).fillna(0.0)  # flat: 0
+    x0, y0 = x[near] - x[near].mean(), y[:, near] - y[:, near].mean(1, keepdim=True)
+    slopes = (y0 @ x0) / (x0 @ x0)
+    left = y0 - slopes[:, None] * x0
     return Steerability(
         propensity=y,
         multipliers=tuple(x.tolist()),
@@ -201,7 +212,9 @@ def shuffled_labels(
     """
     if len(pairs) < 2:
         raise ValueError(f"{len(pairs)} pair cannot be shuffled; two or more can")
-    states = paired_states(model, pairs, vector.layers, pos)
+    before = 1 if vector.site == "resid_pre" else 0
+    layers = [layer - before for layer in vector.layers]
+    states = paired_states(model, pairs, layers, pos)
     signs = torch.ones(len(pairs), dtype=states.dtype)
     swapped = np.random.RandomState(seed).permutation(len(pairs))[: len(pairs) // 2]
     signs[list(swapped)] = -1
@@ -253,12 +266,13 @@ class SteeringReport(Result):
 
     @property
     def steerability(self) -> Steerability:
-        """Slopes of the vector over all coefficients and 0."""
+        """Slopes of the vector over 0 and coefficients up to 1, if there are such."""
         at = [c for c in self.coefficients if c != 0]
         kept = [i for i, c in enumerate(self.coefficients) if c != 0]
         effects = self.effects[0, kept].T
         whole = torch.cat([torch.zeros_like(effects[:, :1]), effects], 1)
-        return steerability(self.baseline[:, None] + whole, [0.0, *at])
+        within = 1.0 if min(map(abs, at), default=2.0) <= 1 else None
+        return steerability(self.baseline[:, None] + whole, [0.0, *at], within=within)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per direction and coefficient.
@@ -302,15 +316,17 @@ class SteeringReport(Result):
         """The coefficients of which no other one gives more effect for less price.
 
         Returns:
-            The rows of the vector that are not beaten, by price.
+            The rows of the vector that are not beaten; each sign by itself.
         """
-        table = self.to_pandas().query("direction == 'vector'")
-        size = table.effect * np.sign(table.coefficient)
-        beaten = [
-            ((size > e) & (table.kl <= k)).any()
-            for e, k in zip(size, table.kl, strict=True)
-        ]
-        return table[~np.array(beaten)].sort_values("kl")
+        table = self.to_pandas().query("direction == 'vector' and coefficient != 0")
+        kept = []
+        for sign, rows in table.groupby(np.sign(table.coefficient)):
+            size = rows.effect * sign
+            for i in rows.index:
+                gains, saves = size >= size[i], rows.kl <= rows.kl[i]
+                more = (size > size[i]) | (rows.kl < rows.kl[i])
+                kept += [] if (gains & saves & more).any() else [i]
+        return table.loc[kept].sort_values(["coefficient"])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Effect against price, a line a direction through its coefficients.
@@ -417,19 +433,27 @@ def evaluate_steering(
         >>> report.names
         ('vector', 'random 1', 'random 2')
     """
-    refuse_training_texts(model, vector, [*prompts, *texts])
+    refuse_training_texts(model, vector.read, [*prompts, *texts])
     if not coefficients:
         raise ValueError("coefficients names none: give at least one")
     mine = vector.of([layer])
     randoms = random_like(mine, controls, seed)
     directions = {"vector": mine}
     directions |= {f"random {i + 1}": v for i, v in enumerate(randoms)}
+    others = {}
     if shuffled is not None:
-        directions["shuffled labels"] = shuffled.of([layer])
+        check_vector(model, shuffled)
+        if shuffled.site != vector.site:
+            raise ValueError(
+                f"the vector is of {vector.site}, and the one of shuffled labels of"
+                f" {shuffled.site}: make both of the same"
+            )
+        others["shuffled labels"] = shuffled.of([layer])
     if other_layer is not None:
-        other = vector.of([other_layer])
+        others[f"layer {other_layer}"] = vector.of([other_layer])
+    for name, other in others.items():
         values = other.unit().values * mine.norms[:, None]
-        directions[f"layer {other_layer}"] = replace(mine, values=values)
+        directions[name] = replace(mine, values=values)
     steering_edits(model, vector, layer)  # refuses the vector of another model
     here, everywhere = (
         [
@@ -445,7 +469,7 @@ def evaluate_steering(
     found = values[1:].reshape(*shape, len(prompts), 3)
     nll, kl = price_of_edits(model, everywhere, texts, progress=progress).unbind(-1)
     solved = _solved(model, task, [[], *everywhere], progress)
-    strength = relative_strength(model, mine, prompts)
+    strength = relative_strength(model, mine, prompts).max()
     return SteeringReport(
         names=tuple(directions),
         coefficients=tuple(float(c) for c in coefficients),
