@@ -27,7 +27,7 @@ from mechtut.models.files import (
     write_tensors,
 )
 from ..models.loading import Model
-from .vectors import SteeringVector
+from .vectors import SteeringVector, check_vector
 
 # %% ../../nbs/library/steering/formats.ipynb #c005
 _MAGIC, _ALIGNED, _FLOAT32 = b"GGUF", 32, 0
@@ -75,11 +75,7 @@ def to_gguf(
             "the rows of this vector are positions, and a control vector acts at all:"
             " take its mean over positions, or to_safetensors"
         )
-    if vector.values.shape[1] != model.d_model:
-        raise ValueError(
-            f"the vector has {vector.values.shape[1]} numbers a row, and the states of"
-            f" {model.name} have {model.d_model}"
-        )
+    check_vector(model, vector)
     shift = 1 if vector.site == "resid_pre" else 0  # its block's input: one block less
     rows = dict(zip((i - shift for i in vector.layers), vector.values, strict=True))
     wanted = sorted(rows) if layers is None else list(layers)
