@@ -267,3 +267,48 @@ def test_the_engine_refuses_what_it_cannot_follow():
             assert torch.allclose(
                 model.logits(TOKENS[i : i + 1]), both[i : i + 1], atol=1e-5
             )
+
+
+# --- found by a reader who tried to break it
+
+
+@pytest.mark.parametrize("given", [{"mode": "ablate"}, {"keep_norm": True}])
+@pytest.mark.parametrize(
+    "place", [{"site": "mlp_act", "neuron": 3}, {"site": "pattern"}]
+)
+def test_what_has_no_vectors_cannot_be_projected(given, place):
+    with pytest.raises(ValueError, match="needs a vector at each position"):
+        Edit(layer=0, value=1.0, **given, **place)
+
+
+def test_keep_norm_has_a_slope_where_the_new_state_is_zero():
+    model = load_model(tiny("gpt2"), dtype=torch.float64)
+    v = torch.zeros(32, dtype=torch.float64, requires_grad=True)
+    edit = Edit("resid_post", 0, v, pos=[1], keep_norm=True)
+    with intervene(model, [edit]):
+        value = model.logits(TOKENS, gradients=True)[:, -1].sum()
+    (slope,) = torch.autograd.grad(value, v)
+    assert torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("rule", ["prompt", "new", "last"])
+def test_rules_of_a_prompt_that_was_not_seen_whole_are_refused(rule):
+    model = load_model(tiny("llama"))
+    edit = Edit("resid_post", 1, 1.0, pos=rule, mode="add")
+    outside = model.hf(TOKENS[:, :4], use_cache=True).past_key_values
+    with (
+        pytest.raises(ValueError, match="not seen whole"),
+        intervene(model, [edit], must_fire=False),
+    ):
+        model.hf(TOKENS[:, 4:5], past_key_values=outside, use_cache=True)
+    with (
+        pytest.raises(ValueError, match="not seen whole"),
+        intervene(model, [edit], must_fire=False),
+    ):
+        first = model.hf(TOKENS[:, :2], use_cache=True).past_key_values
+        model.hf(TOKENS[:, 2:4], past_key_values=first, use_cache=True)
+    with intervene(model, [edit], prompt_length=6, must_fire=False):  # told
+        first = model.hf(TOKENS[:, :2], use_cache=True).past_key_values
+        pieces = model.hf(TOKENS[:, 2:], past_key_values=first, use_cache=True)
+        whole = model.logits(TOKENS)
+    assert torch.allclose(pieces.logits[:, -1], whole[:, -1], atol=1e-5)

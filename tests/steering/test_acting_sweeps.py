@@ -8,7 +8,12 @@ from families import CONFIGS, NO_REGISTRY, POST_NORM, different, model_of
 from mechtut import load_model
 from mechtut.models.hooks import Edit, Where, capture
 from mechtut.prompts.completions import complete
-from mechtut.steering.ablation import ablation_direction, orthogonalise
+from mechtut.steering.ablation import (
+    ablation_direction,
+    orthogonalise,
+    select_direction,
+    token_log_odds,
+)
 from mechtut.steering.acting import (
     next_logits,
     steer,
@@ -439,3 +444,105 @@ def test_candidates_do_not_need_equal_numbers():
     assert made.vector(-1, 2).site == "resid_pre"
     edit = steering_edits(model, made.vector(-1, 2))[0]
     assert isinstance(edit, Edit) and (edit.site, edit.layer) == ("resid_pre", 2)
+
+
+# --- found by a reader who tried to break it
+
+
+def test_a_vector_of_one_row_is_ablated_everywhere():
+    model = model_of("llama")
+    made = ablation_direction(model, PROMPTS[:2], PROMPTS[2:])
+    v = made.vector(-1, 1)
+    with steer(model, v, mode="ablate"):
+        found = model.logits(PROMPTS[0])
+    with steer(model, v.values[0], mode="ablate"):
+        assert torch.equal(found, model.logits(PROMPTS[0]))
+    wanted = orthogonalise(model, v).logits(PROMPTS[0])
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_component_is_replaced_and_the_length_kept():
+    model = model_of("gpt2")
+    d, mean = (torch.randn(32, generator=DRAW, dtype=torch.float64) for _ in range(2))
+    before = capture(model, PROMPTS[0], "resid_post.1")["resid_post.1"]
+    how = {"mode": "ablate", "toward": mean, "keep_norm": True}
+    with steer(model, d, 1, **how):
+        after = capture(model, PROMPTS[0], "resid_post.1")["resid_post.1"]
+    assert torch.allclose(after.norm(dim=-1), before.norm(dim=-1))
+
+
+def test_sums_remember_what_both_read():
+    model = model_of("gpt2")
+    a, b = mean_difference(model, PAIRS[:2]), mean_difference(model, PAIRS[2:])
+    assert set((a + b).read) == {*a.read, *b.read}
+    other = mean_difference(model_of("llama"), PAIRS[:2])
+    with pytest.raises(ValueError, match="cannot be added"):
+        a + other
+
+
+def test_candidates_are_not_chosen_on_the_prompts_that_made_them():
+    model = model_of("gpt2")
+    made = ablation_direction(model, PROMPTS[:2], PROMPTS[2:])
+    with pytest.raises(ValueError, match="was read to make the vector"):
+        select_direction(model, made, [PROMPTS[1]], [[1, 2]], token_log_odds([3]))
+
+
+def test_shuffled_labels_of_a_blocks_input():
+    model = model_of("gpt2")
+    pre = SteeringVector(
+        values=mean_difference(model, PAIRS, layers=[0]).values,
+        layers=(1,),
+        site="resid_pre",
+    )
+    post = mean_difference(model, PAIRS, layers=[0])
+    found = shuffled_labels(model, PAIRS, pre)
+    assert torch.allclose(found.values, shuffled_labels(model, PAIRS, post).values)
+    assert found.site == "resid_pre"
+
+
+def test_controls_are_brought_to_the_vectors_length():
+    model = model_of("gpt2")
+    v = mean_difference(model, PAIRS)
+    given = (model, v, PROMPTS, ODDS, 1, PROMPTS[:1])
+    how = {"coefficients": (1.0,), "controls": 1}
+    one = evaluate_steering(*given, **how, shuffled=-v)
+    long = evaluate_steering(*given, **how, shuffled=v * -100)
+    assert torch.allclose(one.effects, long.effects, atol=1e-9)
+    v2 = mean_difference(model_of("llama"), PAIRS)
+    with pytest.raises(ValueError, match="was read in"):
+        evaluate_steering(*given, **how, shuffled=v2)
+
+
+def test_slopes_of_small_coefficients():
+    y = torch.tensor([[4.0, 1.0, 0.0, -1.0, 3.0]])
+    x = [-4.0, -1.0, 0.0, 1.0, 4.0]
+    assert float(steerability(y, x, within=1.0).slopes) == pytest.approx(-1.0)
+    assert steerability(y, x, within=1.0).turning == 1.0
+    with pytest.raises(ValueError, match="leaves fewer than two"):
+        steerability(y, x, within=0.5)
+
+
+def test_the_pareto_curve_is_of_each_sign():
+    model = model_of("gpt2")
+    _, report = report_of(model, coefficients=(-2.0, -1.0, 1.0, 2.0))
+    kept = report.pareto()
+    table = report.to_pandas().query("direction == 'vector'")
+    for sign in (-1, 1):
+        rows = table[np.sign(table.coefficient) == sign]
+        for _, row in rows.iterrows():
+            better = (rows.effect * sign > row.effect * sign) & (rows.kl <= row.kl)
+            assert (row.coefficient in set(kept.coefficient)) == (not better.any())
+
+
+def test_nothing_is_read_under_steering():
+    model = model_of("gpt2")
+    v = mean_difference(model, PAIRS)
+    reads = (
+        lambda: mean_difference(model, PAIRS),
+        lambda: act_add(model, [1, 2], [3, 4], 1),
+        lambda: ablation_direction(model, PROMPTS[:1], PROMPTS[1:]),
+        lambda: predict_effect(model, v, PROMPTS, ODDS),
+    )
+    for read in reads:
+        with pytest.raises(RuntimeError, match="leave the block"), steer(model, v, 1):
+            read()
