@@ -355,9 +355,9 @@ class Progress(Result):
             below: How small.
 
         Returns:
-            Steps of snapshots: the end of memorisation (training loss), of circuit formation
-            (restricted loss) and of clean-up (test loss); `None` for one that is not
-            reached.
+            Steps of snapshots: the end of memorisation (training loss), of circuit
+            formation (restricted loss) and of clean-up (test loss); `None` for one that
+            is not reached.
         """
         names = {"memorisation": "train", "circuit formation": "restricted"}
         names["clean-up"] = "test"
