@@ -84,14 +84,14 @@ def key_waves(logits: Logits, keys: Keys, *, only_cosine: bool = False) -> Logit
 
 @checked
 def check_keys(keys: Keys, p: int) -> None:
-    """Refuse frequencies that there are not.
+    """Refuse frequencies that there are not, and such as are given twice.
 
     Args:
         keys: The frequencies.
         p: The modulus.
 
     Raises:
-        ValueError: For a frequency below 1 or above p // 2.
+        ValueError: For a frequency below 1 or above p // 2, or one that comes twice.
 
     Example:
         >>> check_keys([1, 3], 7)  # says nothing: all is well
@@ -100,6 +100,11 @@ def check_keys(keys: Keys, p: int) -> None:
         raise ValueError(
             f"frequency {wrong[0]} does not exist for p = {p}: they are 1..{p // 2};"
             " are the keys those of another network?"
+        )
+    if twice := sorted({k for k in keys if list(keys).count(k) > 1}):
+        raise ValueError(
+            f"frequency {twice[0]} is given more than once: name every one once, since"
+            " its waves would count as often"
         )
 
 
@@ -115,7 +120,8 @@ def addition_loss(logits: Logits, where: Int[Tensor, "some"] | None = None) -> f
         The mean over these inputs, in nats.
 
     Raises:
-        ValueError: If there are not p² rows of p.
+        ValueError: If there are not p² rows of p, or if `where` is empty or has a place
+            that there is not.
 
     Example:
         >>> round(addition_loss(torch.zeros(49, 7)), 4)  # log 7
@@ -125,6 +131,13 @@ def addition_loss(logits: Logits, where: Int[Tensor, "some"] | None = None) -> f
     numbers = torch.arange(p, device=logits.device)
     right = (numbers[:, None] + numbers).flatten() % p
     where = torch.arange(p * p) if where is None else where
+    if not len(where):
+        raise ValueError("where is empty: there is no loss of no inputs")
+    if int(where.min()) < 0 or int(where.max()) >= p * p:
+        raise ValueError(
+            f"where has places {int(where.min())} to {int(where.max())}, but the"
+            f" inputs of p = {p} are 0 to {p * p - 1}: is it the split of another p?"
+        )
     where = where.to(logits.device)
     return float(F.cross_entropy(logits.double()[where], right[where]))
 
@@ -207,6 +220,7 @@ def excluded_loss(
         >>> excluded_loss(99 * wave, [1, 2], each=True).round(decimals=2)
         tensor([0.0000, 1.9500], dtype=torch.float64)
     """
+    check_keys(keys, check_logits(logits))
     groups = [[k] for k in keys] if each else [list(keys)]
     losses = [
         addition_loss(logits - key_waves(logits, g, only_cosine=only_cosine), where)
@@ -334,13 +348,16 @@ class Progress(Result):
     def phases(self, below: Positive = 0.01) -> dict[str, int | None]:
         """When each of three losses is small for the first time.
 
+        Only snapshots are asked, so a phase may end some steps earlier; `Run.first`
+        knows training and test loss at every tenth step.
+
         Args:
             below: How small.
 
         Returns:
-            Steps: the end of memorisation (training loss), of circuit formation
-            (restricted loss) and of clean-up (test loss); `None` for one that is not
-            reached.
+            Steps of snapshots: the end of memorisation (training loss), of circuit
+            formation (restricted loss) and of clean-up (test loss); `None` for one that
+            is not reached.
         """
         names = {"memorisation": "train", "circuit formation": "restricted"}
         names["clean-up"] = "test"
@@ -442,7 +459,7 @@ class Ablations(Result):
     """What is left of a network without some of its parts.
 
     Attributes:
-        names: What was done.
+        names: What was taken away.
         train_loss: Loss of the training pairs.
         test_loss: Loss of the other pairs.
         accuracy: Share of right answers, over all pairs.
@@ -456,7 +473,7 @@ class Ablations(Result):
     def to_pandas(self) -> pd.DataFrame:
         """One row per ablation."""
         numbers = {n: getattr(self, n).tolist() for n in _MEASURED}
-        return pd.DataFrame({"ablation": self.names, **numbers})
+        return pd.DataFrame({"removed": self.names, **numbers})
 
 
 _MEASURED = ("train_loss", "test_loss", "accuracy")
@@ -469,28 +486,30 @@ def ablations(
 ) -> Ablations:
     """Take parts of a network away, one kind at a time.
 
-    Neurons that are taken away have their mean activity instead.
+    Neurons that are taken away have their mean activity instead, and means stay
+    where waves are taken away.
 
     Args:
         model: The network.
-        split: Its training and test pairs.
+        split: Its training and test pairs, together all p².
         keys: The key frequencies; by default its own.
 
     Returns:
         Losses and accuracy after each.
 
     Raises:
-        ValueError: For a frequency that there is not.
+        ValueError: For a frequency that there is not, or a split of another p.
 
     Example:
         >>> from mechtut.grokking.training import shipped_run
         >>> run = shipped_run()
         >>> found = ablations(run.network(), run.settings().split())
         >>> found.names[:2]
-        ('nothing', 'neurons: all but their frequency')
+        ('nothing', 'neurons: waves of other frequencies')
     """
     keys = key_frequencies(model) if keys is None else tuple(keys)
     check_keys(keys, model.p)
+    _check_split(split, model.p)
     acts, logits = mlp_activity(model), model.all_logits()
     found = neuron_frequencies(acts)
     clustered = found.fve >= 0.85
@@ -509,11 +528,11 @@ def ablations(
     rest = [k for k in range(1, model.p // 2 + 1) if k not in keys]
     done = {
         "nothing": logits,
-        "neurons: all but their frequency": with_neurons(_own_waves(acts)),
-        "neurons: those in no cluster": without(~clustered),
-        "map to logits: all but key waves": logits - other,
-        "logits: all but key waves": key_waves(logits, keys) + logits.mean(0),
-        "logits: waves of all other frequencies": logits - key_waves(logits, rest),
+        "neurons: waves of other frequencies": with_neurons(_own_waves(acts)),
+        "neurons: those of no cluster": without(~clustered),
+        "map to logits: waves of other frequencies": logits - other,
+        "logits: all that is no key wave": key_waves(logits, keys) + logits.mean(0),
+        "logits: waves of a + b of other frequencies": logits - key_waves(logits, rest),
         "logits: key waves": logits - key_waves(logits, keys),
     }
     for k in keys:
@@ -532,6 +551,17 @@ def ablations(
         provenance={"model": f"p = {model.p}"},
         **{name: torch.tensor(x).double() for name, x in measured.items()},
     )
+
+
+def _check_split(split: Split, p: int) -> None:
+    """Refuse a split that does not have each of the p² inputs once."""
+    places = torch.cat([part.cpu() for part in split])
+    if not torch.equal(places.sort().values, torch.arange(p * p)):
+        raise ValueError(
+            f"the split has {len(places)} places, and they are not the {p * p} inputs"
+            f" of p = {p}, each once: take it from the recipe of the network,"
+            " `run.settings().split()`"
+        )
 
 
 def _own_waves(acts: Float[Tensor, "inputs neuron"]) -> Float[Tensor, "inputs neuron"]:

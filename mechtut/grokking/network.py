@@ -161,8 +161,8 @@ class ModularAddition(nn.Module):
             The network.
 
         Raises:
-            ValueError: If a weight is missing, or of another modulus or size than the
-                rest.
+            ValueError: If a weight is missing, is not finite, or of another modulus or
+                size than the rest.
         """
         if missing := sorted(set(WEIGHTS) - set(weights)):
             raise ValueError(
@@ -189,6 +189,11 @@ class ModularAddition(nn.Module):
                     f"{name} has shape {list(weights[name].shape)}, but W_E is of"
                     f" p = {made.p} and width {d_model}, which takes"
                     f" {list(own.shape)}: are these the weights of one network?"
+                )
+            if not weights[name].isfinite().all():
+                raise ValueError(
+                    f"{name} holds NaN or infinity: the training that it comes from did"
+                    " not converge, or the file is damaged"
                 )
         made.to(weights["W_E"])
         made.load_state_dict({name: weights[name] for name in WEIGHTS})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -33,7 +33,14 @@ from mechtut.arguments import (
     checked,
 )
 from .network import ModularAddition, Modulus, check_modulus
-from ..models.files import alone_in, damaged, read_tensors, write_tensors
+from mechtut.models.files import (
+    alone_in,
+    damaged,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from ..models.interrupts import undisturbed
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.results import Result
@@ -168,8 +175,13 @@ class Run(Result):
         put_weights(made, self.weights[at.index(step)])
         return made
 
-    def first(self, below: Positive = 0.01, *, of: str = "test_loss") -> int | None:
-        """The first measured step at which a loss is small.
+    def first(
+        self,
+        below: Positive = 0.01,
+        *,
+        of: Literal["test_loss", "train_loss"] = "test_loss",
+    ) -> int | None:
+        """The first measured step (every tenth is) at which a loss is small.
 
         Args:
             below: How small.
@@ -188,7 +200,9 @@ class Run(Result):
             {n: getattr(self, n).tolist() for n in ("steps", *names, "squares")}
         ).rename(columns={"steps": "step"})
 
-    def plot(self, what: str = "loss", ax: Axes | None = None) -> Axes:
+    def plot(
+        self, what: Literal["loss", "accuracy"] = "loss", ax: Axes | None = None
+    ) -> Axes:
         """Training and test pairs over the steps.
 
         Args:
@@ -367,28 +381,22 @@ def train_modular(
 
     Raises:
         RuntimeError: If someone else works in the folder.
-        ValueError: If the folder holds a run of another recipe, one that is damaged, or
-            one that is longer already; or if there is no such device.
+        ValueError: If the folder holds a run of another recipe or `snapshot_every`, one
+            that is damaged, or one that is longer already; or for another device, or
+            one that this machine does not have.
 
     Example:
         >>> recipe = GrokkingRecipe(p=7, d_model=8, d_mlp=16, share=0.5)
         >>> train_modular(recipe, steps=20, progress=False).at
         tensor([ 0, 20])
     """
-    where = torch.device(device or "cpu")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {device!r}, but PyTorch finds no GPU here; use 'cpu' or leave"
-            " it out"
-        )
+    where = _device("cpu" if device is None else device)
     training, rows = _Training(recipe, where), dict[int, Tensor]()
     with alone_in(folder):
-        key = fingerprint(asdict(recipe), snapshot_every)
-        store = Store(Path(folder), key) if folder else None
+        store = _store(Path(folder), recipe, snapshot_every) if folder else None
         if store and (state := store.read("state")):
             training.restore(state)
-            for step in range(0, training.step + 1, snapshot_every):
-                rows[step] = _snapshot(store, step)
+            rows = _snapshots(store, training.step, snapshot_every)
             if training.step > steps:
                 raise ValueError(
                     f"{folder} holds {training.step} steps already: ask for as many, or"
@@ -404,6 +412,38 @@ def train_modular(
             store.write("state", training.state())
     rows[training.step] = training.row()
     return training.run(rows)
+
+
+def _device(name: str) -> torch.device:
+    """The device, if training works there and this machine has it."""
+    why = "losses are in float64, which other kinds do not have"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type in ("cpu", "cuda"):
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0][:200]
+    raise ValueError(
+        f"device={name!r} cannot be used ({why}); give 'cpu' or 'cuda', or leave it out"
+    )
+
+
+def _store(folder: Path, recipe: GrokkingRecipe, snapshot_every: int) -> Store:
+    """The folder of a run; one of another run is refused, with what differs."""
+    asked = {**asdict(recipe), "snapshot_every": snapshot_every}
+    about = folder / "run.json"
+    if about.exists():
+        held = read_json(about, *asked)
+        if differ := [f"{k}={held[k]}" for k in asked if held[k] != asked[k]]:
+            raise ValueError(
+                f"{folder} holds another run, with {', '.join(differ)}: ask for the"
+                " same, or use an empty folder"
+            )
+    store = Store(folder, fingerprint(asdict(recipe), snapshot_every))
+    if not about.exists():
+        write_json(about, asked)
+    return store
 
 
 def _train(
@@ -440,13 +480,16 @@ def _train(
             bar.update()
 
 
-def _snapshot(store: Store, step: int) -> Float[Tensor, "parameter"]:
-    """A snapshot that the state says is there."""
-    piece = f"step-{step:06d}"
-    found = store.read(piece)
-    if found is None:
-        raise damaged(store.folder, f"lacks {piece}.safetensors")
-    return found["weights"]
+def _snapshots(store: Store, last: int, every: int) -> dict[int, Tensor]:
+    """The snapshots of all steps up to the state's."""
+    rows = {}
+    for step in range(0, last + 1, every):
+        piece = f"step-{step:06d}"
+        if found := store.read(piece):
+            rows[step] = found["weights"]
+        elif step < last:  # Ctrl-C may come before the last, which the state makes good
+            raise damaged(store.folder, f"lacks {piece}.safetensors")
+    return rows
 
 # %% ../../nbs/library/grokking/training.ipynb #c013
 @checked

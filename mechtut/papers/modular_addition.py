@@ -113,7 +113,7 @@ def study(run: Run) -> dict[str, float]:
     """
     model, (train, test) = run.network(), run.settings().split()
     logits, keys = model.all_logits(), key_frequencies(model)
-    steps = [run.first(of=name) for name in ("train_loss", "test_loss")]
+    steps = run.first(of="train_loss"), run.first()
     memorised, grokked = (math.nan if s is None else float(s) for s in steps)
     fve = neuron_frequencies(mlp_activity(model)).fve
     return {
@@ -200,7 +200,9 @@ class Conditions(Result):
 
 @checked
 def compare_conditions(
-    recipes: Annotated[Mapping[str, Sequence[GrokkingRecipe]], NOT_EMPTY],
+    recipes: Annotated[
+        Mapping[str, Annotated[Sequence[GrokkingRecipe], NOT_EMPTY]], NOT_EMPTY
+    ],
     *,
     steps: Count = 4000,
     until: Positive | None = 1e-3,
@@ -209,13 +211,17 @@ def compare_conditions(
     """Train and study networks by several recipes, one after the other.
 
     Args:
-        recipes: For each condition its recipes, which may differ in their seed only.
+        recipes: For each condition its recipes, at least one, which may differ in their
+            seed only.
         steps: Steps of each run, at most.
         until: Stop a run at this test loss.
         progress: Whether to show a bar.
 
     Returns:
         A row of numbers for each run.
+
+    Raises:
+        ValueError: If there is no condition, or one without recipes.
 
     Example:
         >>> tiny = GrokkingRecipe(p=7, d_model=8, d_mlp=16, share=0.5)

@@ -132,7 +132,7 @@ def test_gini_is_the_mean_difference_of_pairs(values):
 def test_ablations_by_hand():
     """On the golden network, with changed activities put through the weights here."""
     model, parts = network(), split()
-    table = ablations(model, parts).to_pandas().set_index("ablation")
+    table = ablations(model, parts).to_pandas().set_index("removed")
     acts, logits = mlp_activity(model), model.all_logits()
     found = neuron_frequencies(acts)
     w_l = (model.W_U.T @ model.W_out).detach()[:-1]
@@ -142,7 +142,7 @@ def test_ablations_by_hand():
 
     loose = found.fve < 0.85
     changed = torch.where(loose, acts.mean(0), acts)
-    assert table.test_loss["neurons: those in no cluster"] == like(test_loss(changed))
+    assert table.test_loss["neurons: those of no cluster"] == like(test_loss(changed))
     one = (found.fve >= 0.85) & (found.frequency == 12)
     changed = torch.where(one, acts.mean(0), acts)
     assert table.test_loss["neurons: cluster of frequency 12"] == like(
@@ -156,8 +156,8 @@ def test_ablations_by_hand():
         known = torch.einsum("ni,nj->nij", waves[a], waves[b]).flatten(1)
         own.append(known @ torch.linalg.lstsq(known, acts[:, n : n + 1]).solution)
     wanted = test_loss(torch.cat(own, 1))
-    assert table.test_loss["neurons: all but their frequency"] == like(wanted)
-    assert table.test_loss["logits: all but key waves"] == like(
+    assert table.test_loss["neurons: waves of other frequencies"] == like(wanted)
+    assert table.test_loss["logits: all that is no key wave"] == like(
         restricted_loss(logits, [5, 12, 15], parts.test)
     )
     waves = torch.stack(
@@ -169,7 +169,7 @@ def test_ablations_by_hand():
     ).double()
     kept = waves @ torch.linalg.pinv(waves) @ w_l
     wanted = addition_loss(logits + acts @ (kept - w_l).T, parts.test)
-    assert table.test_loss["map to logits: all but key waves"] == like(wanted)
+    assert table.test_loss["map to logits: waves of other frequencies"] == like(wanted)
     assert table.accuracy["nothing"] == 1 and table.accuracy["logits: key waves"] < 0.1
 
 
@@ -233,6 +233,43 @@ def test_progress_of_the_shipped_run():
     assert len(found.plot()) == 3
 
 
+@pytest.mark.parametrize("p", [29, 37])
+def test_a_split_of_another_modulus(p):
+    model = ModularAddition(31, d_model=8, d_mlp=16)
+    other = GrokkingRecipe(p=p).split()
+    with pytest.raises(ValueError, match=f"{p * p} places, and they are not the 961"):
+        ablations(model, other, keys=[1])
+    own = GrokkingRecipe(p=31).split()
+    with pytest.raises(ValueError, match="each once"):  # as many, one pair twice
+        ablations(model, own._replace(test=own.test.clamp(min=1)), keys=[1])
+
+
+def test_every_label_says_what_is_gone():
+    """By what the losses say: without `nothing` all is right, and so on."""
+    model, parts = network(), split()
+    logits = model.all_logits()
+    table = ablations(model, parts).to_pandas().set_index("removed")
+    assert table.test_loss["nothing"] == like(addition_loss(logits, parts.test))
+    rest = [k for k in range(1, 16) if k not in (5, 12, 15)]
+    for name, keys in (
+        ("logits: key waves", [5, 12, 15]),
+        ("logits: waves of a + b of other frequencies", rest),
+    ):
+        gone = logits - plain_waves(logits, keys)
+        assert table.test_loss[name] == like(addition_loss(gone, parts.test))
+
+
+def test_phases_are_looked_up_at_snapshots():
+    run = shipped_run()
+    ends, at = progress(run).phases(), run.at.tolist()
+    for phase, first in (
+        ("memorisation", run.first(of="train_loss")),
+        ("clean-up", run.first()),
+    ):
+        assert ends[phase] == min(step for step in at if step >= first)
+    assert ends["clean-up"] > run.first()
+
+
 def test_wrong_input():
     logits = torch.randn(49, 7)
     for call in (key_waves, restricted_loss, excluded_loss, logit_trig_fraction):
@@ -241,6 +278,18 @@ def test_wrong_input():
                 call(logits, [k])
     with pytest.raises(ValueError, match="without the logit of '='"):
         restricted_loss(torch.randn(49, 8), [1])
+    for call in (key_waves, restricted_loss, excluded_loss, logit_trig_fraction):
+        with pytest.raises(ValueError, match="frequency 2 is given more than once"):
+            call(logits, [1, 2, 2])
+    with pytest.raises(ValueError, match="frequency 1 is given more than once"):
+        excluded_loss(logits, [1, 1], each=True)
+    with pytest.raises(ValueError, match="frequency 3 is given more than once"):
+        trig_fraction(logits, (3, 3, 1))
+    with pytest.raises(ValueError, match="where is empty"):
+        addition_loss(logits, torch.tensor([], dtype=torch.long))
+    for places, told in (([0, 49], "0 to 49"), ([-1, 3], "-1 to 3")):
+        with pytest.raises(ValueError, match=f"{told}, but the inputs of p = 7 are"):
+            addition_loss(logits, torch.tensor(places))
     with pytest.raises(ValueError, match="amounts: none may be negative"):
         gini(torch.tensor([-1.0, 2.0]))
     for nothing in (0, 3):

@@ -108,6 +108,11 @@ def test_weights_that_do_not_belong_together():
         )
     with pytest.raises(ValueError, match="W_Q must have 3 axes, not 2"):
         ModularAddition.from_weights({**state, "W_Q": state["W_Q"].flatten(0, 1)})
+    for wrong in (float("nan"), float("inf")):
+        bad = state["W_out"].clone()
+        bad[3, 4] = wrong
+        with pytest.raises(ValueError, match="W_out holds NaN or infinity"):
+            ModularAddition.from_weights(state | {"W_out": bad})
     with pytest.raises(ValueError, match="p must be odd, not 8"):
         ModularAddition.from_weights(state | {"W_E": torch.zeros(12, 9)})
     with pytest.raises(ValueError, match="n_heads must divide d_model=12"):

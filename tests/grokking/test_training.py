@@ -13,6 +13,7 @@ from grokking_golden import numbers
 from test_network import whole_sequence
 from torch.nn import functional as F
 
+from mechtut.grokking import training
 from mechtut.grokking.network import ModularAddition
 from mechtut.grokking.training import (
     SMALL,
@@ -103,6 +104,27 @@ def test_interrupted_at_a_random_moment(tmp_path):
     assert torch.equal(again.test_loss, whole.test_loss)
 
 
+def test_interrupted_before_a_snapshot(tmp_path, monkeypatch):
+    """The step is done and in the state, and its snapshot is not there yet."""
+    how = {"steps": 40, "snapshot_every": 20, **QUIET}
+    whole = train_modular(TINY, **how)
+    measure = training._Training.measure
+
+    def interrupted(self):
+        if self.step == 20:
+            raise KeyboardInterrupt
+        measure(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_modular(TINY, folder=tmp_path, **how)
+    assert not (tmp_path / "step-000020.safetensors").exists()
+    again = train_modular(TINY, folder=tmp_path, **how)
+    for name in ("weights", "at", "steps", "test_loss"):
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+
+
 def test_it_stops_at_a_loss_and_shows_itself():
     whole = train_modular(TINY, steps=100, snapshot_every=10, **QUIET)
     until = float(whole.test_loss.min()) + 1e-9
@@ -120,8 +142,12 @@ def test_it_stops_at_a_loss_and_shows_itself():
 def test_damage_is_told(tmp_path):
     how = {"snapshot_every": 10, "folder": tmp_path, **QUIET}
     train_modular(TINY, steps=20, **how)
-    with pytest.raises(ValueError, match="holds another sweep"):
+    with pytest.raises(ValueError, match="holds another run, with seed=5: ask for"):
         train_modular(replace(TINY, seed=6), steps=20, **how)
+    with pytest.raises(
+        ValueError, match="another run, with lr=0.003, snapshot_every=10"
+    ):
+        train_modular(replace(TINY, lr=1.0), steps=20, **{**how, "snapshot_every": 5})
     with pytest.raises(ValueError, match="holds 20 steps already"):
         train_modular(TINY, steps=10, **how)
     piece = tmp_path / "step-000010.safetensors"
@@ -205,8 +231,22 @@ def test_a_share_that_leaves_nothing(share, what):
 def test_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ValueError, match="PyTorch finds no GPU here; use 'cpu'"):
+    with pytest.raises(ValueError, match="device='cuda' cannot be used .*; give 'cpu'"):
         train_modular(TINY, steps=1, device="cuda", **QUIET)
+
+
+@pytest.mark.parametrize("device", ["banana", "mps", "meta", ""])
+def test_no_such_device(device):
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used"):
+        train_modular(TINY, steps=1, device=device, **QUIET)
+
+
+def test_no_such_loss():
+    run = shipped_run()
+    with pytest.raises(ValueError, match="of must be"):
+        run.first(of="x")
+    with pytest.raises(ValueError, match="what must be"):
+        run.plot("x")
 
 
 def test_wrong_recipes():

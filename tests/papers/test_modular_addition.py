@@ -154,6 +154,14 @@ def test_the_seeds_in_the_package():
     share = found.summary().set_index("condition").share
     assert share["the recipe"] > 0.7 and share["no weight decay"] == 0
     assert found.plot().get_legend() is not None
+    # two keys are not enough to fail, and three have never failed
+    failed = set(mine[mine.grokked.isna()].seed)
+    assert failed < set(mine[mine.n_keys == 2].seed)
+    # pizzas among the runs that generalise; over all runs the ranges overlap
+    equal = table[table.condition == "equal attention"]
+    good, clock = equal[equal.test_accuracy >= 0.99], mine[mine.test_accuracy >= 0.99]
+    assert (len(good), len(equal)) == (4, 10)
+    assert good.irrelevance.max() < clock.irrelevance.min() < equal.irrelevance.max()
 
 
 def test_wrong_input():
@@ -163,8 +171,9 @@ def test_wrong_input():
         clock_logits(8, {1: 1.0})
     with pytest.raises(ValueError, match="strengths"):
         clock_logits(7, {})
-    with pytest.raises(ValueError, match="recipes"):
-        compare_conditions({})
+    for nothing in ({}, {"a": []}, {"a": [TINY], "b": []}):
+        with pytest.raises(ValueError, match="recipes"):
+            compare_conditions(nothing, steps=1, progress=False)
 
 
 def test_logits_of_the_formula_are_the_same_after_a_shift():
