@@ -48,8 +48,8 @@ def steering_edits(
         vector: A steering vector, a direction for each layer, or one for all.
         layers: The blocks where it acts, by default those of the vector. A single
             direction, also a vector of one row, that is ablated without layers is
-            removed wherever something is written into the residual stream (Arditi et al. 2024): at every block's
-            input and at the outputs of attention and MLP.
+            removed wherever something is written into the residual stream (Arditi et
+            al. 2024): at every block's input and at the outputs of attention and MLP.
         coefficient: What the vector is multiplied by, one number or one a layer; 0
             leaves the model alone. `"ablate"` takes no notice of it.
         where: The rule for positions, see above; a vector whose rows are positions
