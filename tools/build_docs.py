@@ -74,18 +74,17 @@ def sections() -> list[dict]:
 
 def api_parts() -> list[dict]:
     """The pages of the reference, by package."""
-    parts = [{"title": "", "pages": ["api/index.md"]}]
+    parts: dict[str, list[str]] = {"": ["api/index.md"]}
+    last: dict[str, list[str]] = {"viz": []}
     for file in sorted((BOOK / "api").glob("*.md")):
         package, dot, _ = file.stem.partition(".")
         if file.stem == "index":
             continue
-        if not dot:
-            parts[0]["pages"].append(f"api/{file.name}")
-            continue
-        if parts[-1]["title"] != package:
-            parts.append({"title": package, "pages": []})
-        parts[-1]["pages"].append(f"api/{file.stem}.md")
-    return parts
+        alone = not dot or package == "viz"  # as in the library's part of _quarto.yml
+        where = last if alone else parts
+        title = "viz" if alone else package
+        where.setdefault(title, []).append(f"api/{file.stem}.md")
+    return [{"title": t, "pages": pages} for t, pages in {**parts, **last}.items()]
 
 
 def contents(found: list[dict]) -> dict:
