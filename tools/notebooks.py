@@ -1,17 +1,15 @@
 """Run every notebook once, as on Colab: `python tools/notebooks.py WHEEL ENVIRONMENT`.
 
 A new environment holds the wheel and its `tutorials` extra and nothing else, in another
-folder. Papers, guides and the index run as they are written. In the library's notebooks
-the exported cells are replaced by imports of the same names from the wheel (the step
-`fresh` has shown that both are the same code); every other cell, and its saved output,
-stays. So a notebook that works only because of something in the checkout fails here.
+folder. Every cell runs as it is written and in its order, also the exported ones of the
+library's notebooks (the step `fresh` has shown that modules hold the same code). So a
+notebook that works only because of something in the checkout, or of a name that a later
+cell defines, fails here.
 """
 
-import ast
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,60 +17,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORT = re.compile(r"^#\s*\|\s*exporti?s?\b", re.MULTILINE)
-DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.MULTILINE)
-
-
-def defined_names(source: str) -> list[str]:
-    """Names that the top level of `source` binds, other than by imports.
-
-    >>> defined_names("import os\\nA = b = 1\\ndef f(): pass\\nx.y = 2\\nfor i in A: C =
-    i") ['A', 'b', 'f', 'i', 'C']
-    """
-    names: dict[str, None] = {}
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names[node.name] = None
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names[node.id] = None
-        elif not isinstance(
-            node,
-            ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp,
-        ):
-            for child in ast.iter_child_nodes(node):
-                visit(child)
-
-    visit(ast.parse(source))
-    return list(names)
-
-
-def imports_only(source: str, module: str) -> str:
-    """The cell that takes the place of an exported one: its own imports, and its names
-    from the installed `module`.
-
-    >>> print(imports_only("#| export\\nimport math\\ndef f(): return math.pi",
-    "mechtut.x")) import math from mechtut.x import f
-    """
-    tree = ast.parse(source)
-    lines = [
-        ast.unparse(node)
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
-    if names := defined_names(source):
-        lines.append(f"from {module} import {', '.join(names)}")
-    return "\n".join(lines)
-
-
-def rewrite(notebook: dict) -> int:
-    """Replace the exported cells in place; returns how many there were."""
-    code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
-    modules = [m[1] for c in code if (m := DEFAULT_EXP.search("".join(c["source"])))]
-    exported = [c for c in code if EXPORT.search("".join(c["source"]))]
-    for cell in exported:
-        cell["source"] = imports_only("".join(cell["source"]), f"mechtut.{modules[0]}")
-    return len(exported)
 
 
 def wheel_python(wheel: Path, folder: Path) -> Path:
@@ -134,20 +78,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="mechtut-wheel-") as temporary:
         folder = Path(temporary).resolve()
-        exported = 0
-        for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
-            if ".ipynb_checkpoints" in path.parts:
-                continue
-            notebook = json.loads(path.read_text(encoding="utf-8"))
-            if "library" in path.parts:
-                exported += rewrite(notebook)
-            target = folder / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(notebook), encoding="utf-8")
-        settings = (ROOT / "nbs/conftest.py").read_text(encoding="utf-8")
-        (folder / "nbs/conftest.py").write_text(settings, encoding="utf-8")
+        unwanted = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
+        shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=unwanted)
         (folder / "pytest.ini").write_text("[pytest]\n")
-        print(f"{exported} exported cells replaced by imports from {Path(wheel).name}")
         kernel(python, folder / "jupyter")
         command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name"]
         command += ["wheel", *arguments, "nbs"]

@@ -68,8 +68,7 @@ def key_waves(logits: Logits, keys: Keys, *, only_cosine: bool = False) -> Logit
     """
     logits, p = logits.double(), check_logits(logits)
     check_keys(keys, p)
-    numbers = torch.arange(p, device=logits.device)
-    sums = (numbers[:, None] + numbers).flatten() % p
+    sums, numbers = _sums(p, logits.device).flatten(), torch.arange(p).to(logits.device)
     basis = fourier_basis(p).to(logits.device)
     by_sum = torch.zeros_like(logits[:p]).index_add_(0, sums, logits) / p
     if only_cosine:
@@ -80,6 +79,12 @@ def key_waves(logits: Logits, keys: Keys, *, only_cosine: bool = False) -> Logit
         return (waves.T @ (waves @ total) / p)[difference][sums]
     waves = basis[[row for k in keys for row in (2 * k - 1, 2 * k)]]
     return (waves.T @ (waves @ by_sum))[sums]
+
+
+def _sums(p: int, device: torch.device) -> Int[Tensor, "p p"]:
+    """The right answer of each pair."""
+    numbers = torch.arange(p, device=device)
+    return (numbers[:, None] + numbers) % p
 
 
 @checked
@@ -128,8 +133,7 @@ def addition_loss(logits: Logits, where: Int[Tensor, "some"] | None = None) -> f
         1.9459
     """
     p = check_logits(logits)
-    numbers = torch.arange(p, device=logits.device)
-    right = (numbers[:, None] + numbers).flatten() % p
+    right = _sums(p, logits.device).flatten()
     where = torch.arange(p * p) if where is None else where
     if not len(where):
         raise ValueError("where is empty: there is no loss of no inputs")
@@ -627,11 +631,9 @@ def distance_irrelevance(logits: Logits) -> float:
         True
     """
     p = check_logits(logits)
-    numbers = torch.arange(p, device=logits.device)
-    sums = (numbers[:, None] + numbers) % p
+    sums, numbers = _sums(p, logits.device), torch.arange(p).to(logits.device)
     right = logits.double().reshape(p, p, p).gather(2, sums[..., None])[..., 0]
     if not (spread := float(right.std(correction=0))):
         raise ValueError("the right logits are all the same: there is no spread")
-    shifted = (numbers[:, None] + numbers) % p  # row d holds the pairs (i, i + d)
-    by_distance = right[numbers, shifted]
+    by_distance = right[numbers, sums]  # row d holds the pairs (i, i + d)
     return float(by_distance.std(dim=1, correction=0).mean()) / spread

@@ -32,7 +32,12 @@ from mechtut.arguments import (
     Share,
     checked,
 )
-from .network import ModularAddition, Modulus, check_modulus
+from mechtut.grokking.network import (
+    ModularAddition,
+    Modulus,
+    check_modulus,
+    head_width,
+)
 from mechtut.models.files import (
     alone_in,
     damaged,
@@ -99,11 +104,7 @@ class GrokkingRecipe:
                 f"share={self.share:g} of {pairs} pairs leaves none for"
                 f" {'the test' if self.share > 0.5 else 'training'}: give one like 0.3"
             )
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"n_heads must divide d_model={self.d_model}, which {self.n_heads} does"
-                " not"
-            )
+        head_width(self.d_model, self.n_heads)
 
     def split(self) -> Split:
         """Which of the p² inputs are trained on, in the order of the shuffle."""

@@ -20,13 +20,12 @@ from torch import Tensor
 from ..arguments import checked, integer, shown
 from ..models.families import as_stored, finish_logits
 from ..models.hooks import Activations, capture, check_layer
-from ..models.loading import Model
+from ..models.loading import Model, alike
 from ..models.precision import rounding, widest
 from mechtut.patching.patchscopes import (
     SoftPrompt,
     Source,
     Texts,
-    _alike,
     _embedded,
     _Row,
     _rows,
@@ -537,7 +536,7 @@ def logit_attribution(
     width = model.n_layers * model.d_model
     found: dict[int, dict[str, Tensor]] = {}
     lengths = [len(row.ids) for row in rows]
-    for group in _alike(lengths, lambda n: 2**24 // (n * width)):
+    for group in alike(lengths, lambda n: 2**24 // (n * width)):
         mine = ids[group], None if others is None else others[group]
         fields = _shares_of(model, [rows[i] for i in group], mine, layers)
         for k, i in enumerate(group):

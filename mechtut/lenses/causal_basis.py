@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..arguments import Count, Positive, Seed, checked
 from ..models.files import alone_in
 from ..models.hooks import intervene
-from ..models.loading import Model, recording, weight_fingerprint
+from ..models.loading import Model, alike, recording, weight_fingerprint
 from ..models.precision import at_least_float32, widest
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.partial import record_blocks
@@ -30,7 +30,6 @@ from mechtut.patching.patchscopes import (
     SoftPrompt,
     Source,
     Texts,
-    _alike,
     _edit,
     _layer,
     _prompts,
@@ -84,7 +83,7 @@ class _Tokens:
             raise ValueError("prompts holds no prompt: give at least one")
         found: dict[int, Tensor] = {}
         width = (model.n_layers + 1) * model.d_model
-        for group in _alike([len(i) for i in ids], lambda n: 2**26 // (n * width)):
+        for group in alike([len(i) for i in ids], lambda n: 2**26 // (n * width)):
             tokens = torch.stack([ids[i] for i in group])
             stream = record_blocks(model, tokens).resid[layer + 1]
             found.update(zip(group, stream, strict=True))
@@ -590,7 +589,7 @@ def causal_faithfulness(
     changed = torch.zeros_like(said)
     lengths = [len(ids) for ids in tokens.ids]
     most = _NUMBERS // model.d_vocab
-    groups = list(_alike(lengths, lambda n: most // n))
+    groups = list(alike(lengths, lambda n: most // n))
     hidden = quiet(progress)
     bar = tqdm(groups, unit="batch", disable=hidden, desc="causal faithfulness")
     for group in bar:

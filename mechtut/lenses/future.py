@@ -32,6 +32,7 @@ from mechtut.arguments import (
 from ..models.files import alone_in
 from ..models.hooks import intervene
 from mechtut.models.loading import (
+    alike,
     Model,
     document_start,
     pad_right,
@@ -48,7 +49,6 @@ from mechtut.patching.patchscopes import (
     Source,
     Target,
     Texts,
-    _alike,
     _edit,
     _layer,
     _least_squares,
@@ -168,7 +168,7 @@ def _greedy(
     lengths = [len(ids) for ids in prefixes]
     how: dict[str, Any] = {"total": len(prefixes), "disable": quiet(progress)}
     with tqdm(desc="what follows", unit="prefix", **how) as bar:
-        for group in _alike(lengths, lambda k: 2**24 // (k * model.d_vocab)):
+        for group in alike(lengths, lambda k: 2**24 // (k * model.d_vocab)):
             ids = torch.tensor([prefixes[i] for i in group], device=model.device)
             out[group] = torch.tensor(generate(model, ids, n, stop=False)).to(out)
             bar.update(len(group))
@@ -495,7 +495,7 @@ def future_linear(
         )
     pairs: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in steps]
     width = (model.n_layers + 1) * model.d_model
-    groups = list(_alike(list(map(len, rows)), lambda n: 2**24 // (n * width)))
+    groups = list(alike(list(map(len, rows)), lambda n: 2**24 // (n * width)))
     for group in tqdm(groups, unit="batch", disable=quiet(progress), desc="states"):
         stream = record_blocks(model, torch.stack([rows[i] for i in group])).resid
         for n, (known, wanted) in zip(steps, pairs, strict=True):

@@ -23,12 +23,18 @@ from .trajectory import Lens
 from ..models.files import alone_in
 from ..models.hooks import Site, visiting
 from ..models.interrupts import undisturbed
-from ..models.loading import Model, evaluating, recording, weight_fingerprint
+from mechtut.models.loading import (
+    Model,
+    alike,
+    evaluating,
+    recording,
+    weight_fingerprint,
+)
 from ..models.precision import at_least_float32
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.matmul import fast_matmul
 from ..patching.partial import record_blocks, resume
-from ..patching.patchscopes import Source, Texts, _alike, _prompts
+from ..patching.patchscopes import Source, Texts, _prompts
 from ..patching.results import provenance
 
 # %% ../../nbs/library/lenses/jacobian.ipynb #c007
@@ -215,7 +221,7 @@ class _Sums:
         def most(n_pos: int) -> int:
             return batch_size or _default_rows(model, n_pos)
 
-        self.groups = list(_alike(lengths, most))
+        self.groups = list(alike(lengths, most))
         self.repeats = [
             min(model.d_model, max(1, most(lengths[some[0]]) // len(some)))
             for some in self.groups

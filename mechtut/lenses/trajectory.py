@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..arguments import Count, checked, integer
 from ..models.hooks import Edit, capture
-from ..models.loading import Model, readable_token, weight_fingerprint
+from ..models.loading import Model, alike, readable_token, weight_fingerprint
 from ..models.precision import rounding
 from ..patching.checkpoints import fingerprint
-from ..patching.patchscopes import Source, Texts, _alike, _prompts, fit_affine
+from ..patching.patchscopes import Source, Texts, _prompts, fit_affine
 from ..patching.results import Result, provenance
 
 # %% ../../nbs/library/lenses/trajectory.ipynb #c007
@@ -1014,7 +1014,7 @@ def logit_lens(
     found: dict[int, dict[str, Tensor]] = {}
     shapes = [(len(ids), len(some)) for ids, some in zip(prompts, places, strict=True)]
     held = width + len(plan.rows) * model.d_model  # per token of a pass
-    for group in _alike(shapes, lambda shape: 2**26 // (shape[0] * held)):
+    for group in alike(shapes, lambda shape: 2**26 // (shape[0] * held)):
         ids = torch.stack([prompts[i] for i in group])
         where = torch.tensor([places[i] for i in group], device=ids.device)
         states, final = _read_pass(model, plan, ids, where, edits)

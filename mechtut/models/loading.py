@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Model', 'evaluating', 'recording', 'mask_arguments', 'readable_token', 'document_start', 'end_tokens', 'pad_right',
-           'padded_row', 'load_model', 'weight_fingerprint', 'embedding_std']
+           'alike', 'padded_row', 'load_model', 'weight_fingerprint', 'embedding_std']
 
 # %% ../../nbs/library/models/loading.ipynb #c002
 import copy
@@ -12,7 +12,7 @@ import hashlib
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -696,6 +696,29 @@ def pad_right(
     lengths = torch.tensor([len(r) for r in rows], device=tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     return tokens, (columns < lengths[:, None]).long()
+
+
+@checked
+def alike(keys: Sequence[Any], most: Callable[[Any], int]) -> Iterator[list[int]]:
+    """Numbers of equal keys together: what can share a batch without padding.
+
+    Args:
+        keys: One a row, such as its length.
+        most: The most rows of a group, by its key.
+
+    Returns:
+        The groups, each a list of row numbers; keys in the order of their first row.
+
+    Example:
+        >>> list(alike([5, 7, 5, 5], lambda length: 2))
+        [[0, 2], [3], [1]]
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    for key, members in groups.items():
+        n = max(1, most(key))
+        yield from (members[i : i + n] for i in range(0, len(members), n))
 
 
 @checked

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechtut.arguments import (
@@ -396,7 +396,8 @@ class NeuronRecords(Result):
         edges = self._quantile_boundaries(layer, neuron)
         quantiles = [list[ActivationRecord]() for _ in edges[1:]]
         for record in others[plan.n_random :] if quantiles else ():
-            i = np.searchsorted(edges[1:-1], max(record.activations), side="right")
+            largest = _or_zero(torch.tensor(max(record.activations)), edges[-1])
+            i = np.searchsorted(edges[1:-1], float(largest), side="right")
             quantiles[int(i)].append(record)
         moments: dict[str, Any] = {
             k: v[neuron] for k, v in self._moments(layer).items()
@@ -438,6 +439,7 @@ class NeuronRecords(Result):
         maxima = self._end(layer)["maxima"][:size, neuron].cpu().double()
         if not n or not size:
             return []
+        maxima = _or_zero(maxima, float(maxima.max()))
         steps = torch.linspace(0, 1, n + 1, dtype=maxima.dtype, device=maxima.device)
         edges: list[float] = maxima.quantile(steps).tolist()
         return edges
@@ -538,3 +540,10 @@ _NEURON_AXIS = {
     **dict.fromkeys(("top_activations", "maxima", "sums", "token_sums"), 1),
     "pool_activations": 2,
 }
+
+
+def _or_zero(x: Float[Tensor, "*n"], largest: float) -> Float[Tensor, "*n"]:
+    """What is lost beside the largest activation in float32 is zero: the tails of an
+    activation function, which differ by processor, make no order.
+    """
+    return torch.where(x.abs() < abs(largest) * 2**-23, 0.0, x)

@@ -61,6 +61,24 @@ def _plain(logits: Tensor, _prompt: int) -> Tensor:
     return logits
 
 
+def _check_changes(
+    model: Model, tokens: Tensor, last: Tensor, changes: Sequence[Change]
+) -> None:
+    """Refuse ends outside the prompts, and values of another width than the site's."""
+    same_length(tokens=tokens, last=last)
+    n_pos = tokens.shape[1]
+    for end in last.tolist():
+        integer(end, "last", 0, n_pos - 1)
+    check_edits(model, [c.edit() for c in changes])
+    for change in changes:
+        width = model.d_model if change.head is None else model.d_head
+        if len(change.value) != width:
+            raise ValueError(
+                f"the value of a change must have {width} numbers here, not"
+                f" {len(change.value)}"
+            )
+
+
 @checked
 def naive_changes(
     model: Model,
@@ -92,24 +110,6 @@ def naive_changes(
     return torch.stack(rows)
 
 # %% ../../nbs/library/patching/last_token.ipynb #c014
-def _check_changes(
-    model: Model, tokens: Tensor, last: Tensor, changes: Sequence[Change]
-) -> None:
-    """Refuse ends outside the prompts, and values of another width than the site's."""
-    same_length(tokens=tokens, last=last)
-    n_pos = tokens.shape[1]
-    for end in last.tolist():
-        integer(end, "last", 0, n_pos - 1)
-    check_edits(model, [c.edit() for c in changes])
-    for change in changes:
-        width = model.d_model if change.head is None else model.d_head
-        if len(change.value) != width:
-            raise ValueError(
-                f"the value of a change must have {width} numbers here, not"
-                f" {len(change.value)}"
-            )
-
-
 @checked
 def side_by_side(mask: Tensor, last: Int[Tensor, "prompt"], n: int) -> Tensor:
     """The attention mask for several versions of each prompt's last token.

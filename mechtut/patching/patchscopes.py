@@ -10,7 +10,7 @@ __all__ = ['Texts', 'IDENTITY_PROMPT', 'IDENTITY_PROMPTS', 'DESCRIPTION_PROMPT',
            'patchscope_texts']
 
 # %% ../../nbs/library/patching/patchscopes.ipynb #c002
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -42,6 +42,7 @@ from mechtut.models.hooks import (
 )
 from mechtut.models.loading import (
     Model,
+    alike,
     end_tokens,
     evaluating,
     mask_arguments,
@@ -307,16 +308,6 @@ def _paired(rows: list[_Row], others: list[_Row]) -> tuple[list[_Row], list[_Row
     return rows * (most // len(rows)), others * (most // len(others))
 
 # %% ../../nbs/library/patching/patchscopes.ipynb #c010
-def _alike(keys: Sequence[Any], most: Callable[[Any], int]) -> Iterator[list[int]]:
-    """Numbers of equal keys together, at most `most(key)` at a time."""
-    groups: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    for key, members in groups.items():
-        n = max(1, most(key))
-        yield from (members[i : i + n] for i in range(0, len(members), n))
-
-
 @torch.no_grad()
 def _read(
     model: Model,
@@ -342,7 +333,7 @@ def _read(
     prompts = list(sharing.values())
     firsts = [rows[of[0]] for of in prompts]
     kinds = [(row.length, row.soft is None) for row in firsts]
-    for group in _alike(kinds, lambda kind: 2**26 // (kind[0] * width)):
+    for group in alike(kinds, lambda kind: 2**26 // (kind[0] * width)):
         numbers = [i for g in group for i in prompts[g]]
         read = [firsts[g] for g in group]
         ids = torch.tensor([row.ids for row in read], device=model.device)
@@ -1115,7 +1106,7 @@ def patchscope(
     logits: dict[int, Tensor] = {}
     tokens: dict[int, list[int]] = {}
     places = [(row.length, row.positions, row.soft is None) for row in others]
-    for group in _alike(places, lambda key: 2**26 // (key[0] * into.d_vocab)):
+    for group in alike(places, lambda key: 2**26 // (key[0] * into.d_vocab)):
         n_pos, positions, _ = places[group[0]]
         ids = torch.tensor([others[i].ids for i in group], device=into.device)
         edit = _edit(layers[1], values[group], positions, heads[1])
@@ -1643,7 +1634,7 @@ def patchscope_grid(
         torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)
     )
     engines: dict[_Row, Replay] = {}
-    for number, some in enumerate(_alike(others, lambda _: _TOGETHER)):
+    for number, some in enumerate(alike(others, lambda _: _TOGETHER)):
         with fast_matmul(model):
             some_rows = [rows[i] for i in some]
             states, logits = _read(model, some_rows, first, head=heads[0])
@@ -1857,7 +1848,7 @@ def patchscope_texts(
         fast_matmul(into),
         tqdm(total=len(jobs), disable=quiet(progress), **bars) as bar,
     ):
-        for group in _alike([plan.others[i] for i, _, _ in jobs], lambda _: _ROWS):
+        for group in alike([plan.others[i] for i, _, _ in jobs], lambda _: _ROWS):
             some = [jobs[n] for n in group]
             values = [mapped[a, b][i] for i, a, b in some]
             written = _written(

@@ -290,6 +290,8 @@ def _short(value: Any) -> str:
         return str(list(value.shape))
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, tuple) and len(value) <= 8:
+        return f"({', '.join(map(_short, value))}{',' * (len(value) == 1)})"
     text = repr(value)
     if len(text) <= 60:
         return text

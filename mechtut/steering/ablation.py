@@ -28,6 +28,7 @@ from .acting import next_logits, steering_edits
 from mechtut.steering.vectors import (
     Prompts,
     SteeringVector,
+    check_vector,
     marked,
     refuse_training_texts,
 )
@@ -78,9 +79,14 @@ class AblationDirections(Result):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a candidate: its place and its length."""
-        places = [(p, layer) for p in self.positions for layer in self.layers]
-        table = pd.DataFrame(places, columns=["position", "layer"])
+        table = _table(self.positions, self.layers)
         return table.assign(norm=self.values.norm(dim=-1).flatten().tolist())
+
+
+def _table(positions: tuple[int, ...], layers: tuple[int, ...]) -> pd.DataFrame:
+    """One row a candidate, with its place."""
+    places = [(pos, layer) for pos in positions for layer in layers]
+    return pd.DataFrame(places, columns=["position", "layer"])
 
 
 @checked
@@ -200,11 +206,10 @@ class Selection(Result):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a candidate."""
-        places = [(p, layer) for p in self.positions for layer in self.layers]
-        table = pd.DataFrame(places, columns=["position", "layer"])
+        table = _table(self.positions, self.layers)
         for name in ("ablated", "added", "kl", "kept"):
             table[name] = getattr(self, name).flatten().tolist()
-        chosen = [place == (self.pos, self.layer) for place in places]
+        chosen = (table.position == self.pos) & (table.layer == self.layer)
         return table.assign(chosen=chosen)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -229,7 +234,7 @@ class Selection(Result):
             ax.axhline(self.baseline[i], color=f"C{i}", lw=1, ls=":")
         ax.axvline(self.layer, color="0.6", lw=1)
         ax.set(xlabel="layer", ylabel="score")
-        ax.legend(frameon=False)
+        plots.plain_legend(ax)
         plots.layer_ticks(ax)
         return ax
 
@@ -360,16 +365,13 @@ def orthogonalise(
         >>> float(last[..., 3].abs().max())
         0.0
     """
-    rows = (
-        direction.values if isinstance(direction, SteeringVector) else direction[None]
-    )
+    if isinstance(direction, SteeringVector):
+        check_vector(model, direction, any_model=True)
+        rows = direction.values
+    else:
+        rows = direction[None]
     if len(rows) != 1:
         raise ValueError(f"one direction is removed, and this vector has {len(rows)}")
-    if rows.shape[-1] != model.d_model:
-        raise ValueError(
-            f"the direction has {rows.shape[-1]} numbers, and {model.name} has states"
-            f" of {model.d_model}"
-        )
     length = rows[0].double().norm()
     if not bool(length > 0):
         raise ValueError("the direction is zero")

@@ -9,7 +9,6 @@ __all__ = ['SteeringMode', 'EVERYWHERE', 'steering_edits', 'steer', 'next_logits
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 from ..arguments import Count, checked, same_length
 from ..models.hooks import Edit, Where, check_layer, intervene
 from ..models.interrupts import shielded
-from ..models.loading import Model
+from ..models.loading import Model, alike
 from ..patching.matmul import fast_matmul
-from .vectors import SteeringVector, check_vector, marked
+from .vectors import Prompts, SteeringVector, check_vector, marked
 
 # %% ../../nbs/library/steering/acting.ipynb #c005
 SteeringMode = Literal["add", "ablate", "project", "piecewise"]
@@ -118,13 +117,6 @@ def _places(
         raise ValueError(f"layers must be different, at least one, not {chosen}")
     whole = isinstance(vector, SteeringVector)
     values = vector.values if whole else vector
-    if values.shape[-1] != model.d_model:
-        raise ValueError(
-            f"the vector has {values.shape[-1]} numbers a row, and the states of"
-            f" {model.name} have {model.d_model}"
-        )
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("the vector has a number that is NaN or infinite")
     if whole:
         check_vector(model, vector, any_model=any_model)
         one = len(values) == 1 and vector.positions is None
@@ -242,7 +234,7 @@ def steer(
 @torch.no_grad()
 def next_logits(
     model: Model,
-    texts: Sequence[str | Sequence[int]],
+    texts: Prompts,
     edits: Sequence[Edit] = (),
 ) -> Float[Tensor, "text d_vocab"]:
     """What a model predicts after each text, under edits if any are given.
@@ -266,14 +258,10 @@ def next_logits(
     if not rows:
         raise ValueError("texts holds none: give at least one")
     found: dict[int, Tensor] = {}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with fast_matmul(model), intervene(model, edits):
-        for _, same in groupby(order, key=lambda i: len(rows[i])):
-            alike = list(same)
-            for at in range(0, len(alike), 32):
-                some = alike[at : at + 32]
-                logits = model.logits(torch.stack([rows[i] for i in some]))
-                found.update(zip(some, logits[:, -1].clone(), strict=True))
+        for some in alike(list(map(len, rows)), lambda _: 32):
+            logits = model.logits(torch.stack([rows[i] for i in some]))
+            found.update(zip(some, logits[:, -1].clone(), strict=True))
     return torch.stack([found[i] for i in range(len(rows))])
 
 

@@ -31,6 +31,7 @@ from mechtut.steering.sweeps import (
     ReadOdds,
     random_like,
     run_steered,
+    z_score,
 )
 from mechtut.steering.vectors import (
     Pairs,
@@ -289,8 +290,6 @@ class SteeringReport(Result):
                 mine = self.effects[i, j]
                 low, high = bootstrap_mean(mine)
                 others = self.effects[random, j].mean(-1)
-                spread = float(others.std()) if len(others) > 1 else float("nan")
-                away = float(mine.mean() - others.mean()) if random else float("nan")
                 plus, minus = self.mass[i, j].mean(0).tolist()
                 rows.append(
                     {
@@ -302,7 +301,7 @@ class SteeringReport(Result):
                         "low": low,
                         "high": high,
                         "wrong_way": float((mine * np.sign(c) < 0).double().mean()),
-                        "z": away / spread if spread else float("nan"),
+                        "z": z_score(float(mine.mean()), others),
                         "mass_plus": plus,
                         "mass_minus": minus,
                         "perplexity_factor": float(self.nll[i, j].mean().exp()),
@@ -454,10 +453,9 @@ def evaluate_steering(
     for name, other in others.items():
         values = other.unit().values * mine.norms[:, None]
         directions[name] = replace(mine, values=values)
-    steering_edits(model, vector, layer)  # refuses the vector of another model
     here, everywhere = (
         [
-            steering_edits(model, v, layer, c, rule, mode, any_model=True)
+            steering_edits(model, v, layer, c, rule, mode)
             for v in directions.values()
             for c in coefficients
         ]
@@ -563,10 +561,6 @@ def _solved(
         return torch.full((len(interventions),), torch.nan, dtype=torch.float64)
     wanted = torch.tensor([model.continuation(p, answer)[0] for p, answer in task])
     prompts = [prompt for prompt, _ in task]
-    how: dict[str, Any] = {"read": _likeliest, "progress": progress}
-    best = run_steered(model, interventions, prompts, **how)
+    given = (model, interventions, prompts, lambda logits: logits.argmax(-1))
+    best = run_steered(*given, progress=progress)
     return (best == wanted).double().mean(-1)
-
-
-def _likeliest(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:
-    return logits.argmax(-1).double()  # the engine's results are numbers

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mechtut.models.hooks import capture
 from mechtut.models.loading import load_model
 from mechtut.neurons.collect import collect
-from mechtut.neurons.records import ActivationRecord, NeuronRecords
+from mechtut.neurons.records import ActivationRecord, NeuronRecords, _or_zero
 from mechtut.neurons.statistics import (
     Reservoir,
     empty_top,
@@ -119,6 +119,12 @@ def test_excerpts_are_in_one_place_only(model):
         ):
             assert all(low - 1e-6 <= max(x.activations) <= high + 1e-6 for x in group)
     assert len(everywhere) <= 15, "the random sample is one sample for all neurons"
+
+
+def test_tails_of_an_activation_function_make_no_order():
+    """They are 0 on one processor and 1e-17 on another, beside activations of 5."""
+    found = _or_zero(torch.tensor([-9e-11, -3e-18, 2e-17, 0.0, 1e-5, -0.2, 5.0]), 5.0)
+    assert found.tolist() == torch.tensor([0, 0, 0, 0, 1e-5, -0.2, 5.0]).tolist()
 
 
 def test_quantiles_of_a_short_corpus_are_exact(model):

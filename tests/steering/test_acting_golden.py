@@ -4,7 +4,7 @@ that was checked against it.
 
 import pytest
 import torch
-from golden_steering import TYPES, apart
+from golden_steering import NEAR, TYPES, apart
 from golden_steering import steering_model as model_of
 from golden_steering import steering_numbers as golden
 
@@ -20,8 +20,6 @@ from mechtut.steering.acting import next_logits, steer, steering_edits
 from mechtut.steering.evaluation import steerability
 from mechtut.steering.vectors import act_add, equal_norms, mean_difference
 
-LOGITS = {"f32": 1e-4, "f64": 1e-9}
-VECTORS = {"f32": 2e-5, "f64": 1e-9}
 each = pytest.mark.parametrize("half", TYPES)
 kinds = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 
@@ -31,14 +29,14 @@ kinds = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_activation_addition(kind, half):
     (told, z), model = golden("actadd", kind), model_of(kind, half)
     v = act_add(model, told["plus"], told["minus"], told["layer"], told["coeff"])
-    assert apart(v.values, z[f"{half}_vector"]) < VECTORS[half]
+    assert apart(v.values, z[f"{half}_vector"]) < NEAR[kind][half]
     assert float(v.values[0].abs().max()) == 0.0  # both begin with <bos>
     ids = told["prompt_ids"]
-    assert apart(model.logits(ids)[0], z[f"{half}_clean_logits"]) < LOGITS[half]
+    assert apart(model.logits(ids)[0], z[f"{half}_clean_logits"]) < NEAR[kind][half]
     for where in ("front", "mid", "back"):
         with steer(model, v, where=where):
             found = model.logits(ids)[0]
-        assert apart(found, z[f"{half}_steered_{where}"]) < LOGITS[half], where
+        assert apart(found, z[f"{half}_steered_{where}"]) < NEAR[kind][half], where
     assert complete(model, (ids, 0), 10) == told[f"{half}_greedy10_clean"]
     with steer(model, v):
         assert complete(model, (ids, 0), 10) == told[f"{half}_greedy10"]
@@ -51,15 +49,15 @@ def test_prompts_of_unequal_length_and_inserted_fillers(kind, half):
     layer, c, ids = told["layer"], told["coeff"], told["prompt_ids"]
     for pad, filler in (("pad", "pad"), ("filler", told["filler_id"])):
         v = act_add(model, *told["long"], layer, c, pad=filler)
-        assert apart(v.values, z[f"{half}_long_vector_{pad}"]) < 5 * VECTORS[half]
+        assert apart(v.values, z[f"{half}_long_vector_{pad}"]) < NEAR[kind][half]
         with steer(model, v):
             found = model.logits(ids)[0]
-        assert apart(found, z[f"{half}_long_steered_{pad}"]) < LOGITS[half]
+        assert apart(found, z[f"{half}_long_steered_{pad}"]) < NEAR[kind][half]
     v = act_add(model, told["plus"], told["minus"], layer, c)
     with steer(model, v):  # "pad_remove": fillers behind <bos>, dropped afterwards
         found = model.logits(told["padded_prompt_ids"])[0]
     kept = [0, *range(len(v.values), len(found))]
-    assert apart(found[kept], z[f"{half}_pad_remove_logits"]) < LOGITS[half]
+    assert apart(found[kept], z[f"{half}_pad_remove_logits"]) < NEAR[kind][half]
 
 
 def contrast(told, part):
@@ -81,10 +79,10 @@ def test_contrastive_activation_addition(kind, half):
     other = mean_difference(
         model, contrast(told, "second_behaviour_train"), pos=told["read_position"]
     )
-    assert apart(v.values, z[f"{half}_vectors"]) < VECTORS[half]
-    assert apart(other.values, z[f"{half}_second_vectors"]) < VECTORS[half]
+    assert apart(v.values, z[f"{half}_vectors"]) < NEAR[kind][half]
+    assert apart(other.values, z[f"{half}_second_vectors"]) < NEAR[kind][half]
     scaled = equal_norms([v, other])[0]
-    assert apart(scaled.values, z[f"{half}_vectors_normalised"]) < VECTORS[half]
+    assert apart(scaled.values, z[f"{half}_vectors_normalised"]) < NEAR[kind][half]
     letters = model.encode("A")[-1], model.encode("B")[-1]
     marker = model.encode("[/INST]")[-1]
     prompts, starts = [], []
@@ -102,7 +100,7 @@ def test_contrastive_activation_addition(kind, half):
                 logits = next_logits(model, [ids], edits)[0].double()
                 p = logits.softmax(-1)
                 found = torch.cat([p[list(letters)], logits[list(letters)]])
-                assert apart(found, numbers) < LOGITS[half]
+                assert apart(found, numbers) < NEAR[kind][half]
     saved = told[f"{half}_greedy10"]
     where = slice(saved["start"], None)
     with steer(model, v, told["layer"], saved["multiplier"], where):
@@ -128,7 +126,7 @@ def test_ablation_addition_and_their_scores(kind, half):
     made = ablation_direction(
         model, told["harmful_train"], told["harmless_train"], told["positions"]
     )
-    assert apart(made.values, z[f"{half}_mean_diffs"]) < VECTORS[half]
+    assert apart(made.values, z[f"{half}_mean_diffs"]) < NEAR[kind][half]
     v = made.vector(**told["selected"])
     harmful, harmless = told["harmful_val"], told["harmless_val"]
     without = steering_edits(model, v.values[0], mode="ablate")
@@ -143,7 +141,7 @@ def test_ablation_addition_and_their_scores(kind, half):
         "subtracted_harmful": next_logits(model, harmful, less),
     }
     # the authors divide by a norm + 1e-8
-    near = max(LOGITS[half], 1e-5)
+    near = max(NEAR[kind][half], 1e-5)
     for name, logits in runs.items():
         assert apart(logits, z[f"{half}_{name}_logits"]) < near, name
     order = ("clean_harmful", "ablated_harmful", "clean_harmless", "added_harmless")
@@ -154,7 +152,7 @@ def test_ablation_addition_and_their_scores(kind, half):
     found = next_logits(changed, harmful)
     assert apart(found, z[f"{half}_orthogonal_{name}_logits"]) < near
     if kind == "gpt2":  # biases and positions write too
-        assert apart(found, z[f"{half}_orthogonal_weights_only_logits"]) > 1
+        assert apart(found, z[f"{half}_orthogonal_weights_only_logits"]) > 0.05
 
 
 @kinds

@@ -7,18 +7,17 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from golden_steering import apart, steering_model, steering_numbers
+from golden_steering import NEAR, apart, steering_model, steering_numbers
 
 from mechtut.models.hooks import Where
 from mechtut.prompts.completions import complete
 from mechtut.steering.acting import steer
 from mechtut.steering.reading import reading_vectors
 
-STATES = {"f32": 2e-5, "f64": 1e-9}
+LLAMA = NEAR["llama"]
 # RepE and repeng keep directions in float32 at one point or another
-DIRECTIONS = {"f32": 2e-5, "f64": 1e-6}
-LOGITS = {"f32": 1e-4, "f64": 1e-9}
-each = pytest.mark.parametrize("half", STATES)
+DIRECTIONS = {"f32": 2e-5, "f64": 5e-6}
+each = pytest.mark.parametrize("half", LLAMA)
 
 
 def _read(half, method, **how):
@@ -37,7 +36,7 @@ def test_shuffled_pca_of_repe(half):
     shares = sizes[:, :2] / sizes.sum(1, keepdims=True)
     assert apart(readers.explained, shares) < DIRECTIONS[half]
     # what they take off states is the mean of the shuffled differences
-    assert apart(readers.centre, z[f"{half}_diff_means"]) < STATES[half]
+    assert apart(readers.centre, z[f"{half}_diff_means"]) < LLAMA[half]
     assert readers.accuracy(told["test"]).tolist() == told[f"{half}_test_accuracy"]
 
 
@@ -45,7 +44,7 @@ def test_shuffled_pca_of_repe(half):
 def test_scan_of_repe(half):
     told, z, _, readers = _read(half, "pca", shuffle=False)
     scan = readers.scan(told["prompt_ids"])
-    assert apart(scan.scores, z[f"{half}_lat"]) < 10 * STATES[half]
+    assert apart(scan.scores, z[f"{half}_lat"]) < LLAMA[half]
     assert len(scan.tokens) == len(told["prompt_ids"])
 
 
@@ -58,14 +57,14 @@ def test_recipes_of_repeng(half, method):
     *_, readers = _read(half, method, **how)
     assert apart(readers.directions[:, 0], z[f"{half}_repeng_{method}"]) < 1e-5
     if half == "f64":
-        assert apart(readers.directions[:, 0], z[f"{half}_repeng_{method}"]) < 1e-6
+        assert apart(readers.directions[:, 0], z[f"{half}_repeng_{method}"]) < 5e-6
 
 
 @each
 def test_aggregators_of_steering_vectors(half):
     _, z, _, mean = _read(half, "mean")
     raw = mean.vector(scaled=True).values
-    assert apart(raw, z[f"{half}_sv_mean"]) < STATES[half]
+    assert apart(raw, z[f"{half}_sv_mean"]) < LLAMA[half]
     symmetric = _read(half, "pca_symmetric")[-1].directions[:, 0]
     assert apart(symmetric, z[f"{half}_sv_pca"]) < DIRECTIONS[half]
 
@@ -103,7 +102,7 @@ def test_control_of_repe(half):
     which each state lies; and at one block and token, where the length is kept.
     """
     told, z, model, readers = _read(half, "pca", shuffle=False)
-    vector, limit = readers.vector(layers=told["layers"]), LOGITS[half]
+    vector, limit = readers.vector(layers=told["layers"]), LLAMA[half]
     for name, how in (
         ("linear_comb", {}),
         ("piecewise_linear", {"mode": "piecewise"}),
@@ -147,4 +146,4 @@ def test_operators_of_steering_vectors(half):
                 how = {"coefficient": 1.5, "where": where, "mode": mode}
                 stack.enter_context(steer(model, vector, **how))
             logits = model.logits([told["prompt_ids"]])[0]
-        assert apart(logits, z[f"{half}_sv_logits_{name}"]) < LOGITS[half], name
+        assert apart(logits, z[f"{half}_sv_logits_{name}"]) < LLAMA[half], name
