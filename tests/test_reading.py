@@ -22,15 +22,25 @@ NOTEBOOKS = sorted(
     if ".ipynb_checkpoints" not in p.parts
 )
 PAPERS = [p for p in NOTEBOOKS if "/papers/" in p]
-# words of code in colour, which one style sheet makes: a few of each kind stay; and
-# formulas
+# What one style sheet makes: a few of each kind stay (cells and words of code, rows of
+# a table), and all that bring a style, an id, a role or a name of their own. No formulas.
 PLAIN = """few => {
-  const seen = {};
-  document.querySelectorAll("div.highlight pre span").forEach(e => {
-    seen[e.className] = (seen[e.className] || 0) + 1;
-    if (seen[e.className] > few) e.replaceWith(...e.childNodes);
+  const own = "[style], [id], [role], [tabindex], [aria-label], a", seen = {};
+  const many = kind => (seen[kind] = (seen[kind] || 0) + 1) > few;
+  const all = (kind, act) => document.querySelectorAll(kind).forEach(act);
+  const isPlain = e => !e.matches(own) && !e.querySelector(own) && !e.closest("svg");
+  const chain = e => e.tagName == "ARTICLE" ? "" :
+    e.tagName + "." + e.className + " " + chain(e.parentElement);
+  all("mjx-container", e => e.remove());
+  all("article div.cell_input", e => {
+    if (many(e.closest(".cell").className)) e.remove();
   });
-  document.querySelectorAll("mjx-container").forEach(e => e.remove());
+  all("article table.dataframe tbody", body => [...body.rows].slice(few).forEach(
+    row => { if (isPlain(row)) row.remove(); }));
+  all("article span, article code, article em", e => {
+    const kind = e.closest("div.highlight pre") ? e.className : chain(e);
+    if (isPlain(e) && many(kind)) e.replaceWith(...e.childNodes);
+  });
 }"""
 
 

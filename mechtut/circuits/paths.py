@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import Count, checked
+from ..arguments import Count, checked, count_gaps
 from mechtut.circuits._wiring import (
     Wiring,
     attention_bias,
@@ -287,7 +287,7 @@ def _measured(
     if not values:
         return replay.run(edits, measure, progress=False)
     out = torch.cat(values)
-    if not torch.isfinite(out).all():
+    if count_gaps(out):
         raise ValueError("a result is NaN or infinite; check the metric")
     return out
 

@@ -157,6 +157,23 @@ def _read(
     return run.run(edits, progress=False)[:, 0, 0]
 
 
+def _scores(
+    logits: Float[Tensor, "state d_vocab"],
+    log_p: Float[Tensor, "state d_vocab"],
+    p: Float[Tensor, "state d_vocab"],
+    top: Int[Tensor, "state"],
+) -> dict[str, Float[Tensor, "state"] | Int[Tensor, "state"]]:
+    """What a reading is worth, beside the model's own prediction `p`."""
+    log_q = logits.log_softmax(-1)
+    chosen = log_q.gather(1, top[:, None])
+    return {
+        "kl": (p * (log_p - log_q)).sum(-1).clamp(min=0),
+        "surprisal": -chosen[:, 0],
+        "rank": (log_q > chosen).sum(-1),
+        "top": log_q.argmax(-1),
+    }
+
+
 @checked
 @torch.no_grad()
 def compare_lenses(
@@ -208,24 +225,21 @@ def compare_lenses(
         stream = record_blocks(model, model.to_batch(ids)).resid
         final = model.unembed(stream[-1][:, where].flatten(0, 1))
     log_p = final.log_softmax(-1)
-    p, top = log_p.exp(), log_p.argmax(-1)
-    found: dict[str, list[Tensor]] = {n: [] for n in ("kl", "surprisal", "rank", "top")}
+    few = max(1, 2**20 // model.d_vocab)  # few enough for the processor's cache
+    told = [x.split(few) for x in (log_p, log_p.exp(), log_p.argmax(-1))]
+    parts = []
     for lens in lenses.values():
         for layer in layers:
             states = stream[layer + 1][:, where].flatten(0, 1)
-            log_q = _read(model, lens, layer, states).log_softmax(-1)
-            chosen = log_q.gather(1, top[:, None])
-            found["kl"].append((p * (log_p - log_q)).sum(-1).clamp(min=0))
-            found["surprisal"].append(-chosen[:, 0])
-            found["rank"].append((log_q > chosen).sum(-1))
-            found["top"].append(log_q.argmax(-1))
+            logits = _read(model, lens, layer, states).split(few)
+            parts += [_scores(*some) for some in zip(logits, *told, strict=True)]
     shape = len(lenses), len(layers), len(ids), len(where)
     return LensComparison(
         names=tuple(lenses),
         layers=tuple(layers),
-        model_top=top.view(shape[2:]).cpu(),
+        model_top=torch.cat(told[2]).view(shape[2:]).cpu(),
         provenance=provenance(model, positions=list(where)),
-        **{name: torch.stack(x).view(shape).cpu() for name, x in found.items()},
+        **{n: torch.cat([x[n] for x in parts]).view(shape).cpu() for n in parts[0]},
     )
 
 # %% ../../nbs/papers/51_lenses.ipynb #c018

@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Natural, checked, integer, same_length
+from mechtut.arguments import (
+    Natural,
+    checked,
+    count_gaps,
+    integer,
+    same_length,
+)
 from mechtut.models.hooks import (
     Edit,
     Site,
@@ -258,7 +264,7 @@ def run_changes(
         back = torch.tensor(order, device=streams.device).argsort()
         logits = (model.unembed(x[back]) for x in streams)
         out = torch.stack([metric(y, i) for i, y in enumerate(logits)])
-    if not torch.isfinite(out).all():
+    if count_gaps(out):
         raise ValueError(
             "a result is NaN or infinite; check the changes' values and the metric"
         )

@@ -27,6 +27,7 @@ from mechtut.arguments import (
     Count,
     Natural,
     checked,
+    count_gaps,
     integer,
     same_length,
     shown,
@@ -1123,7 +1124,7 @@ def patchscope(
         logits.update(zip(group, found[:, read], strict=True))
     order = range(len(others))
     out = torch.stack([logits[i] for i in order])
-    if not bool(torch.isfinite(out).all()):
+    if count_gaps(out):
         raise ValueError("a logit is NaN or infinite; check the mapping and the model")
     written = tuple(tuple(tokens[i]) for i in order) if tokens else ()
     return Patchscope(

@@ -23,6 +23,7 @@ from mechtut.arguments import (
     Count,
     Natural,
     checked,
+    count_gaps,
     integer,
     integers,
     same_length,
@@ -588,7 +589,7 @@ def _run(
             values = store.once(f"group-{number:05d}", sweep) if store else sweep()
             out[group] = values.to(out)
             bar.update(len(group))
-    if not torch.isfinite(out).all():
+    if count_gaps(out):
         raise ValueError(
             "a result is NaN or infinite; check the edits' values and the metric"
         )

@@ -290,8 +290,8 @@ def _short(value: Any) -> str:
         return str(list(value.shape))
     if isinstance(value, float):
         return f"{value:.3g}"
-    if isinstance(value, tuple) and len(value) <= 8:
-        return f"({', '.join(map(_short, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, tuple) and {float} == {type(x) for x in value}:
+        value = tuple(float(f"{x:.3g}") for x in value)
     text = repr(value)
     if len(text) <= 60:
         return text

@@ -513,8 +513,9 @@ def price_of_edits(
         >>> from mechtut import Edit, load_model
         >>> model = load_model("mini", device="cpu")
         >>> edit = Edit("mlp_out", 3, 0.0)
-        >>> price_of_edits(model, [[], [edit]], ["Rome is in Italy."])[0].tolist()
-        [[0.0, 0.0]]
+        >>> price = price_of_edits(model, [[], [edit]], ["Rome is in Italy."])
+        >>> price.shape, bool(price[0].abs().max() < 1e-5)
+        (torch.Size([2, 1, 2]), True)
     """
     if not texts:
         raise ValueError("texts holds none: give at least one, for the price")

@@ -2,6 +2,8 @@
 plain PyTorch hooks on these real weights.
 """
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -200,6 +202,8 @@ def test_trace_cells_equal_plain_hooks(model):
         "mlp_out": lambda layer: layer.mlp,
         "attn_out": lambda layer: layer.self_attn,
     }
+    modules = [part(layer) for part in parts.values() for layer in plain.layers]
+    plain(ids, after=[(m, partial(kept.setdefault, m)) for m in modules])
     for component, part in parts.items():
         for row, pos in enumerate((2, ids.shape[1] - 1)):
             for layer in (1, 27):
@@ -208,8 +212,6 @@ def test_trace_cells_equal_plain_hooks(model):
                 restore = []
                 for i in around:
                     module = part(plain.layers[i])
-                    if module not in kept:
-                        kept[module] = plain.keep(ids, module, "after")
                     clean = kept[module][:, pos]
 
                     def put(x, clean=clean, pos=pos):
