@@ -23,7 +23,7 @@ NOTEBOOKS = sorted(
 )
 PAPERS = [p for p in NOTEBOOKS if "/papers/" in p]
 # What one style sheet makes: a few of each kind stay (cells and words of code, rows of
-# a table), and all that bring a style, an id, a role or a name of their own. No formulas.
+# a table), and all that bring a style, an id, a role or a name. Formulas go.
 PLAIN = """few => {
   const own = "[style], [id], [role], [tabindex], [aria-label], a", seen = {};
   const many = kind => (seen[kind] = (seen[kind] || 0) + 1) > few;
