@@ -68,7 +68,8 @@ def key_waves(logits: Logits, keys: Keys, *, only_cosine: bool = False) -> Logit
     """
     logits, p = logits.double(), check_logits(logits)
     check_keys(keys, p)
-    sums, numbers = _sums(p, logits.device).flatten(), torch.arange(p).to(logits.device)
+    sums = _sums(p, logits.device).flatten()
+    numbers = torch.arange(p, device=logits.device)
     basis = fourier_basis(p).to(logits.device)
     by_sum = torch.zeros_like(logits[:p]).index_add_(0, sums, logits) / p
     if only_cosine:
@@ -631,7 +632,8 @@ def distance_irrelevance(logits: Logits) -> float:
         True
     """
     p = check_logits(logits)
-    sums, numbers = _sums(p, logits.device), torch.arange(p).to(logits.device)
+    sums = _sums(p, logits.device)
+    numbers = torch.arange(p, device=logits.device)
     right = logits.double().reshape(p, p, p).gather(2, sums[..., None])[..., 0]
     if not (spread := float(right.std(correction=0))):
         raise ValueError("the right logits are all the same: there is no spread")

@@ -1399,7 +1399,7 @@ def _whole_passes(
             logits = model.logits(tokens)[:, read_at]
         found.append(metric(logits[:, None, None])[0])
     out = torch.stack(found)
-    if not bool(torch.isfinite(out).all()):
+    if count_gaps(out):
         raise ValueError("a result is NaN or infinite; check the mapping and the model")
     return out
 
