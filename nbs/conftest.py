@@ -58,7 +58,10 @@ class SharedKernel(RunningKernel):
 
     def clear(self, folder):
         """Forget the last notebook; false if the kernel cannot."""
-        code = CLEAR.format(folder=str(folder), environment=dict(os.environ))
+        # what a kernel sets when it starts: without it a first import of pyplot, later
+        # than the first notebook, would show no figures
+        inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        code = CLEAR.format(folder=str(folder), environment=inline | dict(os.environ))
         message = self.kc.execute(code, silent=True, store_history=False)
         try:
             reply = self.kc.get_shell_msg(timeout=60)
