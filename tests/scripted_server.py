@@ -199,9 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.script.asked.append((self.path, body))
             fault = self.script.faults.pop(0) if self.script.faults else None
         if fault == "slow":
-            time.sleep(1.0)
-        elif isinstance(fault, float):
-            time.sleep(fault)
+            time.sleep(2.0)
+        elif isinstance(fault, threading.Barrier):  # answers when all are there
+            fault.wait(60)
         elif callable(fault):  # whatever it writes to the socket
             with suppress(OSError):
                 fault(self)

@@ -1,6 +1,7 @@
 """Docstrings of public names: one summary line, and every parameter explained."""
 
 import ast
+import doctest
 import inspect
 import re
 from importlib import import_module
@@ -96,3 +97,13 @@ def test_examples_do_not_hide_in_strings():
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 doc = ast.get_docstring(node) or ""
                 assert ">>>" not in doc or "Example:" in doc, f"{path.name} {node.name}"
+
+
+def test_examples_draw_with_a_seed():
+    """What a reader types must do what stands there, whatever was drawn before."""
+    draws = re.compile(r"\b(torch|random)\.(rand|norm|bernoulli|multinomial)\w*\(")
+    for module in MODULES:
+        for test in doctest.DocTestFinder().find(import_module(module)):
+            for line in (example.source for example in test.examples):
+                free = draws.search(line) and "generator=" not in line
+                assert not free, f"{test.name}: {line}"

@@ -342,7 +342,7 @@ def test_the_bar_follows_the_bytes(tried, site):
     sizes = json.loads((site / "_static/try/sizes.json").read_text())
     seen = page.evaluate("window.mechtutTry.progress")
     assert seen["total"] == sum(sizes.values()) == seen["loaded"]
-    assert seen["steps"] > 20
+    assert seen["steps"] > len(sizes), "it moves while a file comes"
 
 
 def browser_run(page, text: str, patches: list[dict] | None = None) -> dict:

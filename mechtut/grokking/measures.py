@@ -61,7 +61,8 @@ def key_waves(logits: Logits, keys: Keys, *, only_cosine: bool = False) -> Logit
             not.
 
     Example:
-        >>> logits = torch.randn(49, 7)
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> logits = torch.randn(49, 7, generator=draw)
         >>> part = key_waves(logits, [1, 2, 3])
         >>> bool((key_waves(part, [1, 2, 3]) - part).abs().max() < 1e-12)
         True
@@ -305,7 +306,9 @@ def logit_trig_fraction(logits: Logits, keys: Keys) -> float:
             if nothing varies.
 
     Example:
-        >>> logit_trig_fraction(torch.randn(49, 7), [1, 2, 3]) < 0.5
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> logits = torch.randn(49, 7, generator=draw)
+        >>> logit_trig_fraction(logits, [1, 2, 3]) < 0.5
         True
     """
     varies = logits.double() - logits.double().mean(0)
@@ -628,7 +631,9 @@ def distance_irrelevance(logits: Logits) -> float:
         ValueError: If there are not p² rows of p, or the right logits are all the same.
 
     Example:
-        >>> 0.5 < distance_irrelevance(torch.randn(49, 7)) < 1.5
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> logits = torch.randn(49, 7, generator=draw)
+        >>> 0.5 < distance_irrelevance(logits) < 1.5
         True
     """
     p = check_logits(logits)

@@ -257,7 +257,7 @@ class AffineLens(Lens):
         Example:
             >>> from mechtut import load_model
             >>> model = load_model("mini")
-            >>> ids = torch.randint(2965, (40, 8))
+            >>> ids = torch.arange(5, 325).view(40, 8)
             >>> lens = AffineLens.fit(model, Source(ids, pos=None), [3])
             >>> lens.layers, lens.n
             ((3, 7), 320)

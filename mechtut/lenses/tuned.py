@@ -264,7 +264,7 @@ class TunedLens(Lens):
 
         Example:
             >>> from mechtut import load_model
-            >>> ids = torch.randint(2965, (6, 8))
+            >>> ids = torch.arange(5, 53).view(6, 8)
             >>> lens = TunedLens.fit(load_model("mini"), ids, n_steps=3, batch_size=2)
             >>> lens.layers, lens.losses.shape
             ((-1, 0, 1, 2, 3, 4, 5, 6, 7), torch.Size([3, 8]))
@@ -604,7 +604,7 @@ def evaluate_lens(
 
     Example:
         >>> from mechtut import load_model
-        >>> ids = torch.randint(2965, (2, 8))
+        >>> ids = torch.arange(5, 21).view(2, 8)
         >>> evaluate_lens(load_model("mini"), ids).kl.shape
         torch.Size([2, 9])
     """

@@ -489,7 +489,8 @@ class AffineMap(Result):
         weights: Fingerprints of their weights.
 
     Example:
-        >>> one = AffineMap.fit(torch.randn(9, 2), torch.ones(9, 3))
+        >>> states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> one = AffineMap.fit(states, torch.ones(4, 3))
         >>> one(torch.zeros(2)).round(decimals=4)
         tensor([1., 1., 1.])
     """
