@@ -25,9 +25,9 @@ _WHERE = {
     "attribute_grid": "patching.attribution",
     "patchscope": "patching.patchscopes",
     "patchscope_grid": "patching.patchscopes",
-    "SoftPrompt": "patching.patchscopes",
-    "Source": "patching.patchscopes",
-    "Target": "patching.patchscopes",
+    "SoftPrompt": "patching.places",
+    "Source": "patching.places",
+    "Target": "patching.places",
     "ICLPrompt": "prompts.few_shot",
     "load_task": "prompts.few_shot",
     "sample_prompts": "prompts.few_shot",
@@ -237,11 +237,13 @@ if TYPE_CHECKING:  # what type checkers and editors read
         patch_grid as patch_grid,
     )
     from mechtut.patching.patchscopes import (
+        patchscope as patchscope,
+        patchscope_grid as patchscope_grid,
+    )
+    from mechtut.patching.places import (
         SoftPrompt as SoftPrompt,
         Source as Source,
         Target as Target,
-        patchscope as patchscope,
-        patchscope_grid as patchscope_grid,
     )
     from mechtut.patching.replay import (
         Replay as Replay,

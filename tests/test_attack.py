@@ -25,7 +25,7 @@ import mechtut
 from mechtut.__main__ import main
 from mechtut.mini.training import main as mini_main
 from mechtut.papers.patchscopes import extract as extract_attribute
-from mechtut.patching import patchscopes
+from mechtut.patching import places
 from mechtut.prompts.accuracy import known_queries
 from mechtut.steering.sweeps import sweep as steering_sweep
 
@@ -36,7 +36,7 @@ ROOMS = {
     "grokking": "network training fourier measures",
     "models": "files weights hooks loading",
     "patching": "checkpoints results partial last_token replay patchscope_texts"
-    " patchscopes",
+    " places layer_maps patchscopes",
     "prompts": "subject_noise facts few_shot accuracy completions everyday"
     " mean_activations",
     "editing": "covariance evaluation requests weights",
@@ -149,7 +149,7 @@ def names(tmp_path_factory):
         "means": torch.zeros(m.n_layers, m.n_heads, m.d_head),
         "fv": torch.zeros(m.d_model),
         "fv_evaluate": every["evaluate"],
-        "Source": patchscopes.Source,
+        "Source": places.Source,
         "extract_attribute": extract_attribute,
         "known": known_queries,
         "case": every["world_cases"](world, 1)[0],

@@ -140,6 +140,24 @@ def test_imports_point_downward(module):
     )
 
 
+def test_private_names_stay_in_their_module():
+    """What another module uses is a name without underscore; `#| exporti` keeps it out
+    of `__all__` and the API pages.
+    """
+    for module in MODULES:
+        path = ROOT / "mechtut" / (module.replace(".", "/") + ".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        taken = [
+            f"{n.module}.{a.name}"
+            for n in froms
+            if n.level or (n.module or "").startswith("mechtut")
+            for a in n.names
+            if a.name.startswith("_") and not a.name.startswith("__")
+        ]
+        assert not taken, f"{module} imports the private {', '.join(taken)}"
+
+
 def test_no_module_only_hands_on_what_others_define():
     for module in MODULES:
         path = ROOT / "mechtut" / (module.replace(".", "/") + ".py")

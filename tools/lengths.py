@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORT = re.compile(r"^#\s*\|\s*export\b", re.MULTILINE)
+EXPORT = re.compile(r"^#\s*\|\s*exporti?\b", re.MULTILINE)
 NEVER_SEEN = re.compile(r"^#\s*\|\s*(hide|default_exp)\b|^# Colab:", re.MULTILINE)
 
 

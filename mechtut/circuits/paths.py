@@ -29,7 +29,7 @@ from mechtut.circuits._wiring import (
     run,
 )
 from .graph import Graph, layer_of, number_of
-from .runs import _check_prompts, heads_write
+from .runs import check_prompts, heads_write
 from ..models.files import alone_in
 from ..models.hooks import Edit, capture, refuse_open_edits
 from ..models.loading import Model, evaluating, weight_fingerprint
@@ -37,12 +37,12 @@ from ..models.precision import rounding
 from ..patching.checkpoints import Store, fingerprint, identify, quiet
 from mechtut.patching.grids import (
     AnswerMetric,
+    AtTheEnd,
     Grid,
     GridMetric,
     Prompts,
-    _AtTheEnd,
-    _check_contrast,
-    _pairs,
+    check_contrast,
+    prompt_pairs,
 )
 from ..patching.matmul import fast_matmul
 from ..patching.replay import Replay
@@ -270,7 +270,7 @@ def _edits(
 def _measured(
     frozen: _Frozen,
     replay: Replay,
-    measure: _AtTheEnd,
+    measure: AtTheEnd,
     readers: list[str],
     senders: list[str],
 ) -> Float[Tensor, "sender prompt"]:
@@ -425,8 +425,8 @@ def path_patch_grid(
         ('layer',)
     """
     refuse_open_edits(model, "path patching")
-    base, lender = _pairs(model, clean, corrupted)
-    base, lender = _check_prompts(model, base, lender, "resample")
+    base, lender = prompt_pairs(model, clean, corrupted)
+    base, lender = check_prompts(model, base, lender, "resample")
     if direction == "denoising":
         base, lender = lender, base
     wiring = Wiring(model, base)
@@ -440,7 +440,7 @@ def path_patch_grid(
         )
     places = _places(base, lender, readers, positions, receiver_positions)
     replay = Replay(model, base, batch_size=batch_size)
-    measure = _AtTheEnd(metric)
+    measure = AtTheEnd(metric)
     key, order = "", sorted(names, key=graph.sender_index.__getitem__)
     if folder is not None:
         what = [weight_fingerprint(model), base, lender, readers, order, through]
@@ -450,7 +450,7 @@ def path_patch_grid(
         _check_wiring(replay, frozen)
         target = measure(logits[None])[0]
         before = measure(replay.base_logits()[None])[0]
-        _check_contrast(before, target)
+        check_contrast(before, target)
         store = Store(Path(folder), key, model.device) if folder is not None else None
         do = partial(_measured, frozen, replay, measure, readers)
         title = f"paths to {', '.join(readers)}", quiet(progress)

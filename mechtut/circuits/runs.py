@@ -36,40 +36,6 @@ from ..patching.partial import record_blocks
 Ablation = Literal["resample", "zero"]
 
 
-def _check_prompts(
-    model: Model, clean: Tensor, corrupted: Tensor, ablation: str
-) -> tuple[Tensor, Tensor]:
-    """Clean and corrupted token ids, checked, on the model's device."""
-    refuse_open_edits(model, "a circuit")
-    for name, ids in (("clean", clean), ("corrupted", corrupted)):
-        if (
-            not isinstance(ids, Tensor)
-            or ids.ndim != 2
-            or ids.numel() == 0
-            or ids.is_floating_point()
-        ):
-            shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"{name} must be token ids [batch, pos], not {shape}")
-        model.to_tokens(ids[0])  # length
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= model.embed.weight.shape[0]:
-            wrong, last = low if low < 0 else high, model.embed.weight.shape[0] - 1
-            raise ValueError(f"{name} has token id {wrong}, outside 0..{last}")
-        if (row := padded_row(model, ids)) is not None:
-            raise ValueError(
-                f"{name} has padding in row {row}: circuits take prompts of equal"
-                " length without padding, so group yours by their number of tokens"
-            )
-    if clean.shape != corrupted.shape:
-        raise ValueError(
-            f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}:"
-            " prompts are compared token by token, so make them pairs of equal length"
-        )
-    if ablation not in ("resample", "zero"):
-        raise ValueError(f"ablation must be 'resample' or 'zero', not {ablation!r}")
-    return clean.to(model.device), corrupted.to(model.device)
-
-
 def _only_biases(wiring: Wiring, like: Tensor) -> Run:
     """The run in which no node writes anything: what is left of the stream are the
     output biases of attention.
@@ -111,6 +77,40 @@ def heads_write(
     weight = wiring.outputs[layer] if heads is None else wiring.outputs[layer][heads]
     out = torch.bmm(z.flatten(1, 2), weight).unflatten(1, z.shape[1:3])
     return out if gain is None else out * gain[:, rows]
+
+# %% ../../nbs/library/circuits/runs.ipynb #c004i
+def check_prompts(
+    model: Model, clean: Tensor, corrupted: Tensor, ablation: str
+) -> tuple[Tensor, Tensor]:
+    """Clean and corrupted token ids, checked, on the model's device."""
+    refuse_open_edits(model, "a circuit")
+    for name, ids in (("clean", clean), ("corrupted", corrupted)):
+        if (
+            not isinstance(ids, Tensor)
+            or ids.ndim != 2
+            or ids.numel() == 0
+            or ids.is_floating_point()
+        ):
+            shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"{name} must be token ids [batch, pos], not {shape}")
+        model.to_tokens(ids[0])  # length
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= model.embed.weight.shape[0]:
+            wrong, last = low if low < 0 else high, model.embed.weight.shape[0] - 1
+            raise ValueError(f"{name} has token id {wrong}, outside 0..{last}")
+        if (row := padded_row(model, ids)) is not None:
+            raise ValueError(
+                f"{name} has padding in row {row}: circuits take prompts of equal"
+                " length without padding, so group yours by their number of tokens"
+            )
+    if clean.shape != corrupted.shape:
+        raise ValueError(
+            f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}:"
+            " prompts are compared token by token, so make them pairs of equal length"
+        )
+    if ablation not in ("resample", "zero"):
+        raise ValueError(f"ablation must be 'resample' or 'zero', not {ablation!r}")
+    return clean.to(model.device), corrupted.to(model.device)
 
 # %% ../../nbs/library/circuits/runs.ipynb #c009
 @checked
@@ -232,7 +232,7 @@ class Contrast:
         split_positions: bool = False,
         trim: bool = True,
     ):
-        clean, corrupted = _check_prompts(model, clean, corrupted, ablation)
+        clean, corrupted = check_prompts(model, clean, corrupted, ablation)
         self.model, self.tokens, self.ablation = model, (clean, corrupted), ablation
         self.metric = BoundMetric(metric, positions, clean, labels)
         columns = self.metric.columns

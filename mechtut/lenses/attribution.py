@@ -22,13 +22,13 @@ from ..models.families import as_stored, finish_logits
 from ..models.hooks import Activations, capture, check_layer
 from ..models.loading import Model, alike
 from ..models.precision import rounding, widest
-from mechtut.patching.patchscopes import (
+from mechtut.patching.places import (
+    PromptRow,
     SoftPrompt,
     Source,
     Texts,
-    _embedded,
-    _Row,
-    _rows,
+    prompt_rows,
+    soft_prompt_edits,
 )
 from ..patching.results import Result, half_width, provenance
 
@@ -383,7 +383,7 @@ def _sites(model: Model, neurons: Sequence[int]) -> list[str]:
 # %% ../../nbs/library/lenses/attribution.ipynb #c015
 def _shares_of(
     model: Model,
-    rows: Sequence[_Row],
+    rows: Sequence[PromptRow],
     ids: tuple[Int[Tensor, "prompt token"], Int[Tensor, "prompt token"] | None],
     neurons: Sequence[int],
 ) -> dict[str, Tensor]:
@@ -391,7 +391,7 @@ def _shares_of(
     wide, unembedding = widest(model.device), _Unembedding.of(model)
     tokens = torch.tensor([row.ids for row in rows], device=model.device)
     places = torch.tensor([row.positions[0] for row in rows], device=model.device)
-    edits = _embedded(model, rows)
+    edits = soft_prompt_edits(model, rows)
     acts = capture(model, tokens, _sites(model, neurons), edits=edits)
     at = torch.arange(len(rows), device=model.device), places
     last = acts[f"resid_post.{model.n_layers - 1}"][at]
@@ -517,7 +517,7 @@ def logit_attribution(
         >>> bool((total - found.logit).abs() < 1e-3)
         True
     """
-    rows = _rows(model, Source(prompts, pos=pos, mask=mask), "prompts")
+    rows = prompt_rows(model, Source(prompts, pos=pos, mask=mask), "prompts")
     ids = _token_ids(model, prompts, len(rows), target, "target")
     others = None
     if against is not None:

@@ -26,13 +26,13 @@ from ..models.loading import Model, alike, recording, weight_fingerprint
 from ..models.precision import at_least_float32, widest
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.partial import record_blocks
-from mechtut.patching.patchscopes import (
+from mechtut.patching.places import (
     SoftPrompt,
     Source,
     Texts,
-    _edit,
-    _layer,
-    _prompts,
+    checked_layer,
+    prompt_ids,
+    state_edit,
 )
 from ..patching.results import Result, provenance
 
@@ -78,7 +78,7 @@ class _Tokens:
     def read(cls, model: Model, prompts: Any, mask: Any, layer: int) -> "_Tokens":
         if isinstance(prompts, SoftPrompt):
             raise ValueError("prompts must be text or token ids here, not vectors")
-        ids = _prompts(model, Source(prompts, mask=mask))
+        ids = prompt_ids(model, Source(prompts, mask=mask))
         if not ids:
             raise ValueError("prompts holds no prompt: give at least one")
         found: dict[int, Tensor] = {}
@@ -227,7 +227,7 @@ def _energy(
     mask: Any,
     seed: int,
 ) -> _Energy:
-    layer = _layer(model, layer, "lens")
+    layer = checked_layer(model, layer, "lens")
     if check := getattr(lens, "check", None):
         check(model)
     tokens = _Tokens.read(model, prompts, mask, layer)
@@ -601,7 +601,7 @@ def causal_faithfulness(
         )
         for j, direction in enumerate(units):
             value = _removed(old, new, direction)
-            with intervene(model, [_edit(layer, value, range(ids.shape[1]))]):
+            with intervene(model, [state_edit(layer, value, range(ids.shape[1]))]):
                 log_q = model.logits(ids).log_softmax(-1)
             changed[j] += _kl(log_p, log_q).sum() / len(tokens.states)
     return CausalFaithfulness(

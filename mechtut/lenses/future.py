@@ -32,8 +32,8 @@ from mechtut.arguments import (
 from ..models.files import alone_in
 from ..models.hooks import intervene
 from mechtut.models.loading import (
-    alike,
     Model,
+    alike,
     document_start,
     pad_right,
     readable_token,
@@ -41,20 +41,17 @@ from mechtut.models.loading import (
 )
 from ..models.precision import at_least_float32
 from ..patching.checkpoints import Store, fingerprint, quiet
+from ..patching.layer_maps import AffineMap, least_squares
 from ..patching.partial import record_blocks
-from mechtut.patching.patchscopes import (
-    AffineMap,
-    Patchscope,
+from ..patching.patchscopes import Patchscope, generate, patchscope
+from mechtut.patching.places import (
     SoftPrompt,
     Source,
     Target,
     Texts,
-    _edit,
-    _layer,
-    _least_squares,
-    _prompts,
-    generate,
-    patchscope,
+    checked_layer,
+    prompt_ids,
+    state_edit,
 )
 from ..patching.results import Result, half_width, provenance
 
@@ -131,7 +128,7 @@ def _continued(
     """Prompts with n tokens behind each: those that are given, or the model's own."""
     if isinstance(prompts, SoftPrompt):
         raise ValueError("prefixes must be text or token ids, not vectors")
-    prefixes = [ids.tolist() for ids in _prompts(model, Source(prompts, mask=mask))]
+    prefixes = [ids.tolist() for ids in prompt_ids(model, Source(prompts, mask=mask))]
     if not prefixes:
         raise ValueError("prefixes holds no prompt: give at least one")
     for i, ids in enumerate(prefixes):
@@ -481,10 +478,10 @@ def future_linear(
         ...     future_linear(model, texts, 4, 1, progress=False).weight.shape
         torch.Size([1, 192, 192])
     """
-    layer, steps = _layer(model, layer, "source"), _ahead(ahead)
+    layer, steps = checked_layer(model, layer, "source"), _ahead(ahead)
     if isinstance(texts, SoftPrompt):
         raise ValueError("texts must be text or token ids, not vectors")
-    rows = _prompts(model, Source(texts, mask=mask))
+    rows = prompt_ids(model, Source(texts, mask=mask))
     if not rows:
         raise ValueError("texts holds no text: give at least one")
     if pos is not None and not all(0 <= pos < len(r) - steps[-1] for r in rows):
@@ -510,7 +507,7 @@ def future_linear(
             f"no text has more than {steps[-1]} tokens, so nothing is {steps[-1]}"
             " tokens ahead: give longer texts"
         )
-    fitted = [_least_squares(torch.cat(x), [torch.cat(y)])[0] for x, y in pairs]
+    fitted = [least_squares(torch.cat(x), [torch.cat(y)])[0] for x, y in pairs]
     weight, bias, r2 = (torch.stack(part) for part in zip(*fitted, strict=True))
     return FutureLinear(
         layer=layer,
@@ -539,7 +536,7 @@ def _read_out(
     k = len(vectors)
     before = vectors.to(model.dtype).expand(len(states), -1, -1)
     embeds = torch.cat([before, model.embed(given).detach()], dim=1)
-    with intervene(model, [_edit(target_layer, states[:, None], [k - 1])]):
+    with intervene(model, [state_edit(target_layer, states[:, None], [k - 1])]):
         logits = model.logits(embeds=embeds, gradients=gradients)
     return logits[:, k - 1 :]
 
@@ -791,8 +788,8 @@ def _fields(model: Model, layer: int, target_layer: int | None) -> dict[str, Any
     """The fields of a lens that name its model and layers."""
     end = layer if target_layer is None else target_layer
     return {
-        "layer": _layer(model, layer, "source"),
-        "target_layer": _layer(model, end, "target"),
+        "layer": checked_layer(model, layer, "source"),
+        "target_layer": checked_layer(model, end, "target"),
         "name": model.name,
         "weights": weight_fingerprint(model),
     }

@@ -34,7 +34,7 @@ from ..models.precision import at_least_float32
 from ..patching.checkpoints import Store, fingerprint, quiet
 from ..patching.matmul import fast_matmul
 from ..patching.partial import record_blocks, resume
-from ..patching.patchscopes import Source, Texts, _prompts
+from ..patching.places import Source, Texts, prompt_ids
 from ..patching.results import provenance
 
 # %% ../../nbs/library/lenses/jacobian.ipynb #c007
@@ -45,7 +45,7 @@ def _rows_of_text(
     texts = [prompts] if isinstance(prompts, str) else prompts
     if mask is None and len(texts) and all(isinstance(t, str) for t in texts):
         return [model.to_tokens(model.encode(text)[:length]) for text in texts]
-    return [ids[:length] for ids in _prompts(model, Source(prompts, mask=mask))]
+    return [ids[:length] for ids in prompt_ids(model, Source(prompts, mask=mask))]
 
 
 def _default_rows(model: Model, n_pos: int) -> int:

@@ -557,10 +557,10 @@ def probe(
     if not bool(torch.isfinite(x).all()):
         raise ValueError("a state is NaN or infinite; check the model and prompts")
     draw = np.random.default_rng(seed)
-    out = _held_out_rows(groups, test, draw)
+    out = held_out_rows(groups, test, draw)
     known, labels = x.detach().double().cpu(), torch.tensor(list(y))
     inside, how = ~out, (method, float(c), standardise)
-    weight, bias = _direction(known[inside], labels[inside], *how)
+    weight, bias = fit_direction(known[inside], labels[inside], *how)
     if not bool(weight.any()):
         raise ValueError("states of both labels are the same on average: no direction")
     told = known @ weight + bias
@@ -572,7 +572,7 @@ def probe(
         other = _control_labels(kinds, labels, given, draw)
         if types is not None:
             _check_learnable(kinds, out)
-        w, b = _direction(known[inside], other[inside], *how)
+        w, b = fit_direction(known[inside], other[inside], *how)
         dealt = ((known[out] @ w + b > 0) == other[out].bool()).double()
     return DirectionProbe(
         weight=weight,
@@ -585,32 +585,6 @@ def probe(
         train_accuracy=float(((told > 0) == labels)[inside].double().mean()),
         provenance={"arguments": {"method": method, "c": c, "seed": seed}},
     )
-
-
-def _held_out_rows(
-    groups: Sequence[Item], test: float | Sequence[int], draw: np.random.Generator
-) -> Tensor:
-    """Which states are held out, whole items at a time."""
-    names = list(dict.fromkeys(groups))
-    if isinstance(test, Sequence):
-        last = len(groups) - 1
-        rows = {integer(i, "a number of test", 0, last) for i in test}
-        chosen = {groups[i] for i in rows}
-        split = [g for i, g in enumerate(groups) if g in chosen and i not in rows]
-        if split:
-            raise ValueError(
-                f"item {split[0]!r} has states in both training and test: hold all of"
-                " them out, or none"
-            )
-    else:
-        n = round(test * len(names))
-        chosen = {names[i] for i in draw.permutation(len(names))[:n]}
-    if not 0 < len(chosen) < len(names):
-        raise ValueError(
-            f"test={test if not isinstance(test, Sequence) else '…'} holds"
-            f" {len(chosen)} of {len(names)} items out: both sides need one"
-        )
-    return torch.tensor([group in chosen for group in groups])
 
 
 def _control_labels(
@@ -645,8 +619,34 @@ def _check_learnable(types: Sequence[Item], out: Tensor) -> None:
             " learned, so selectivity is too high"
         )
 
+# %% ../../nbs/library/lenses/probes.ipynb #c014i
+def held_out_rows(
+    groups: Sequence[Item], test: float | Sequence[int], draw: np.random.Generator
+) -> Tensor:
+    """Which states are held out, whole items at a time."""
+    names = list(dict.fromkeys(groups))
+    if isinstance(test, Sequence):
+        last = len(groups) - 1
+        rows = {integer(i, "a number of test", 0, last) for i in test}
+        chosen = {groups[i] for i in rows}
+        split = [g for i, g in enumerate(groups) if g in chosen and i not in rows]
+        if split:
+            raise ValueError(
+                f"item {split[0]!r} has states in both training and test: hold all of"
+                " them out, or none"
+            )
+    else:
+        n = round(test * len(names))
+        chosen = {names[i] for i in draw.permutation(len(names))[:n]}
+    if not 0 < len(chosen) < len(names):
+        raise ValueError(
+            f"test={test if not isinstance(test, Sequence) else '…'} holds"
+            f" {len(chosen)} of {len(names)} items out: both sides need one"
+        )
+    return torch.tensor([group in chosen for group in groups])
 
-def _direction(
+
+def fit_direction(
     x: Float[Tensor, "state d"],
     y: Int[Tensor, "state"],
     method: str,

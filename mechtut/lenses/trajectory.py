@@ -22,7 +22,8 @@ from ..models.hooks import Edit, capture
 from ..models.loading import Model, alike, readable_token, weight_fingerprint
 from ..models.precision import rounding
 from ..patching.checkpoints import fingerprint
-from ..patching.patchscopes import Source, Texts, _prompts, fit_affine
+from ..patching.layer_maps import fit_affine
+from ..patching.places import Source, Texts, prompt_ids
 from ..patching.results import Result, provenance
 
 # %% ../../nbs/library/lenses/trajectory.ipynb #c007
@@ -796,11 +797,11 @@ def _read_pass(
             x = plan.lens.transport(x, layer)
         found.append(x)
     states = torch.stack(found)
-    _check_readout(model, states[-1], final)
+    check_readout(model, states[-1], final)
     return states, final
 
 
-def _check_readout(model: Model, last: Tensor, final: Tensor) -> None:
+def check_readout(model: Model, last: Tensor, final: Tensor) -> None:
     """The readout of the last block's output must be what the model says."""
     for some, wanted in zip(last.split(256), final.split(256), strict=True):
         worst = float((model.unembed(some) - wanted).abs().max())
@@ -998,7 +999,7 @@ def logit_lens(
     if lens is not None:
         lens.check(model)
     plan = _plan(model, layers, middle, lens)
-    prompts = _prompts(model, Source(prompt, mask=mask))
+    prompts = prompt_ids(model, Source(prompt, mask=mask))
     if not prompts:
         raise ValueError("prompt holds no prompt: give at least one")
     places = [

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import Bounds, Count, NotNegative, Positive, Seed, checked, warn
-from .trajectory import Lens, LogitLens, _check_readout
+from .trajectory import Lens, LogitLens, check_readout
 from ..models.files import alone_in
 from ..models.interrupts import undisturbed
 from mechtut.models.loading import (
@@ -356,7 +356,7 @@ def _enough(ids: Tensor, n_steps: int, batch_size: int, loss: Loss) -> None:
 def _check_first(model: Model, ids: Tensor) -> None:
     """The readout must be the model's."""
     stream = record_blocks(model, ids).resid[-1]
-    _check_readout(model, stream[0], model.logits(ids)[0])
+    check_readout(model, stream[0], model.logits(ids)[0])
 
 # %% ../../nbs/library/lenses/tuned.ipynb #c014
 class _Run:

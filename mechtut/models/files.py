@@ -219,12 +219,6 @@ def _strict(value: Any) -> Any:
     return [_strict(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _finite_or_not(pairs: dict[str, Any]) -> Any:
-    if pairs.keys() == {"float"} and pairs["float"] in ("nan", "inf", "-inf"):
-        return float(pairs["float"])
-    return pairs
-
-
 @checked
 def write_json(
     path: str | Path, value: Mapping[str, Any], *, force: bool = True
@@ -283,7 +277,7 @@ def read_json(path: str | Path, *needed: str) -> dict[str, Any]:
     path = _there(path)
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text, object_hook=_finite_or_not)
+        found = json.loads(text, object_hook=finite_or_not)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise damaged(path, "is not JSON" if path.stat().st_size else "is empty") from (
             None
@@ -303,6 +297,12 @@ def read_json(path: str | Path, *needed: str) -> dict[str, Any]:
     if missing:
         raise damaged(path, f"has no {missing[0]!r}")
     return found
+
+# %% ../../nbs/library/models/files.ipynb #c006i
+def finite_or_not(pairs: dict[str, Any]) -> Any:
+    if pairs.keys() == {"float"} and pairs["float"] in ("nan", "inf", "-inf"):
+        return float(pairs["float"])
+    return pairs
 
 # %% ../../nbs/library/models/files.ipynb #c008
 @checked

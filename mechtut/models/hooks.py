@@ -1258,7 +1258,7 @@ def capture(
 
     def keeper(site: Site) -> Visitor:
         def keep(x: Tensor) -> Tensor | None:
-            kept[site] = _to_leaf(x) if gradients else x.detach()
+            kept[site] = to_leaf(x) if gradients else x.detach()
             # the eager attention goes on with the very pattern that it shows
             same = not gradients or (site.name == "pattern" and x.requires_grad)
             return None if same else kept[site]
@@ -1269,7 +1269,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(recording(root) if gradients else torch.no_grad())
         if gradients and isinstance(model, Model):  # all sites follow from here
-            begin = hooked(model.embed, lambda module, args, out: _to_leaf(out))
+            begin = hooked(model.embed, lambda module, args, out: to_leaf(out))
             stack.enter_context(begin)
         stack.enter_context(intervene(model, edits))
         visitors = {s: keeper(s) for s in wanted}
@@ -1281,8 +1281,8 @@ def capture(
     _all_fired(wanted, fired)
     return Activations({s: kept[s] for s in wanted}, logits)
 
-
-def _to_leaf(x: Tensor) -> Tensor:
+# %% ../../nbs/library/models/hooks.ipynb #c038i
+def to_leaf(x: Tensor) -> Tensor:
     """The tensor, which asks for its gradient; whole numbers have none."""
     if x.requires_grad or not x.dtype.is_floating_point:
         return x

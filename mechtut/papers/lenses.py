@@ -26,7 +26,7 @@ from ..patching.attribution import Agreement, agreement
 from ..patching.grids import AnswerMetric, Prompts, patch_grid
 from ..patching.matmul import fast_matmul
 from ..patching.partial import record_blocks
-from ..patching.patchscopes import Target
+from ..patching.places import Target
 from ..patching.replay import Replay
 from ..patching.results import Result, half_width, provenance
 from ..viz.plots import layer_ticks, plain_legend, written

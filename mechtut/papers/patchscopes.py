@@ -18,21 +18,16 @@ from torch import Tensor
 from ..arguments import Count, checked, same_length
 from ..lenses.probes import ProbeScores, probe_layers
 from ..models.loading import Model
+from ..patching.layer_maps import aligned_positions, fit_affine
 from ..patching.patchscope_texts import PatchscopeTexts, TextSuccess
 from mechtut.patching.patchscopes import (
     DESCRIPTION_PROMPT,
     IDENTITY_PROMPT,
     PatchscopeGrid,
-    Source,
-    Target,
-    Texts,
-    aligned_positions,
-    fit_affine,
     patchscope_grid,
     patchscope_texts,
-    read_states,
-    source_tokens,
 )
+from ..patching.places import Source, Target, Texts, read_states, source_tokens
 from ..patching.results import half_width
 
 # %% ../../nbs/papers/50_patchscopes.ipynb #r06

@@ -26,17 +26,17 @@ from ..models.precision import at_least_float32
 from .checkpoints import fingerprint, quiet
 from mechtut.patching.grids import (
     AnswerMetric,
+    AtTheEnd,
     Grid,
     GridAxis,
+    GridCell,
     GridMetric,
     KLMetric,
     PatchSite,
     Prompts,
-    _AtTheEnd,
-    _Cell,
-    _cells_of,
-    _check_contrast,
-    _pairs,
+    cells_of,
+    check_contrast,
+    prompt_pairs,
 )
 from .results import Result, provenance
 
@@ -47,7 +47,7 @@ class _Slopes:
 
     model: Model
     sites: list[str]
-    measure: _AtTheEnd
+    measure: AtTheEnd
     ends: Float[Tensor, "prompt d_vocab"]  # what fills the places of other prompts
 
     def value(
@@ -160,11 +160,11 @@ def attribute_grid(
         >>> attribute_grid(model, *prompts, metric, "z", by="head").mean.shape
         torch.Size([8, 6])
     """
-    lender, tokens = _pairs(model, clean, corrupted)
+    lender, tokens = prompt_pairs(model, clean, corrupted)
     if direction == "noising":
         lender, tokens = tokens, lender
     n, n_pos = tokens.shape
-    cells = _cells_of(model, site, by, layers, positions, neurons, n_pos)
+    cells = cells_of(model, site, by, layers, positions, neurons, n_pos)
     if site == "resid_mid":
         raise ValueError(
             "'resid_mid' cannot be captured: take 'resid_pre' or 'resid_post'"
@@ -173,7 +173,7 @@ def attribute_grid(
     groups = [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
     lent = [capture(model, lender[rows], [*sites, "resid_pre.0"]) for rows in groups]
     ends = torch.cat([acts.logits[:, -1] for acts in lent])
-    slopes = _Slopes(model, sites, _AtTheEnd(metric), ends)
+    slopes = _Slopes(model, sites, AtTheEnd(metric), ends)
     target = slopes.value(ends, slice(0, n)).detach()
     slopes.check()
     before, change = [], []
@@ -192,7 +192,7 @@ def attribute_grid(
             change.append(_by_cell(products, cells.places))
             before.append(value)
     base = torch.cat(before)
-    _check_contrast(base, target)
+    check_contrast(base, target)
     labels = cells.labels(model, tokens)
     made: dict[str, Any] = {"prompts": fingerprint(lender, tokens), "steps": steps}
     made["metric"] = slopes.measure.name
@@ -244,7 +244,7 @@ def _product(slope: Tensor, there: Tensor, here: Tensor) -> Tensor:
 
 
 def _by_cell(
-    products: list[Tensor], places: Sequence[_Cell]
+    products: list[Tensor], places: Sequence[GridCell]
 ) -> Float[Tensor, "prompt cell"]:
     """The sum over what each cell writes, layer by layer."""
     cells = [

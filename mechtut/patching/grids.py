@@ -470,10 +470,10 @@ def patch_grid(
         >>> patch_grid(model, *prompts, metric).mean.shape  # layer, position
         torch.Size([8, 5])
     """
-    lender, tokens = _pairs(model, clean, corrupted, attention_mask)
+    lender, tokens = prompt_pairs(model, clean, corrupted, attention_mask)
     if direction == "noising":
         lender, tokens = tokens, lender
-    cells = _cells_of(model, site, by, layers, positions, neurons, tokens.shape[1])
+    cells = cells_of(model, site, by, layers, positions, neurons, tokens.shape[1])
     if window > 1 and site in ("resid_mid", "pattern"):
         raise ValueError(
             f"{site!r} takes window=1, not {window}: what it writes is worked out from"
@@ -498,7 +498,7 @@ def patch_grid(
     return run.grid(model, tokens, cells, edits, target, site, direction, made)
 
 # %% ../../nbs/library/patching/grids.ipynb #c008b
-def _pairs(
+def prompt_pairs(
     model: Model, clean: Prompts, corrupted: Prompts, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     ids, others = model.to_batch(clean), model.to_batch(corrupted)
@@ -570,7 +570,7 @@ def _writable(
 
 
 @dataclass(frozen=True)
-class _Cell:
+class GridCell:
     """One place of a layer."""
 
     positions: tuple[int, ...]  # counted from the start
@@ -607,25 +607,25 @@ class _Cells:
     by: str
 
     @property
-    def places(self) -> list[_Cell]:
+    def places(self) -> list[GridCell]:
         """The cells of a layer."""
         if self.by == "position":
-            return [_Cell((p,)) for p in self.positions]
+            return [GridCell((p,)) for p in self.positions]
         if self.by == "head":
-            return [_Cell(self.positions, h) for h in self.numbers]
+            return [GridCell(self.positions, h) for h in self.numbers]
         if self.by == "head_position":
-            return [_Cell((p,), h) for h in self.numbers for p in self.positions]
+            return [GridCell((p,), h) for h in self.numbers for p in self.positions]
         if self.by == "head_query_key":
             keys = range(max(self.positions) + 1)  # none looks behind itself
             return [
-                _Cell((q,), h, key=k)
+                GridCell((q,), h, key=k)
                 for h in self.numbers
                 for q in self.positions
                 for k in keys
             ]
         if self.by == "neuron":
-            return [_Cell(self.positions, neuron=i) for i in self.numbers]
-        return [_Cell(self.positions)]
+            return [GridCell(self.positions, neuron=i) for i in self.numbers]
+        return [GridCell(self.positions)]
 
     def labels(self, model: Model, tokens: Tensor) -> dict[str, tuple[str, ...]]:
         """What stands along each axis; tokens where all prompts have the same one."""
@@ -647,7 +647,7 @@ def _token(model: Model, column: Tensor, pos: int) -> str:
     return f"{pos} {readable_token(model, int(column[0]))}" if alone else str(pos)
 
 
-def _cells_of(
+def cells_of(
     model: Model,
     site: str,
     by: str,
@@ -719,9 +719,9 @@ class _Run:
     progress: bool | None
 
     @property
-    def measure(self) -> "_AtTheEnd":
+    def measure(self) -> "AtTheEnd":
         """The metric as the engine asks for it."""
-        return _AtTheEnd(self.metric)
+        return AtTheEnd(self.metric)
 
     def grid(
         self,
@@ -745,7 +745,7 @@ class _Run:
         labels = cells if isinstance(cells, dict) else cells.labels(model, tokens)
         before = self.measure(replay.base_logits()[None])[0].detach().contiguous()
         if target is not None:
-            _check_contrast(before, target)
+            check_contrast(before, target)
         verb = "ablate" if target is None else "patch"
         values = replay.run(
             edits,
@@ -769,7 +769,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _AtTheEnd:
+class AtTheEnd:
     """A metric of the last logits that are read, as the engine asks for it."""
 
     metric: AnswerMetric | KLMetric | GridMetric
@@ -797,7 +797,7 @@ class _AtTheEnd:
         return found
 
 
-def _check_contrast(before: Tensor, target: Tensor) -> None:
+def check_contrast(before: Tensor, target: Tensor) -> None:
     """Shares of a difference mean nothing where there is none."""
     flat = (target - before).abs() < 1e-6 * target.abs().clamp(min=1e-3)
     if bool(flat.any()):
@@ -877,7 +877,7 @@ def ablate_grid(
         torch.Size([8, 6])
     """
     tokens = model.to_batch(prompts)
-    cells = _cells_of(model, site, by, layers, positions, neurons, tokens.shape[1])
+    cells = cells_of(model, site, by, layers, positions, neurons, tokens.shape[1])
     if by == "head_query_key":
         raise ValueError(
             f"by={by!r} is for patching: a pattern without one of its entries is none"
@@ -1024,7 +1024,9 @@ def ablate_in_order(
     n = model.n_heads if site == "z" else len(_neurons(model, None))
     for layer, number in places:
         layer = check_layer(model, layer, site)
-        cell = _Cell(every, number) if site == "z" else _Cell(every, neuron=number)
+        cell = (
+            GridCell(every, number) if site == "z" else GridCell(every, neuron=number)
+        )
         integer(number, "head" if site == "z" else "neuron", 0, n - 1)
         away.append(cell.edit(where, layer, None if states is None else states[layer]))
     edits = [away[: i + 1] for i in range(len(away))]

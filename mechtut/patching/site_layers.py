@@ -18,13 +18,13 @@ from mechtut.models.hooks import (
     Edit,
     Site,
     Visitor,
-    _to_leaf,
     check_edits,
     expand_sites,
+    to_leaf,
     visiting,
 )
 from ..models.loading import Model
-from .grids import AnswerMetric, GridMetric, _AtTheEnd
+from .grids import AnswerMetric, AtTheEnd, GridMetric
 
 # %% ../../nbs/library/patching/site_layers.ipynb #c003
 @checked
@@ -115,7 +115,7 @@ def _through(layer: nn.Module) -> Visitor:
     """A visitor that sends a site's tensor through a layer."""
 
     def visit(x: Tensor) -> Tensor:
-        found: Tensor = layer(_to_leaf(x) if torch.is_grad_enabled() else x)
+        found: Tensor = layer(to_leaf(x) if torch.is_grad_enabled() else x)
         return found
 
     return visit
@@ -133,4 +133,4 @@ def _of_rows(
             " metric=None and give Captum a target"
         )
     grouped = rearrange(last, "(n prompt) vocab -> n prompt 1 vocab", prompt=n)
-    return _AtTheEnd(metric)(grouped).flatten()
+    return AtTheEnd(metric)(grouped).flatten()

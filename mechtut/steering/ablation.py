@@ -22,7 +22,7 @@ from ..arguments import AnyFloat, Natural, NotNegative, Share, checked, integer
 from ..models.hooks import capture, check_layer, refuse_open_edits
 from ..models.loading import Model
 from ..models.precision import rounding
-from ..patching.patchscopes import Source, read_states
+from ..patching.places import Source, read_states
 from ..patching.results import Result, provenance
 from .acting import next_logits, steering_edits
 from mechtut.steering.vectors import (

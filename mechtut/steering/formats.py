@@ -18,9 +18,9 @@ import torch
 
 from ..arguments import checked, warn
 from mechtut.models.files import (
-    _finite_or_not,
     bytes_of,
     damaged,
+    finite_or_not,
     read_tensors,
     to_json,
     write_file,
@@ -282,7 +282,7 @@ def from_safetensors(path: str | Path) -> SteeringVector:
     """
     tensors, words = read_tensors(path)
     try:
-        read = {n: json.loads(w, object_hook=_finite_or_not) for n, w in words.items()}
+        read = {n: json.loads(w, object_hook=finite_or_not) for n, w in words.items()}
         if read["kind"] != "steering vector":
             raise KeyError(read["kind"])
         at = read["positions"]

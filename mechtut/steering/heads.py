@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ..arguments import Count, Seed, Share, checked, integer, same_length
-from ..lenses.probes import Item, _direction, _held_out_rows
+from ..lenses.probes import Item, fit_direction, held_out_rows
 from ..models.families import as_stored
 from ..models.hooks import Edit, Where, capture
 from ..models.loading import Model
@@ -218,7 +218,7 @@ def head_directions(
     y = torch.tensor([integer(label, "a label", 0, 1) for label in labels])
     every = model.n_layers * model.n_heads
     draw = np.random.default_rng(seed)
-    out = _held_out_rows(groups, test, draw)
+    out = held_out_rows(groups, test, draw)
     z = _last_outputs(model, texts)
     weights, accuracy = _probed(z, y, out)
     turned = None
@@ -310,7 +310,7 @@ def _probed(
     for layer in range(n_layers):
         for head in range(n_heads):
             x = z[:, layer, head]
-            weight, bias = _direction(x[~out], y[~out], "logistic", 1.0, False)
+            weight, bias = fit_direction(x[~out], y[~out], "logistic", 1.0, False)
             weights[layer, head] = weight
             told = x[out] @ weight + bias > 0
             right[layer, head] = (told == y[out].bool()).double().mean()

@@ -31,9 +31,9 @@ from ..lenses.probes import Probe
 from ..models.hooks import check_layer
 from ..models.loading import Model, weight_fingerprint
 from ..models.precision import at_least_float32
-from ..patching.patchscopes import Source, read_states
+from ..patching.places import Source, read_states
 from ..patching.results import Result, provenance
-from .vectors import SteeringVector, Text, _token, marked
+from .vectors import SteeringVector, Text, marked, token_text
 
 # %% ../../nbs/library/steering/reading.ipynb #c009
 Method = Literal[
@@ -227,7 +227,7 @@ class Readers(Result):
         ids = model.to_tokens(text).tolist()
         return LatScan(
             scores=self._scores(model, [ids], None, component)[0],
-            tokens=tuple(_token(model, i) for i in ids),
+            tokens=tuple(token_text(model, i) for i in ids),
             layers=self.layers,
             normed_layer=self.normed_layer,
             provenance=provenance(model, method=self.method, component=component),

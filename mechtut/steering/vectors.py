@@ -21,7 +21,7 @@ from ..arguments import Natural, checked, integers, one_of, same_length
 from ..models.hooks import capture, check_layer, refuse_open_edits
 from ..models.loading import Model, document_start, readable_token
 from ..models.precision import at_least_float32
-from ..patching.patchscopes import Source, read_states
+from ..patching.places import Source, read_states
 from ..patching.results import Result, provenance
 
 # %% ../../nbs/library/steering/vectors.ipynb #c005
@@ -259,11 +259,11 @@ def marked(model: Model, ids: Sequence[int], positions: Sequence[int]) -> str:
         if not -n <= p < n:
             raise IndexError(f"position {p} is outside a text of {n} tokens")
         found.add(p % n)
-    tokens = [_token(model, int(i)) for i in ids]
+    tokens = [token_text(model, int(i)) for i in ids]
     return "".join(f"«{t}»" if i in found else t for i, t in enumerate(tokens))
 
-
-def _token(model: Model, token: int) -> str:
+# %% ../../nbs/library/steering/vectors.ipynb #c005i
+def token_text(model: Model, token: int) -> str:
     """A token as text; without a tokenizer its number."""
     return readable_token(model, token) if model.tokenizer else f" {token}"
 

@@ -15,7 +15,7 @@ from mechtut.lenses.attribution import LogitAttribution, logit_attribution
 from mechtut.models.families import as_stored
 from mechtut.models.hooks import Edit, intervene
 from mechtut.models.loading import load_model
-from mechtut.patching.patchscopes import SoftPrompt
+from mechtut.patching.places import SoftPrompt
 
 FOLDER = GOLDEN / "patchscopes"
 # Llama's norms and rotary tables are float32 also in a float64 model

@@ -16,7 +16,7 @@ from mechtut.lenses.causal_basis import (
     lens_energies,
 )
 from mechtut.models.loading import load_model
-from mechtut.patching.patchscopes import SoftPrompt
+from mechtut.patching.places import SoftPrompt
 
 FOLDER = GOLDEN / "patchscopes"
 QUIET = {"progress": False}

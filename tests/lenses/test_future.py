@@ -20,12 +20,8 @@ from mechtut.lenses.future import (
     future_table,
 )
 from mechtut.models.loading import load_model
-from mechtut.patching.patchscopes import (
-    SoftPrompt,
-    Source,
-    Target,
-    patchscope,
-)
+from mechtut.patching.patchscopes import patchscope
+from mechtut.patching.places import SoftPrompt, Source, Target
 
 FOLDER = GOLDEN / "patchscopes"
 # Llama's norms and rotary tables are float32 also in a float64 model

@@ -27,7 +27,8 @@ from mechtut.lenses.trajectory import (
 from mechtut.models.families import FAMILIES
 from mechtut.models.hooks import Edit, capture, intervene
 from mechtut.models.loading import load_model
-from mechtut.patching.patchscopes import SoftPrompt, Source, Target, patchscope
+from mechtut.patching.patchscopes import patchscope
+from mechtut.patching.places import SoftPrompt, Source, Target
 from mechtut.patching.results import read_result
 
 FOLDER = GOLDEN / "patchscopes"

@@ -15,7 +15,7 @@ from mechtut.papers.lenses import (
     compare_lenses,
 )
 from mechtut.patching.grids import AnswerMetric
-from mechtut.patching.patchscopes import Target
+from mechtut.patching.places import Target
 
 DRAW = torch.Generator().manual_seed(0)
 IDS = torch.randint(5, 90, (3, 6), generator=DRAW)

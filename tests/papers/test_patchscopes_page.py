@@ -15,13 +15,10 @@ from mechtut.papers.patchscopes import (
 from mechtut.patching.patchscopes import (
     IDENTITY_PROMPT,
     IDENTITY_PROMPTS,
-    Source,
-    Target,
     patchscope,
     patchscope_grid,
-    read_states,
-    source_tokens,
 )
+from mechtut.patching.places import Source, Target, read_states, source_tokens
 
 PEOPLE = ["Riley Martin works as a", "Jamie Clark lives in", "Everyone knows that"]
 QUIET = {"progress": False}

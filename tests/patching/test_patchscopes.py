@@ -12,16 +12,11 @@ from torch.nn.functional import pad
 
 from mechtut.models.hooks import Edit, intervene
 from mechtut.models.loading import load_model
-from mechtut.patching import patchscopes
+from mechtut.patching import layer_maps, patchscopes
+from mechtut.patching.layer_maps import AffineMap, aligned_positions, fit_affine
 from mechtut.patching.patchscopes import (
-    AffineMap,
     Patchscope,
     PatchscopeGrid,
-    SoftPrompt,
-    Source,
-    Target,
-    aligned_positions,
-    fit_affine,
     generate,
     patchscope,
     patchscope_grid,
@@ -30,6 +25,7 @@ from mechtut.patching.patchscopes import (
     surprisal_of_readout_under_source,
     surprisal_of_source_under_readout,
 )
+from mechtut.patching.places import SoftPrompt, Source, Target, source_tokens
 
 QUIET = {"progress": False}
 FEW = ["gpt2", "llama", "gpt_neox", "gemma2"]
@@ -504,7 +500,7 @@ def test_too_few_states_are_told():
     assert maps.r2.tolist() == pytest.approx([1.0])
     with pytest.raises(ValueError, match="finite"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patchscopes._least_squares(torch.full((3, 2), torch.nan), [torch.zeros(3, 2)])
+        layer_maps.least_squares(torch.full((3, 2), torch.nan), [torch.zeros(3, 2)])
 
 
 # what is kept
@@ -863,7 +859,7 @@ def test_soft_prompts_have_no_tokens():
     model = load_model("mini", device="cpu")
     soft = SoftPrompt(torch.zeros(3, 192))
     with pytest.raises(ValueError, match="no tokens"):
-        patchscopes.source_tokens(model, Source(soft))
+        source_tokens(model, Source(soft))
     mask = torch.tensor([[1, 1, 0]])
     with pytest.raises(ValueError, match="leave mask= away"):
         patchscope(model, Source(soft, 2, mask=mask), Target("Paris", 2))

@@ -9,16 +9,10 @@ from golden_models import GOLDEN, read_json
 from transformers import AutoModelForCausalLM
 
 from mechtut.models.loading import load_model
+from mechtut.patching.layer_maps import fit_affine
 from mechtut.patching.patchscope_texts import rouge_l
-from mechtut.patching.patchscopes import (
-    SoftPrompt,
-    Source,
-    Target,
-    fit_affine,
-    patchscope,
-    patchscope_grid,
-    patchscope_texts,
-)
+from mechtut.patching.patchscopes import patchscope, patchscope_grid, patchscope_texts
+from mechtut.patching.places import SoftPrompt, Source, Target
 
 FOLDER = GOLDEN / "patchscopes"
 # norms and rotary tables are float32 also in a float64 model, and differ by processor
