@@ -276,7 +276,7 @@ class Contrast:
 
         def written(tokens: Tensor, order: Tensor) -> dict[str, Tensor]:
             if family.positions is None:
-                return {"embed": record_blocks(model, tokens).resid[0]}
+                return {"embed": record_blocks(model, tokens, until=0).resid[0]}
             table: Any = model.hf.get_submodule(family.positions)
             rows = order[: tokens.shape[1]] + family.first_position
             pos = table.weight[rows].expand(len(tokens), -1, -1)

@@ -85,7 +85,8 @@ class _Tokens:
         width = (model.n_layers + 1) * model.d_model
         for group in alike([len(i) for i in ids], lambda n: 2**26 // (n * width)):
             tokens = torch.stack([ids[i] for i in group])
-            stream = record_blocks(model, tokens).resid[layer + 1]
+            some = record_blocks(model, tokens, until=max(0, layer))
+            stream = some.resid[layer + 1]
             found.update(zip(group, stream, strict=True))
         states = torch.cat([found[i] for i in range(len(ids))])
         if not bool(torch.isfinite(states).all()):

@@ -258,6 +258,10 @@ def fit_affine(
         found = least_squares(x[:, from_layers.index(a)].flatten(0, 1), wanted)
         fitted.update({(a, b): f for b, f in zip(ends, found, strict=True)})
     weight, bias, r2 = (torch.stack([fitted[p][i] for p in pairs]) for i in range(3))
+    made = provenance(
+        model, target_model=into.name, prompts=len(rows), last_layer=last_layer
+    )
+    theirs = made["weights"] if into is model else weight_fingerprint(into)
     return AffineMap(
         pairs=tuple(pairs),
         weight=weight,
@@ -265,10 +269,8 @@ def fit_affine(
         r2=r2,
         n=x.shape[0] * x.shape[2],
         names=(model.name, into.name),
-        weights=(weight_fingerprint(model), weight_fingerprint(into)),
-        provenance=provenance(
-            model, target_model=into.name, prompts=len(rows), last_layer=last_layer
-        ),
+        weights=(made["weights"], theirs),
+        provenance=made,
     )
 
 

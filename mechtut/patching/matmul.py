@@ -49,6 +49,10 @@ _AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # the other library must be this much faster: results of two processes are the same to
 # the bit, which stored sweeps need, only if noise does not decide
 _MARGIN = 2.0
+# enough to tell: more rows of one kind change the ratio little, and cost
+_MOST_ROWS = 128
+# seconds; of what takes longer the best of two says enough
+_LONG = 0.005
 _onednn: dict[tuple[Any, ...], bool] = {}
 
 
@@ -58,9 +62,9 @@ def onednn_is_faster(
     """Whether to take oneDNN for a product; else PyTorch's own.
 
     Measured once per process and class of shapes: the number of rows up to a factor of
-    two, the weight's shape and order in memory, the number of threads. Unless one is
-    twice as fast, and for small products, it is oneDNN with AVX-512, and PyTorch's own
-    without.
+    two, and to 128, the weight's shape and order in memory, the number of threads.
+    Unless one is twice as fast, and for small products, it is oneDNN with AVX-512, and
+    PyTorch's own without.
 
     Args:
         x: What is multiplied.
@@ -81,14 +85,17 @@ def onednn_is_faster(
     if rows + weight.numel().bit_length() < 24:  # too little to measure, or to matter
         return _AVX512
     order = weight.is_contiguous()
+    rows = min(rows, _MOST_ROWS.bit_length())
     key = (rows, *weight.shape, order, bias is None, torch.get_num_threads())
     if key not in _onednn:
-        x, best = x.detach(), [math.inf, math.inf]
+        some, best = x.detach().reshape(-1, x.shape[-1])[:_MOST_ROWS], [math.inf] * 2
         products: list[Callable[..., Tensor]] = [nn.functional.linear, _linear]
-        for _ in range(5):
+        for attempt in range(5):
+            if attempt > 1 and min(best) > _LONG:
+                break
             for i, product in enumerate(products):
                 start = time.perf_counter()
-                product(x, weight, bias)
+                product(some, weight, bias)
                 best[i] = min(best[i], time.perf_counter() - start)
         own, other = best
         _onednn[key] = other < _MARGIN * own if _AVX512 else _MARGIN * other < own

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Natural, checked
 from ..models.hooks import attention_tap, check_layer, hooked, refuse_open_edits
 from ..models.loading import Model, evaluating
 
@@ -28,7 +28,7 @@ class BlockInputs:
     Enough to run the model again from any block on.
 
     Attributes:
-        resid: `resid[l]` enters block `l`; the last one leaves the last block.
+        resid: `resid[l]` enters block `l`; the last one leaves the last block that ran.
         arguments: The other arguments of each block's forward, by name.
         keys: The keys of each block's attention, if they were asked for.
         values: The values, likewise.
@@ -61,6 +61,7 @@ def record_blocks(
     mask: Tensor | None = None,
     *,
     keys: bool = False,
+    until: Natural | None = None,
 ) -> BlockInputs:
     """Run the blocks once (not the unembedding) and keep what each was given.
 
@@ -69,15 +70,19 @@ def record_blocks(
         tokens: Token ids.
         mask: 1 for real tokens, 0 for padding.
         keys: Whether to keep keys and values too, which a run at some positions needs.
+        until: The last block to run, by default the model's last: who reads early
+            layers need not wait for late ones.
 
     Returns:
-        The inputs of every block.
+        The inputs of every block that ran.
 
     Raises:
+        IndexError: If there is no block `until`.
         NotImplementedError: If keys are asked of a family without transformers'
             attention registry (GPT-J).
     """
     found = BlockInputs([], [])
+    end = model.n_layers - 1 if until is None else check_layer(model, until, "resid_post")
 
     def keep_input(block: Any, args: tuple, kwargs: dict) -> None:
         bound = signature(type(block).forward).bind(block, *args, **kwargs).arguments
@@ -101,8 +106,8 @@ def record_blocks(
         if keys:
             tap = attention_tap(model, arguments=keep_kv, explicit_mask=True)
             stack.enter_context(tap)
-        stack.enter_context(hooked(model.blocks[-1], keep_last))
-        for block in model.blocks:
+        stack.enter_context(hooked(model.blocks[end], keep_last))
+        for block in model.blocks[: end + 1]:
             stack.enter_context(hooked(block, keep_input, before=True))
         try:
             model.logits(tokens, mask)

@@ -886,9 +886,8 @@ def patchscope_grid(
     )
     engines: dict[PromptRow, Replay] = {}
     for number, some in enumerate(alike(others, lambda _: _TOGETHER)):
-        with fast_matmul(model):
-            some_rows = [rows[i] for i in some]
-            states, logits = read_rows(model, some_rows, first, head=heads[0])
+        some_rows = [rows[i] for i in some]
+        states, logits = read_rows(model, some_rows, first, head=heads[0])
         log_p = logits.double().log_softmax(-1).cpu()
         best = log_p.argmax(-1) if asked is None else asked[some]
         tokens, which = best.unique(return_inverse=True)
@@ -960,7 +959,7 @@ def patchscope_grid(
         provenance=provenance(
             model,
             target_model=into.name,
-            target_weights=weight_fingerprint(into),
+            target_weights=None if into is model else weight_fingerprint(into),
             mapping=None if mapping is None else type(mapping).__name__,
             read_at=read_at,
             prompts=fingerprint(rows, others),
@@ -1086,9 +1085,8 @@ def patchscope_texts(
     plan = _planned(
         model, into, sources, targets, source_layers, target_layers, mapping
     )
-    with fast_matmul(model):
-        how: Any = {"logits": False, "head": plan.heads[0]}
-        states, _ = read_rows(model, plan.rows, plan.first, **how)
+    how: Any = {"logits": False, "head": plan.heads[0]}
+    states, _ = read_rows(model, plan.rows, plan.first, **how)
     mapped = {
         (a, b): mapped_states(
             mapping, states[:, plan.first.index(a)], plan.width, (a, b)
@@ -1133,7 +1131,7 @@ def patchscope_texts(
         provenance=provenance(
             model,
             target_model=into.name,
-            target_weights=weight_fingerprint(into),
+            target_weights=None if into is model else weight_fingerprint(into),
             mapping=None if mapping is None else type(mapping).__name__,
             new_tokens=new_tokens,
             prompts=fingerprint(plan.rows, plan.others),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..arguments import Natural, checked, integer
 from ..models.hooks import Edit, capture, intervene
 from ..models.loading import Model, alike, mask_arguments, padded_row
+from .matmul import fast_matmul
 from .partial import record_blocks
 
 # %% ../../nbs/library/patching/places.ipynb #c007
@@ -269,11 +270,12 @@ def read_rows(
 ) -> tuple[Float[Tensor, "prompt layer some width"], Float[Tensor, "prompt d_vocab"]]:
     """States at each prompt's positions, and the prediction at the last of these.
 
-    A prompt that several rows share is read once.
+    A prompt that several rows share is read once, up to the last layer that is asked.
     `normed` takes the last layer's states behind the final norm.
     """
     width = (model.n_layers + 1) * model.d_model
     end = model.n_layers - 1
+    until = None if logits else max(0, *layers)
     states: dict[int, Tensor] = {}
     predicted: dict[int, Tensor] = {}
     sharing: dict[Any, list[int]] = {}
@@ -289,9 +291,10 @@ def read_rows(
         where = torch.tensor([rows[i].positions for i in numbers], device=model.device)
         at = torch.tensor([k for k, g in enumerate(group) for _ in prompts[g]])
         at = at.to(model.device)
-        with intervene(model, soft_prompt_edits(model, read)):
+        edits = soft_prompt_edits(model, read)
+        with fast_matmul(model), intervene(model, edits):
             if head is None:
-                stream = record_blocks(model, ids).resid
+                stream = record_blocks(model, ids, until=until).resid
                 last, seen = stream[-1], {i: stream[i + 1] for i in layers}
             else:
                 sites = [f"resid_post.{end}", *(f"z.{i}" for i in layers)]
@@ -310,7 +313,8 @@ def read_rows(
             )
         states.update(zip(numbers, found, strict=True))
         if logits:
-            own = model.unembed(last[at, where[:, -1]])
+            with fast_matmul(model):
+                own = model.unembed(last[at, where[:, -1]])
             predicted.update(zip(numbers, own, strict=True))
     order = range(len(rows))
     out = torch.stack([states[i] for i in order])

@@ -69,8 +69,8 @@ def test_one_reading_serves_all_positions_of_a_prompt(mini):
     found = read_states(mini, places, [-1, 5])
     acts = capture(mini, text, ["resid_pre.0", "resid_post.5"])
     for row, i in enumerate((0, 3, 1)):
-        assert torch.allclose(found[row, 0, 0], acts["resid_pre", 0][0, i], atol=1e-5)
-        assert torch.allclose(found[row, 1, 0], acts["resid_post", 5][0, i], atol=1e-5)
+        assert torch.allclose(found[row, 0, 0], acts["resid_pre", 0][0, i], atol=1e-3)
+        assert torch.allclose(found[row, 1, 0], acts["resid_post", 5][0, i], atol=1e-3)
     ids = mini.to_tokens(text)
     assert source_tokens(mini, places).tolist()[:3] == ids[[0, 3, 1]].tolist()
 

@@ -257,6 +257,14 @@ def test_the_faster_product_is_chosen_once(monkeypatch):
             assert len(calls) == measured
             kernels.onednn_is_faster(torch.ones(8, 4096), weight, None)
             assert len(calls) > measured
+            measured = len(calls)
+            many = [torch.ones(n, 4096) for n in (200, 300, 900)]
+            kernels.onednn_is_faster(many[0], weight, None)
+            assert len(calls) == measured + 4, "of what takes long the best of two"
+            assert all(
+                kernels.onednn_is_faster(x, weight, None) == wanted for x in many
+            )
+            assert len(calls) == measured + 4, "of many rows some are enough"
             few = torch.ones(5, 8), torch.ones(4, 8)
             measured = len(calls)
             assert (
