@@ -2,18 +2,22 @@
 
     python benchmarks/modular_addition.py [--paper]
     python benchmarks/modular_addition.py --conditions FOLDER [--seeds 12]
+    python benchmarks/modular_addition.py --full FOLDER
 
 Prints the CPU seconds of a training step (the plain way runs all three positions
 through autograd, with PyTorch's AdamW as it comes) and of the whole analysis of a
 network (the plain way makes vectors of p² and tensors of p³, one frequency after the
 other); what comes out is compared. With --conditions it trains the small recipe and
 three others with some seeds each, one after the other (20 minutes), and saves them:
-that is `mechtut/data/grokking/conditions`.
+that is `mechtut/data/grokking/conditions`. With --full it trains the paper's network
+(p = 113, an hour on one core; FOLDER/run keeps it, and is gone on with) and saves the
+progress measures in half their digits: that is `mechtut/data/grokking/p113`.
 """
 
 import argparse
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from common import measure
@@ -27,11 +31,18 @@ from mechtut.grokking.fourier import (
 from mechtut.grokking.measures import (
     addition_loss,
     excluded_loss,
+    progress,
     restricted_loss,
     trig_fraction,
 )
-from mechtut.grokking.training import SMALL, GrokkingRecipe, _Training, shipped_run
-from mechtut.papers.modular_addition import compare_conditions
+from mechtut.grokking.training import (
+    SMALL,
+    GrokkingRecipe,
+    _Training,
+    shipped_run,
+    train_modular,
+)
+from mechtut.papers.modular_addition import compare_conditions, study
 
 
 def whole_sequence(w, ids):
@@ -143,16 +154,35 @@ def conditions(seeds):
     }
 
 
+def full(folder):
+    """The paper's run, and its measures in float32, which say as much in less room."""
+    run = train_modular(
+        GrokkingRecipe(), steps=25_000, snapshot_every=500, folder=folder / "run"
+    )
+    found = progress(run)
+    numbers = {k: v for k, v in vars(found).items() if isinstance(v, torch.Tensor)}
+    small = {k: v.float() for k, v in numbers.items() if v.is_floating_point()}
+    found = replace(found, **small)
+    found.save(folder)
+    print(found.to_pandas().round(3).to_string())
+    for name, value in study(run).items():
+        print(f"{name:14} {value:.3g}")
+
+
 def main() -> None:
-    """A step and an analysis, or the seeds."""
+    """A step and an analysis, the seeds, or the paper's run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=31)
     parser.add_argument("--paper", action="store_true", help="also p = 113")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--conditions", default=None)
+    parser.add_argument("--full", default=None, type=Path)
     parser.add_argument("--seeds", type=int, default=12, help="at most")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.full:
+        full(arguments.full)
+        return
     if arguments.conditions:
         found = compare_conditions(conditions(arguments.seeds))
         found.save(arguments.conditions)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Keys', 'Logits', 'key_waves', 'check_keys', 'addition_loss', 'restricted_loss', 'excluded_loss', 'gini',
-           'trig_fraction', 'logit_trig_fraction', 'Progress', 'progress', 'Ablations', 'ablations',
+           'trig_fraction', 'logit_trig_fraction', 'Progress', 'progress', 'shipped_progress', 'Ablations', 'ablations',
            'gradient_symmetricity', 'distance_irrelevance']
 
 # %% ../../nbs/library/grokking/measures.ipynb #c002
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
 from typing import Literal, overload
 
 import matplotlib.pyplot as plt
@@ -460,6 +462,19 @@ def progress(run: Run, keys: Keys | None = None) -> Progress:
         for name in rows[0]
     }
     return Progress(keys=keys, steps=run.at, provenance=run.provenance, **columns)
+
+
+def shipped_progress() -> Progress:
+    """The measures of a run of the paper's size, p = 113 and 25,000 steps.
+
+    Returns:
+        The measures, at every 500th step.
+
+    Example:
+        >>> shipped_progress().keys
+        (14, 35, 41, 42, 52)
+    """
+    return Progress.load(Path(str(files("mechtut"))) / "data/grokking/p113")
 
 # %% ../../nbs/library/grokking/measures.ipynb #c014
 @dataclass(frozen=True, eq=False, kw_only=True)

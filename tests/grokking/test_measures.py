@@ -1,6 +1,8 @@
 """Progress measures: the authors' numbers in float64, and plain tensors."""
 
 import math
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from mechtut.grokking.measures import (
     logit_trig_fraction,
     progress,
     restricted_loss,
+    shipped_progress,
     trig_fraction,
 )
 from mechtut.grokking.network import ModularAddition
@@ -214,6 +217,24 @@ def test_distances_by_a_plain_loop(p):
     by_distance = [spread([right[i, (i + d) % p] for i in range(p)]) for d in range(p)]
     wanted = sum(by_distance) / p / spread(list(right.values()))
     assert distance_irrelevance(logits) == pytest.approx(wanted)
+
+
+def test_the_shipped_measures_of_the_papers_size():
+    """They begin where the recipe begins, and end with the paper's frequencies."""
+    found, recipe = shipped_progress(), GrokkingRecipe()
+    assert found.keys == (14, 35, 41, 42, 52) and recipe.p == 113
+    assert found.steps.tolist() == list(range(0, 25_001, 500))
+    logits, parts = recipe.network().all_logits(), recipe.split()
+    for name in ("train", "test"):
+        first = addition_loss(logits, getattr(parts, name))
+        assert float(getattr(found, name)[0]) == pytest.approx(first, rel=1e-5)
+    waves = component_norms(recipe.network().W_E.detach().T[:-1])
+    assert torch.allclose(found.embedding[0], waves.float(), rtol=1e-4)
+    ends = list(found.phases().values())
+    assert ends == sorted(ends) and float(found.test[-1]) < 1e-6
+    folder = files("mechtut") / "data/grokking"
+    sizes = [f.stat().st_size for f in Path(str(folder)).rglob("*") if f.is_file()]
+    assert sum(sizes) < 700_000
 
 
 def test_progress_of_the_shipped_run():
