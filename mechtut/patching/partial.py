@@ -82,7 +82,8 @@ def record_blocks(
             attention registry (GPT-J).
     """
     found = BlockInputs([], [])
-    end = model.n_layers - 1 if until is None else check_layer(model, until, "resid_post")
+    until = model.n_layers - 1 if until is None else until
+    end = check_layer(model, until, "resid_post")
 
     def keep_input(block: Any, args: tuple, kwargs: dict) -> None:
         bound = signature(type(block).forward).bind(block, *args, **kwargs).arguments

@@ -9,7 +9,7 @@ __all__ = ['Steerability', 'steerability', 'bootstrap_mean', 'shuffled_labels', 
 # %% ../../nbs/library/steering/evaluation.ipynb #c002
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ from mechtut.steering.sweeps import (
     ReadOdds,
     random_like,
     run_steered,
+    signed_strength,
     z_score,
 )
 from mechtut.steering.vectors import (
@@ -327,11 +328,16 @@ class SteeringReport(Result):
                 kept += [] if (gains & saves & more).any() else [i]
         return table.loc[kept].sort_values(["coefficient"])
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @checked
+    def plot(
+        self, ax: Axes | None = None, *, by: Literal["price", "strength"] = "price"
+    ) -> Axes:
         """Effect against price, a line a direction through its coefficients.
 
         Args:
             ax: Axes to draw into; new ones by default.
+            by: `"strength"` draws over relative strength, with the coefficient's sign,
+                and a bootstrap interval about the vector's effect.
 
         Returns:
             The axes.
@@ -345,18 +351,22 @@ class SteeringReport(Result):
         for name in reversed(self.names):
             kind = name.split()[0]
             rows = table[table.direction == name].sort_values("coefficient")
+            x, _ = signed_strength(self.coefficients, self.strength)
+            x = rows.kl if by == "price" else x
             label = None if kind in drawn else ("random" if kind == "random" else name)
             drawn.add(kind)
             mine = name == "vector"
             ax.plot(
-                rows.kl,
+                x,
                 rows.effect,
                 color=colours.get(kind, "C4"),
                 marker="." if mine else None,
                 lw=1.6 if mine else 0.9,
                 label=label,
             )
-            if mine:
+            if mine and by == "strength":
+                ax.fill_between(x, rows.low, rows.high, color="C0", alpha=0.15, lw=0)
+            elif mine:
                 for _, row in rows.iterrows():
                     ax.annotate(
                         f"{row.coefficient:+g}",
@@ -366,8 +376,10 @@ class SteeringReport(Result):
                         fontsize=8,
                     )
         ax.axhline(0, color="0.5", lw=0.8)
-        ax.set(xlabel="price: KL in nats a token", ylabel="change of the metric")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+        names = {"price": "price: KL in nats a token", "strength": "relative strength"}
+        ax.set(xlabel=names[by], ylabel="change of the metric")
+        above: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 4}
+        ax.legend(**above, frameon=False, fontsize=8, columnspacing=1.2)
         return ax
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -190,11 +190,17 @@ class Sweep(Result):
                 rows.append({**row, "mass_plus": plus, "mass_minus": minus})
         return pd.DataFrame(rows)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @checked
+    def plot(
+        self, ax: Axes | None = None, *, by: Literal["layer", "strength"] = "layer"
+    ) -> Axes:
         """Mean effect by layer, a line a coefficient; random directions in grey.
 
         Args:
             ax: Axes to draw into; new ones by default.
+            by: `"strength"` draws a line a layer over relative strength, with the
+                coefficient's sign: states grow from layer to layer, so only there do
+                layers compare.
 
         Returns:
             The axes.
@@ -205,10 +211,14 @@ class Sweep(Result):
 
         if ax is None:
             _, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-        colours = plt.get_cmap("coolwarm")(np.linspace(0, 1, len(self.coefficients)))
-        for j, (c, colour) in enumerate(zip(self.coefficients, colours, strict=True)):
+        if by == "strength":
+            return self._by_strength(ax)
+        colours, most = plt.get_cmap("coolwarm"), max(map(abs, self.coefficients))
+        for j, c in enumerate(self.coefficients):
             if c == 0:
                 continue
+            # away from the map's grey middle, which is for random directions
+            colour = colours(0.5 + math.copysign(0.2, c) + 0.3 * c / most)
             for k, random in enumerate(self.effects[1:, :, j].mean(-1)):
                 label = "random" if j == k == 0 else None
                 ax.plot(self.layers, random, color="0.75", lw=0.7, label=label)
@@ -220,6 +230,25 @@ class Sweep(Result):
         ax.set(xlabel="layer", ylabel="change of the metric")
         plots.plain_legend(ax, ncols=2)
         plots.layer_ticks(ax)
+        return ax
+
+    def _by_strength(self, ax: Axes) -> Axes:
+        import matplotlib.pyplot as plt
+
+        from mechtut.viz import plots
+
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(self.layers)))
+        means = self.effects.mean(-1)
+        for i, (layer, colour) in enumerate(zip(self.layers, colours, strict=True)):
+            x, order = signed_strength(self.coefficients, self.strength[i])
+            for k, random in enumerate(means[1:, i]):
+                label = "random" if i == k == 0 else None
+                ax.plot(x, random[order], color="0.8", lw=0.6, label=label)
+            line = means[0, i, order]
+            ax.plot(x, line, color=colour, marker=".", lw=1.4, label=f"layer {layer}")
+        ax.axhline(0, color="0.5", lw=0.8)
+        ax.set(xlabel="relative strength", ylabel="change of the metric")
+        plots.plain_legend(ax, ncols=2)
         return ax
 
 
@@ -447,6 +476,17 @@ def random_like(
             )
         )
     return out
+
+# %% ../../nbs/library/steering/sweeps.ipynb #c007s
+def signed_strength(
+    coefficients: Sequence[float], strength: Float[Tensor, "coefficient"]
+) -> tuple[Float[Tensor, "coefficient"], Int[Tensor, "coefficient"]]:
+    """Relative strengths with the sign of their coefficients, in order, for an axis;
+    and the place of each among the coefficients.
+    """
+    given = torch.tensor(list(coefficients), dtype=torch.float64)
+    order = given.argsort()
+    return (given.sign() * strength)[order], order
 
 # %% ../../nbs/library/steering/sweeps.ipynb #c013
 @checked

@@ -270,6 +270,29 @@ def test_a_report_holds_what_its_parts_say(tmp_path):
     assert torch.equal(SteeringVector.load(v.save(tmp_path / "v")).values, v.values)
 
 
+def test_relative_strength_is_an_axis():
+    """With the coefficient's sign and in order, whatever order was asked for."""
+    model = model_of("llama")
+    v, report = report_of(model, coefficients=(2.0, -1.0, 0.5))
+    swept = sweep(model, v, PROMPTS, ODDS, [0, 2], (2.0, -1.0, 0.5), 1)
+    unit = relative_strength(model, v, PROMPTS)
+    lines = {line.get_label(): line for line in report.plot(by="strength").lines}
+    wanted = unit[1] * torch.tensor([-1.0, 0.5, 2.0])
+    assert np.allclose(lines["vector"].get_xdata(), wanted)
+    assert np.allclose(
+        lines["vector"].get_ydata(), report.effects[0].mean(-1)[[1, 2, 0]]
+    )
+    lines = {line.get_label(): line for line in swept.plot(by="strength").lines}
+    for i, layer in enumerate((0, 2)):
+        line = lines[f"layer {layer}"]
+        wanted = unit[layer] * torch.tensor([-1.0, 0.5, 2.0])
+        assert np.allclose(line.get_xdata(), wanted)
+        assert np.allclose(line.get_ydata(), swept.effects[0, i].mean(-1)[[1, 2, 0]])
+    for result in (report, swept):
+        with pytest.raises(ValueError, match="by must be"):
+            result.plot(by="size")
+
+
 def test_measured_on_training_texts_it_is_refused():
     model = model_of("gpt2")
     v = mean_difference(model, PAIRS)
