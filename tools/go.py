@@ -108,11 +108,16 @@ def install(extra):
         "pip",
         "install",
         "-q",
+        "--no-compile",  # that is done below, by all processors
         "--disable-pip-version-check",
         "-c",
         "constraints.txt",
         "-e",
         "." + extra,
+    )
+    # some packages bring files that are meant for another Python: nothing is wrong then
+    subprocess.call(
+        [str(PYTHON), "-m", "compileall", "-qq", "-j", "0", str(VENV / "lib")]
     )
     stamp.write_text(wanted)
     print(f"Installed in {time.time() - start:.0f} s", flush=True)

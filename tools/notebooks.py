@@ -30,7 +30,8 @@ def wheel_python(wheel: Path, folder: Path) -> Path:
     if os.name == "nt":
         python = folder / "Scripts/python.exe"
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python"]
-    install = [*pip, python, "install", "-c", pinned]
+    # a kernel for each worker imports torch once: sooner done than compiling it all
+    install = [*pip, python, "install", "--no-compile", "-c", pinned]
     if stamp.exists() and stamp.read_text() == wanted:
         quietly(*install, "--no-deps", "--force-reinstall", wheel)
     else:
@@ -46,6 +47,8 @@ def wheel_python(wheel: Path, folder: Path) -> Path:
     where, site = told.split()
     if not Path(where).is_relative_to(Path(site)):
         sys.exit(f"mechtut was imported from {where}, not from the wheel in {site}")
+    # mechtut itself is imported by every notebook
+    subprocess.run([python, "-m", "compileall", "-qq", Path(where).parent], check=True)
     return python
 
 
