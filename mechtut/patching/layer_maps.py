@@ -175,10 +175,11 @@ def least_squares(
 
 def same_vocabulary(model: Model, other: Model) -> bool:
     """Whether a token id means the same in both, as far as tokenizers tell."""
+    if model.d_vocab != other.d_vocab:
+        return False
     one, two = model.tokenizer, other.tokenizer
-    if model is other or one is None or two is None or one is two:
-        return model.d_vocab == other.d_vocab
-    return model.d_vocab == other.d_vocab and one.get_vocab() == two.get_vocab()
+    unknown = one is None or two is None
+    return unknown or one is two or one.get_vocab() == two.get_vocab()
 
 # %% ../../nbs/library/patching/layer_maps.ipynb #c018
 @checked

@@ -348,11 +348,11 @@ class SteeringReport(Result):
             _, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
         table, drawn = self.to_pandas(), set[str]()
         colours = {"vector": "C0", "random": "0.7", "shuffled": "C1", "layer": "C2"}
+        strength, _ = signed_strength(self.coefficients, self.strength)
         for name in reversed(self.names):
             kind = name.split()[0]
             rows = table[table.direction == name].sort_values("coefficient")
-            x, _ = signed_strength(self.coefficients, self.strength)
-            x = rows.kl if by == "price" else x
+            x = rows.kl if by == "price" else strength
             label = None if kind in drawn else ("random" if kind == "random" else name)
             drawn.add(kind)
             mine = name == "vector"

@@ -863,3 +863,22 @@ def test_soft_prompts_have_no_tokens():
     mask = torch.tensor([[1, 1, 0]])
     with pytest.raises(ValueError, match="leave mask= away"):
         patchscope(model, Source(soft, 2, mask=mask), Target("Paris", 2))
+
+
+def test_one_vocabulary_with_empty_rows_behind_it():
+    """Models of one tokenizer may have tables of different lengths, as Qwen's."""
+    tokenizer = load_model("mini", device="cpu").tokenizer
+    small, large = (tiny("gpt2", vocab_size=len(tokenizer) + n) for n in (0, 7))
+    weights = small.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = pad(weights[name], (0, 0, 0, 7))
+    large.load_state_dict(weights)
+    one, other = (load_model(hf.double(), tokenizer) for hf in (small, large))
+    both = [
+        patchscope_grid(one, "Riley Martin works", "Jamie", target_model=m, **QUIET)
+        for m in (one, other)
+    ]
+    assert torch.equal(both[0].precision_at_1, both[1].precision_at_1)
+    assert both[0].precision_at_1.sum() > 0
+    with pytest.raises(ValueError, match="different vocabularies"):
+        fit_affine(one, "Riley Martin works", [(0, 0)], target_model=other)
